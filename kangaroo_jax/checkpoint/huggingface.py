@@ -1,0 +1,442 @@
+"""Targets in Hugging Face format: config.json and weights in, `TargetModel` out, and back.
+
+The rule between the two namings is `parameter_rule`: module and parameter names are Hugging Face's, but projections
+that read the same input are one matrix here, stored input axis first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import pathlib
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from jaxtyping import PyTree
+
+from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.target import TargetModel
+
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A loaded target.
+
+    Attributes:
+      model: the weights.
+      tokenizer: a transformers tokenizer, or None if the folder has none.
+      name: the folder or hub id it came from.
+      fingerprint: identifies the weights whatever dtype they were loaded in; adapters record it.
+      eos_token_ids: from generation_config.json where there is one, else config.json.
+    """
+
+    model: TargetModel
+    tokenizer: Any
+    name: str
+    fingerprint: str
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterRule:
+    """How one of our parameters is made from Hugging Face tensors.
+
+    Attributes:
+      names: the tensors, without a leading "model.".
+      shapes: their shapes.
+      join: tensors -> our array.
+      split: our array -> tensors.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    join: Callable[..., np.ndarray]
+    split: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+
+
+def parameter_rule(path: str, shape: tuple[int, ...]) -> ParameterRule:
+    """The rule for our parameter at `path` ("layers.0.self_attn.qkv_proj") of `shape`."""
+    parent, _, name = path.rpartition(".")
+    if name in ("qkv_proj", "qkv_bias"):
+        kind = "weight" if name == "qkv_proj" else "bias"
+        *inputs, kv_heads, rows, head_dim = shape
+        groups = rows - 2
+        counts = (kv_heads * groups, kv_heads, kv_heads)
+
+        def join(*parts: np.ndarray) -> np.ndarray:
+            parts = [x.reshape(kv_heads, -1, head_dim, *inputs) for x in parts]
+            fused = np.concatenate(parts, axis=1)
+            return np.moveaxis(fused, -1, 0) if inputs else fused
+
+        def split(fused: np.ndarray) -> tuple[np.ndarray, ...]:
+            fused = np.moveaxis(fused, 0, -1) if inputs else fused
+            parts = (fused[:, :groups], fused[:, groups : groups + 1], fused[:, groups + 1 :])
+            return tuple(x.reshape(-1, *inputs) for x in parts)
+
+        names = tuple(f"{parent}.{letter}_proj.{kind}" for letter in "qkv")
+        return ParameterRule(names, tuple((count * head_dim, *inputs) for count in counts), join, split)
+    if name in ("gate_up_proj", "gate_up_bias"):
+        kind = "weight" if name == "gate_up_proj" else "bias"
+        *inputs, _, width = shape
+        names = tuple(f"{parent}.{part}_proj.{kind}" for part in ("gate", "up"))
+        axis = len(inputs)  # where gate and up sit side by side
+        return ParameterRule(
+            names,
+            ((width, *inputs),) * 2,
+            lambda gate, up: np.stack([gate.T, up.T], axis=axis),
+            lambda fused: tuple(x.T for x in np.moveaxis(fused, axis, 0)),
+        )
+    if name.endswith(("o_proj", "down_proj")):
+        return ParameterRule((f"{path}.weight",), (shape[::-1],), lambda x: x.T, lambda x: (x.T,))
+    if name.endswith("_bias"):
+        return ParameterRule((f"{path.removesuffix('_bias')}_proj.bias",), (shape,), lambda x: x, lambda x: (x,))
+    same = path if name == "weight" else f"{path}.weight"
+    return ParameterRule((same,), (shape,), lambda x: x, lambda x: (x,))
+
+
+def parameter_paths(module: PyTree) -> list[str]:
+    """Dotted names of a module's parameters, in the order of its leaves."""
+    paths = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(module))
+    return [path.removesuffix(".value") for path in paths]
+
+
+def fill_module(abstract: PyTree, read: Callable[[str], np.ndarray], dtype: jnp.dtype, prefix: str = "") -> PyTree:
+    """Builds a module from tensors read one parameter at a time, each put on the device in `dtype` before the next
+    is read.
+
+    Args:
+      abstract: the module from `nnx.eval_shape`.
+      read: tensor name -> array.
+      dtype: of the weights on the device.
+      prefix: of the tensor names.
+    """
+    leaves, structure = jax.tree.flatten(abstract)
+    for i, path in enumerate(parameter_paths(abstract)):
+        rule = parameter_rule(path, leaves[i].shape)
+        parts = [read(_full_name(name, prefix)).astype(dtype, copy=False) for name in rule.names]
+        leaves[i] = jax.block_until_ready(jnp.asarray(rule.join(*parts), dtype))
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _full_name(name: str, prefix: str) -> str:
+    return name if name.startswith("lm_head") else prefix + name
+
+
+def check_tensors(
+    abstract: PyTree, found: Mapping[str, tuple[tuple[int, ...], str]], files: Mapping[str, str], prefix: str = ""
+) -> None:
+    """Compares a checkpoint's tensors with what a module needs, before anything is read.
+
+    Args:
+      abstract: the module.
+      found: tensor name -> (shape, dtype name as safetensors spells it).
+      files: tensor name -> file, for messages.
+      prefix: of the tensor names.
+
+    Raises:
+      InputError: one line naming file, tensor, expected and found.
+    """
+    where = ", ".join(sorted(set(files.values()))[:3]) or "checkpoint"
+    expected = {}
+    for path, leaf in zip(parameter_paths(abstract), jax.tree.leaves(abstract), strict=True):
+        rule = parameter_rule(path, leaf.shape)
+        expected |= {_full_name(n, prefix): shape for n, shape in zip(rule.names, rule.shapes, strict=True)}
+    for name, shape in expected.items():
+        if name not in found:
+            raise InputError(f"{where}: tensor {name} is missing; expected shape {list(shape)}, found nothing")
+        if tuple(found[name][0]) != tuple(shape):
+            raise InputError(
+                f"{files[name]}: tensor {name} has the wrong shape; expected {list(shape)}, found {list(found[name][0])}"
+            )
+        if found[name][1] not in _DTYPES:
+            raise InputError(
+                f"{files[name]}: tensor {name} has an unsupported dtype; expected {', '.join(_DTYPES)}, "
+                f"found {found[name][1]}"
+            )
+    # Old checkpoints store the rotary frequencies, which follow from the config; tied ones may repeat the head.
+    ignored = re.compile(r"\.rotary_emb\.inv_freq$" + (r"|^lm_head\.weight$" if "lm_head.weight" not in expected else ""))
+    surplus = [name for name in found if name not in expected and not ignored.search(name)]
+    if surplus:
+        name = sorted(surplus)[0]
+        raise InputError(
+            f"{files[name]}: tensor {name} is surplus ({len(surplus)} in all); expected nothing of that name, "
+            f"found shape {list(found[name][0])}"
+        )
+
+
+def load_target(name: str, dtype: str | jnp.dtype = "bfloat16") -> Target:
+    """Loads a target from a local folder or a Hugging Face hub id.
+
+    Args:
+      name: a folder with config.json and weights (*.safetensors, or pytorch_model*.bin where torch is installed),
+        or a hub id.
+      dtype: of the weights on the device: float32, bfloat16 or float16. One parameter at a time is on the host.
+
+    Raises:
+      InputError: for a missing or corrupt file, an unknown architecture, or tensors that do not fit the config.
+    """
+    folder = _local_folder(name)
+    config_file = folder / "config.json"
+    raw = read_json(config_file, "a folder in Hugging Face format has one")
+    config = ModelConfig.from_hf(raw, str(config_file))
+    dtype = jnp.dtype(dtype)
+    abstract = nnx.eval_shape(lambda: TargetModel(config, rngs=nnx.Rngs(0), dtype=dtype))
+    weights = _weights(folder)
+    check_tensors(abstract, weights.found, weights.files, prefix="model.")
+    model = fill_module(abstract, weights.read, dtype, prefix="model.")
+    eos = config.eos_token_ids
+    generation_file = folder / "generation_config.json"
+    if generation_file.exists():
+        value = read_json(generation_file, "remove it if it is not needed").get("eos_token_id")
+        eos = eos if value is None else tuple(value) if isinstance(value, list) else (value,)
+    return Target(
+        model=model,
+        tokenizer=_tokenizer(folder, config),
+        name=name,
+        fingerprint=_fingerprint(config, weights.read("model.norm.weight")),
+        eos_token_ids=eos,
+    )
+
+
+def save_target(model: TargetModel, folder: str | pathlib.Path, dtype: jnp.dtype) -> None:
+    """Writes `config.json` and `model.safetensors` (in `dtype`) that transformers and `load_target` read."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for path, leaf in zip(parameter_paths(model), jax.tree.leaves(model), strict=True):
+        rule = parameter_rule(path, leaf.shape)
+        for name, part in zip(rule.names, rule.split(np.asarray(leaf)), strict=True):
+            tensors[_full_name(name, "model.")] = np.ascontiguousarray(part.astype(dtype))
+    temporary = folder / "model.safetensors.tmp"
+    safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(_config_to_hf(model.config, jnp.dtype(dtype).name), indent=2) + "\n")
+
+
+def read_json(path: pathlib.Path, mend: str) -> dict[str, Any]:
+    """A JSON object from a file, or `InputError` naming the file and `mend`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; {mend}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _local_folder(name: str) -> pathlib.Path:
+    folder = pathlib.Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{name}: expected a folder in Hugging Face format, found a file")
+    patterns = ["*.json", "*.safetensors", "tokenizer.model"]
+    try:
+        info = huggingface_hub.model_info(name)
+        if not any(file.rfilename.endswith(".safetensors") for file in info.siblings):
+            patterns.append("pytorch_model*.bin")
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except HFValidationError:
+        raise InputError(f"{name}: no such folder, and not a Hugging Face hub id; give the folder of a checkpoint") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as hub_error:
+        try:  # offline: what an earlier run downloaded
+            patterns.append("pytorch_model*.bin")
+            return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        except (LocalEntryNotFoundError, OSError):
+            reason = str(hub_error).strip().splitlines()[0] if str(hub_error).strip() else type(hub_error).__name__
+            raise InputError(
+                f"{name}: no such folder, and it could not be had from the Hugging Face hub ({reason})"
+            ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """A checkpoint's tensors: what there is, where, and how to read one."""
+
+    found: dict[str, tuple[tuple[int, ...], str]]
+    files: dict[str, str]
+    read: Callable[[str], np.ndarray]
+
+
+def _weights(folder: pathlib.Path) -> _Weights:
+    for index, single, opener in (
+        ("model.safetensors.index.json", "model.safetensors", _open_safetensors),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin", _open_torch),
+    ):
+        if (folder / index).exists():
+            weight_map = read_json(folder / index, "").get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise InputError(f"{folder / index}: expected an object under 'weight_map', found {weight_map!r}")
+            shards = [folder / shard for shard in sorted(set(weight_map.values()))]
+        elif (folder / single).exists():
+            shards = [folder / single]
+        else:
+            continue
+        for shard in shards:
+            if not shard.exists():
+                raise InputError(f"{shard}: no such file, though {index} names it; fetch the checkpoint again")
+        found, files = {}, {}
+        for shard in shards:
+            with opener(shard) as tensors:
+                for name in tensors.names():
+                    found[name], files[name] = tensors.describe(name), str(shard)
+
+        def read(name: str, opener=opener, files=files) -> np.ndarray:
+            # Opened anew for each tensor, so that the pages of a mapped file do not stay in memory.
+            with opener(pathlib.Path(files[name])) as tensors:
+                return tensors.read(name)
+
+        return _Weights(found, files, read)
+    raise InputError(f"{folder}: no weights; expected model.safetensors, pytorch_model.bin, or one of their indices")
+
+
+@dataclasses.dataclass(frozen=True)
+class _TensorFile:
+    names: Callable[[], list[str]]
+    describe: Callable[[str], tuple[tuple[int, ...], str]]
+    read: Callable[[str], np.ndarray]
+
+
+@contextlib.contextmanager
+def _open_safetensors(path: pathlib.Path) -> Iterator[_TensorFile]:
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+
+            def describe(name: str) -> tuple[tuple[int, ...], str]:
+                part = file.get_slice(name)
+                return tuple(part.get_shape()), part.get_dtype()
+
+            yield _TensorFile(lambda: list(file.keys()), describe, file.get_tensor)
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path}: truncated or not a safetensors file ({error}); fetch it again") from None
+
+
+@contextlib.contextmanager
+def _open_torch(path: pathlib.Path) -> Iterator[_TensorFile]:
+    tensors = load_torch(path)
+    names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+    yield _TensorFile(
+        lambda: list(tensors),
+        lambda name: (tuple(tensors[name].shape), names.get(str(tensors[name].dtype), str(tensors[name].dtype))),
+        lambda name: torch_to_numpy(tensors[name]),
+    )
+
+
+def load_torch(path: pathlib.Path) -> dict[str, Any]:
+    """A PyTorch state dict, memory-mapped, with weights_only=True; torch is needed for this alone.
+
+    Raises:
+      InputError: where torch is not installed, or the file is not a state dict.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise InputError(
+            f"{path}: reading PyTorch weights needs torch; pip install torch, or convert the checkpoint to safetensors"
+        )
+    import torch
+
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{path}: truncated or not a PyTorch state dict ({reason}); fetch it again") from None
+    if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
+        raise InputError(f"{path}: expected a PyTorch state dict, found {type(tensors).__name__}")
+    return tensors
+
+
+def torch_to_numpy(tensor: Any) -> np.ndarray:
+    """A copy of a torch tensor (numpy has no bfloat16 of its own, so those go through their bits)."""
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16).copy()
+    return tensor.contiguous().numpy().copy()
+
+
+def _tokenizer(folder: pathlib.Path, config: ModelConfig) -> Any:
+    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer  # seconds to import, and not needed for token ids
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises bare exceptions of many kinds here
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder}: the tokenizer could not be read ({reason})") from None
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= config.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has token id {largest}, but the model's vocabulary ends at {config.vocab_size - 1}"
+        )
+    return tokenizer
+
+
+def _fingerprint(config: ModelConfig, final_norm: np.ndarray) -> str:
+    """SHA-256 over the shape and one small tensor that any fine-tuning changes; float32, so that converting the
+    checkpoint's file format leaves it alone."""
+    shape = dataclasses.asdict(config) | {"bos_token_id": None, "eos_token_ids": None}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    digest.update(final_norm.astype(np.float32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    scaling = config.rope_scaling
+    rope = None
+    if scaling is not None:
+        fields = dataclasses.asdict(scaling)
+        kind = fields.pop("kind")
+        rope = {"rope_type": kind} | (fields if kind == "llama3" else {"factor": scaling.factor})
+    architecture = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+    eos = config.eos_token_ids
+    hf = {
+        "architectures": [architecture[config.model_type]],
+        "model_type": config.model_type,
+        "hidden_act": "silu",
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
+        "rope_scaling": rope,
+        "torch_dtype": dtype,
+    }
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "tie_word_embeddings",
+    ):
+        hf[name] = getattr(config, name)
+    if config.model_type == "llama":
+        hf |= {"attention_bias": config.o_bias, "mlp_bias": config.mlp_bias}
+    if config.model_type == "mistral":
+        hf["sliding_window"] = None
+    return hf

@@ -1,0 +1,88 @@
+"""The frozen target, split at the exit layer into its shallow and deep parts."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.model.cache import KVCache
+from kangaroo_jax.model.layers import _INIT, DecoderLayer, RMSNorm, _precision, apply_layers, attention_context
+
+
+class TargetModel(nnx.Module):
+    """A Llama-family decoder (transformers' LlamaForCausalLM). Weights and static shape only."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.config = config
+        self.embed_tokens = nnx.Param(_INIT(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+        self.layers = nnx.List([DecoderLayer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config, dtype)
+        # [vocab, hidden] like the embedding, so that tied and untied heads are one code path.
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nnx.Param(_INIT(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+        )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.embed_tokens.dtype
+
+
+def shallow_apply(
+    target: TargetModel,
+    tokens: Int[Array, "batch time"],
+    positions: Int[Array, "batch time"],
+    cache: KVCache | None = None,
+    *,
+    exit_layer: int,
+    mask: Bool[Array, "batch time keys"] | None = None,
+) -> tuple[Float[Array, "batch time hidden"], KVCache | None]:
+    """Embedding and layers [0, exit_layer): the shallow sub-network (paper, section 3.1).
+
+    Args:
+      target: the model.
+      tokens: token ids.
+      positions: their rotary positions.
+      cache: the shallow layers' cache; new entries go to its slots length .. length + time - 1. None attends over
+        the given tokens alone.
+      exit_layer: l, static.
+      mask: replaces the causal mask, True where a query may look.
+
+    Returns:
+      The hidden state after layer exit_layer - 1, and the cache with the new entries counted in its length.
+    """
+    with jax.named_scope("shallow"):
+        hidden = target.embed_tokens[...][tokens]
+        context = attention_context(target.config, positions, cache, mask, hidden.dtype)
+        return apply_layers(target.layers[:exit_layer], hidden, context, cache)
+
+
+def deep_apply(
+    target: TargetModel,
+    hidden: Float[Array, "batch time hidden"],
+    positions: Int[Array, "batch time"],
+    cache: KVCache | None = None,
+    *,
+    exit_layer: int,
+    mask: Bool[Array, "batch time keys"] | None = None,
+) -> tuple[Float[Array, "batch time hidden"], KVCache | None]:
+    """Layers [exit_layer, L) and the final norm, from `shallow_apply`'s hidden states.
+
+    Arguments as for `shallow_apply`. Returns the normed hidden state that `lm_head` takes, and the cache.
+    """
+    with jax.named_scope("deep"):
+        context = attention_context(target.config, positions, cache, mask, hidden.dtype)
+        hidden, cache = apply_layers(target.layers[exit_layer:], hidden, context, cache)
+        return target.norm(hidden), cache
+
+
+def lm_head(target: TargetModel, hidden: Float[Array, "... hidden"]) -> Float[Array, "... vocab"]:
+    """float32 logits of normed hidden states (the target's, or the adapter's)."""
+    with jax.named_scope("head"):
+        weight = target.embed_tokens if target.lm_head is None else target.lm_head
+        logits = jnp.einsum("...d,vd->...v", hidden, weight[...], precision=_precision(hidden.dtype))
+        return logits.astype(jnp.float32)
