@@ -6,12 +6,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from kangaroo_jax.errors import InputError
 
 ARCHITECTURES = ("llama", "mistral", "qwen2")
+
+
+def _check_count(name: str, value: Any) -> None:
+    # bool is an int to Python, but `true` in a JSON file is a mistake here.
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} must be a positive integer, found {value!r}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise InputError(f"{name} must be a finite number above 0, found {value!r}")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be true or false, found {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +45,19 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise InputError(f"rope type {self.kind!r} is not supported; supported: default, linear, llama3")
+        _check_positive("rope factor", self.factor)
+        _check_positive("rope low_freq_factor", self.low_freq_factor)
+        _check_positive("rope high_freq_factor", self.high_freq_factor)
+        _check_count("rope original_max_position_embeddings", self.original_max_position_embeddings)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise InputError(
+                f"rope high_freq_factor must be above low_freq_factor ({self.low_freq_factor}), "
+                f"found {self.high_freq_factor}"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -35,6 +65,9 @@ class ModelConfig:
 
     `qkv_bias`, `o_bias` and `mlp_bias` say which projections carry a bias (Llama's `attention_bias` sets the first
     two, Qwen2 has the first only).
+
+    Raises:
+      InputError: for a value that no model can have.
     """
 
     model_type: str
@@ -67,13 +100,15 @@ class ModelConfig:
             "head_dim",
             "max_position_embeddings",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a positive integer, found {value!r}")
+            _check_count(name, getattr(self, name))
+        for name in ("rms_norm_eps", "rope_theta"):
+            _check_positive(name, getattr(self, name))
+        for name in ("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias"):
+            _check_flag(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
+                f"num_attention_heads must be a multiple of num_key_value_heads ({self.num_key_value_heads}), "
+                f"found {self.num_attention_heads}"
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even for rotary embeddings, found {self.head_dim}")
@@ -86,6 +121,8 @@ class ModelConfig:
     def from_hf(cls, config: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
         """Reads the contents of a Hugging Face `config.json`.
 
+        A key that is left out means what transformers takes it to mean (its models/*/configuration_*.py).
+
         Args:
           config: the parsed file.
           source: its name, for error messages.
@@ -93,82 +130,136 @@ class ModelConfig:
         Raises:
           InputError: naming `source`, the key, what was found and what is supported.
         """
-        model_type = config.get("model_type")
-        if model_type not in ARCHITECTURES:
-            raise InputError(f"{source}: model_type {model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-        if model_type == "mistral" and config.get("sliding_window") is not None:
-            raise InputError(
-                f"{source}: mistral with sliding_window={config['sliding_window']} is not supported; "
-                "only full attention is (sliding_window: null)"
-            )
-        if model_type == "qwen2" and config.get("use_sliding_window"):
-            raise InputError(f"{source}: qwen2 with use_sliding_window=true is not supported; only full attention is")
-        if config.get("hidden_act", "silu") != "silu":
-            raise InputError(f"{source}: hidden_act {config['hidden_act']!r} is not supported; supported: silu")
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method", "unknown")
-            raise InputError(f"{source}: quantized weights ({method}) are not supported; use the unquantized checkpoint")
-        required = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        )
-        for key in required:
-            if not isinstance(config.get(key), int):
-                raise InputError(f"{source}: {key} must be an integer, found {config.get(key)!r}")
-        heads = config["num_attention_heads"]
-        eos = config.get("eos_token_id")
-        attention_bias = bool(config.get("attention_bias", False)) and model_type == "llama"
-        theta, scaling = _rope_from_hf(config, source)
         try:
-            return cls(
-                model_type=model_type,
-                vocab_size=config["vocab_size"],
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                num_hidden_layers=config["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=config.get("num_key_value_heads") or _DEFAULT_KV_HEADS.get(model_type, heads),
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-                max_position_embeddings=config.get("max_position_embeddings") or _DEFAULT_CONTEXT[model_type],
-                rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-                rope_theta=theta,
-                rope_scaling=scaling,
-                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-                qkv_bias=attention_bias or model_type == "qwen2",
-                o_bias=attention_bias,
-                mlp_bias=bool(config.get("mlp_bias", False)) and model_type == "llama",
-                bos_token_id=config.get("bos_token_id"),
-                eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
-            )
+            return cls._from_hf(config)
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
+
+    @classmethod
+    def _from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
+        model_type = config.get("model_type")
+        if model_type not in ARCHITECTURES:
+            raise InputError(f"model_type {model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        _refuse_unsupported(config, model_type)
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            _check_count(key, config.get(key))
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        head_dim = config.get("head_dim")
+        if head_dim is None:
+            if hidden % heads:
+                raise InputError(
+                    f"hidden_size must be a multiple of num_attention_heads ({heads}) where head_dim is not given, "
+                    f"found {hidden}"
+                )
+            head_dim = hidden // heads
+        kv_heads = config.get("num_key_value_heads", _DEFAULT_KV_HEADS.get(model_type))
+        theta, scaling = _rope_from_hf(config)
+        attention_bias = _flag(config, "attention_bias")
+        return cls(
+            model_type=model_type,
+            vocab_size=config["vocab_size"],
+            hidden_size=hidden,
+            intermediate_size=config["intermediate_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=heads if kv_heads is None else kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=config.get("max_position_embeddings", _DEFAULT_CONTEXT[model_type]),
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_word_embeddings=_flag(config, "tie_word_embeddings"),
+            # transformers reads the bias keys for Llama alone: Mistral has no biases, Qwen2 always those of q, k, v.
+            qkv_bias=model_type == "qwen2" or (model_type == "llama" and attention_bias),
+            o_bias=model_type == "llama" and attention_bias,
+            mlp_bias=model_type == "llama" and _flag(config, "mlp_bias"),
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_ids=token_ids(config, "eos_token_id"),
+        )
 
 
 # What transformers assumes where a config.json leaves a key out.
 _DEFAULT_CONTEXT = {"llama": 2048, "mistral": 4096 * 32, "qwen2": 32768}
 _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32}
+_MISTRAL_SLIDING_WINDOW = 4096
 
 
-def _rope_from_hf(config: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | None]:
+def token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """The ids under `key` of a Hugging Face config: none, one, or a list.
+
+    Raises:
+      InputError: for anything but integers.
+    """
+    value = config.get(key)
+    ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise InputError(f"{key} must be a token id or a list of token ids, found {value!r}")
+    return ids
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key)
+    if value is None:
+        return False
+    _check_flag(key, value)
+    return value
+
+
+def _refuse_unsupported(config: Mapping[str, Any], model_type: str) -> None:
+    """Settings that transformers honours and the model here does not have."""
+    if model_type == "mistral":
+        window = config.get("sliding_window", _MISTRAL_SLIDING_WINDOW)
+        if window is not None:
+            default = "" if "sliding_window" in config else " (the default of a config without the key)"
+            raise InputError(
+                f"mistral with sliding_window {window!r}{default} is not supported; "
+                "only full attention is (sliding_window: null)"
+            )
+    if model_type == "qwen2":
+        if _flag(config, "use_sliding_window"):
+            raise InputError("qwen2 with use_sliding_window true is not supported; only full attention is")
+        layer_types = config.get("layer_types") or []
+        if any(kind != "full_attention" for kind in layer_types):
+            raise InputError(f"layer_types {layer_types!r} is not supported; only 'full_attention' is, in every layer")
+    # ACT2FN in transformers knows SiLU by both names.
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise InputError(f"hidden_act {config['hidden_act']!r} is not supported; supported: silu")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise InputError(f"quantized weights ({method!r}) are not supported; use the unquantized checkpoint")
+    if config.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise InputError(f"partial_rotary_factor must be 1, found {config['partial_rotary_factor']!r}")
+
+
+def _rope_from_hf(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling, in the old spelling (`rope_theta`, `rope_scaling.type`) or the new
     (`rope_parameters.rope_theta`, `.rope_type`)."""
-    parameters = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind == "default":
-        return theta, None
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # transformers' precedence
+    parameters = config.get(key) or {}
+    if not isinstance(parameters, Mapping):
+        raise InputError(f"{key} must be an object, found {parameters!r}")
+    nested = [name for name, value in parameters.items() if isinstance(value, Mapping)]
+    if nested:
+        raise InputError(f"{key} that differs between layers ({nested[0]!r}) is not supported; use one for all layers")
+    if parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise InputError(f"{key}.partial_rotary_factor must be 1, found {parameters['partial_rotary_factor']!r}")
+    theta = parameters.get("rope_theta")
+    theta = config.get("rope_theta") if theta is None else theta
+    theta = 10000.0 if theta is None else theta
+    _check_positive("rope_theta", theta)
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind is None or kind == "default":
+        return float(theta), None
     if kind not in ("linear", "llama3"):
-        raise InputError(f"{source}: rope type {kind!r} is not supported; supported: default, linear, llama3")
-    keys = ["factor"]
+        raise InputError(f"rope type {kind!r} is not supported; supported: default, linear, llama3")
+    fields = ["factor"]
     if kind == "llama3":
-        keys += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    for key in keys:
-        if not isinstance(parameters.get(key), int | float):
-            raise InputError(f"{source}: rope type {kind!r} needs a number for {key!r}, found {parameters.get(key)!r}")
-    return theta, RopeScaling(kind, **{key: parameters[key] for key in keys})
+        fields += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    for field in fields:
+        if field not in parameters:
+            raise InputError(f"{key} of rope type {kind!r} needs {field!r}, found {sorted(parameters)}")
+    return float(theta), RopeScaling(kind, **{field: parameters[field] for field in fields})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +270,9 @@ class DraftConfig:
       exit_layer: number of shallow layers l; None means the one the adapter was trained for.
       max_draft_len: gamma, the most tokens drafted in a round.
       threshold: eta; drafting stops after a token whose top-1 draft probability was below it. 0 never stops early.
+
+    Raises:
+      InputError: for a value out of range.
     """
 
     exit_layer: int | None = None
@@ -186,9 +280,9 @@ class DraftConfig:
     threshold: float = 0.6
 
     def __post_init__(self) -> None:
-        if self.exit_layer is not None and self.exit_layer < 1:
-            raise InputError(f"exit_layer must be at least 1, found {self.exit_layer}")
-        if self.max_draft_len < 1:
-            raise InputError(f"max_draft_len must be at least 1, found {self.max_draft_len}")
-        if not 0.0 <= self.threshold <= 1.0:
-            raise InputError(f"threshold must be between 0 and 1, found {self.threshold}")
+        if self.exit_layer is not None:
+            _check_count("exit_layer", self.exit_layer)
+        _check_count("max_draft_len", self.max_draft_len)
+        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        if not number or not 0.0 <= self.threshold <= 1.0:
+            raise InputError(f"threshold must be between 0 and 1, found {self.threshold!r}")

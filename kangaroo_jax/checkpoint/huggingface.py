@@ -11,9 +11,11 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
 import pathlib
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,14 +27,17 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from jaxtyping import PyTree
 
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.config import ModelConfig, token_ids
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.target import TargetModel
 
+# As safetensors spells them. ml_dtypes gives numpy the bfloat16 that safetensors asks it for.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_FINGERPRINT_SAMPLE = 64  # values of each tensor
+_HUB_TIMEOUT = 10.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +126,13 @@ def parameter_paths(module: PyTree) -> list[str]:
     return [path.removesuffix(".value") for path in paths]
 
 
-def fill_module(abstract: PyTree, read: Callable[[str], np.ndarray], dtype: jnp.dtype, prefix: str = "") -> PyTree:
+def fill_module(
+    abstract: PyTree,
+    read: Callable[[str], np.ndarray],
+    dtype: jnp.dtype,
+    prefix: str = "",
+    files: Mapping[str, str] | None = None,
+) -> PyTree:
     """Builds a module from tensors read one parameter at a time, each put on the device in `dtype` before the next
     is read.
 
@@ -130,12 +141,32 @@ def fill_module(abstract: PyTree, read: Callable[[str], np.ndarray], dtype: jnp.
       read: tensor name -> array.
       dtype: of the weights on the device.
       prefix: of the tensor names.
+      files: tensor name -> file, for messages.
+
+    Raises:
+      InputError: if a value is beyond the range of `dtype`.
     """
+
+    def cast(name: str) -> np.ndarray:
+        tensor = read(name)
+        if tensor.dtype == dtype:
+            return tensor
+        with np.errstate(over="ignore"):
+            converted = tensor.astype(dtype)
+        # float16 alone has a smaller range than the others: an overflow would decode nonsense without a word.
+        if dtype == np.float16 and np.isinf(converted).any():
+            raise InputError(
+                f"{(files or {}).get(name, 'checkpoint')}: tensor {name} has values beyond float16; "
+                f"expected at most {np.finfo(np.float16).max}, "
+                f"found {np.abs(tensor.astype(np.float32)).max():.6g}; load in bfloat16 or float32"
+            )
+        return converted
+
     leaves, structure = jax.tree.flatten(abstract)
     for i, path in enumerate(parameter_paths(abstract)):
         rule = parameter_rule(path, leaves[i].shape)
-        parts = [read(_full_name(name, prefix)).astype(dtype, copy=False) for name in rule.names]
-        leaves[i] = jax.block_until_ready(jnp.asarray(rule.join(*parts), dtype))
+        joined = rule.join(*(cast(_full_name(name, prefix)) for name in rule.names))
+        leaves[i] = jax.block_until_ready(jnp.asarray(joined, dtype))
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -167,7 +198,8 @@ def check_tensors(
             raise InputError(f"{where}: tensor {name} is missing; expected shape {list(shape)}, found nothing")
         if tuple(found[name][0]) != tuple(shape):
             raise InputError(
-                f"{files[name]}: tensor {name} has the wrong shape; expected {list(shape)}, found {list(found[name][0])}"
+                f"{files[name]}: tensor {name} has the wrong shape; "
+                f"expected {list(shape)}, found {list(found[name][0])}"
             )
         if found[name][1] not in _DTYPES:
             raise InputError(
@@ -175,7 +207,7 @@ def check_tensors(
                 f"found {found[name][1]}"
             )
     # Old checkpoints store the rotary frequencies, which follow from the config; tied ones may repeat the head.
-    ignored = re.compile(r"\.rotary_emb\.inv_freq$" + (r"|^lm_head\.weight$" if "lm_head.weight" not in expected else ""))
+    ignored = re.compile(r"\.rotary_emb\.inv_freq$|^lm_head\.weight$")
     surplus = [name for name in found if name not in expected and not ignored.search(name)]
     if surplus:
         name = sorted(surplus)[0]
@@ -185,7 +217,7 @@ def check_tensors(
         )
 
 
-def load_target(name: str, dtype: str | jnp.dtype = "bfloat16") -> Target:
+def load_target(name: str | os.PathLike[str], dtype: str | jnp.dtype = "bfloat16") -> Target:
     """Loads a target from a local folder or a Hugging Face hub id.
 
     Args:
@@ -196,27 +228,55 @@ def load_target(name: str, dtype: str | jnp.dtype = "bfloat16") -> Target:
     Raises:
       InputError: for a missing or corrupt file, an unknown architecture, or tensors that do not fit the config.
     """
+    name = os.fspath(name)
+    dtype = _weights_dtype(dtype)
     folder = _local_folder(name)
     config_file = folder / "config.json"
     raw = read_json(config_file, "a folder in Hugging Face format has one")
     config = ModelConfig.from_hf(raw, str(config_file))
-    dtype = jnp.dtype(dtype)
+    eos = _eos_token_ids(folder, config)
     abstract = nnx.eval_shape(lambda: TargetModel(config, rngs=nnx.Rngs(0), dtype=dtype))
     weights = _weights(folder)
     check_tensors(abstract, weights.found, weights.files, prefix="model.")
-    model = fill_module(abstract, weights.read, dtype, prefix="model.")
-    eos = config.eos_token_ids
-    generation_file = folder / "generation_config.json"
-    if generation_file.exists():
-        value = read_json(generation_file, "remove it if it is not needed").get("eos_token_id")
-        eos = eos if value is None else tuple(value) if isinstance(value, list) else (value,)
+    shape = dataclasses.asdict(config) | {"bos_token_id": None, "eos_token_ids": None}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+
+    def read(tensor_name: str) -> np.ndarray:
+        # A few values of every tensor tell fine-tuned weights apart; as float32, so that they are the same whatever
+        # file format and wider dtype the checkpoint is converted to.
+        tensor = weights.read(tensor_name)
+        digest.update(tensor.reshape(-1)[:_FINGERPRINT_SAMPLE].astype(np.float32).tobytes())
+        return tensor
+
+    model = fill_module(abstract, read, dtype, prefix="model.", files=weights.files)
     return Target(
         model=model,
         tokenizer=_tokenizer(folder, config),
         name=name,
-        fingerprint=_fingerprint(config, weights.read("model.norm.weight")),
+        fingerprint=digest.hexdigest()[:16],
         eos_token_ids=eos,
     )
+
+
+def _weights_dtype(dtype: str | jnp.dtype) -> jnp.dtype:
+    supported = [np.dtype(x) for x in _DTYPES.values()]
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in supported:
+        raise InputError(f"dtype must be one of {', '.join(x.name for x in supported)}, found {dtype!r}")
+    return found
+
+
+def _eos_token_ids(folder: pathlib.Path, config: ModelConfig) -> tuple[int, ...]:
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return config.eos_token_ids
+    try:
+        return token_ids(read_json(file, "remove it if it is not needed"), "eos_token_id") or config.eos_token_ids
+    except InputError as error:
+        raise InputError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
 
 
 def save_target(model: TargetModel, folder: str | pathlib.Path, dtype: jnp.dtype) -> None:
@@ -240,11 +300,19 @@ def read_json(path: pathlib.Path, mend: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; {mend}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, a number of thousands of digits
+        raise InputError(f"{path}: not valid JSON ({_one_line(error)})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _one_line(error: BaseException) -> str:
+    """The first line of what a library said, or its exception's name where it said nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
 
 
 def _local_folder(name: str) -> pathlib.Path:
@@ -253,22 +321,26 @@ def _local_folder(name: str) -> pathlib.Path:
         return folder
     if folder.exists():
         raise InputError(f"{name}: expected a folder in Hugging Face format, found a file")
-    patterns = ["*.json", "*.safetensors", "tokenizer.model"]
+    # Not *.safetensors: some repositories hold the same weights a second time under another name.
+    patterns = ["*.json", "*.jinja", "merges.txt", "tokenizer.model", "model*.safetensors"]
     try:
-        info = huggingface_hub.model_info(name)
-        if not any(file.rfilename.endswith(".safetensors") for file in info.siblings):
+        files = [file.rfilename for file in huggingface_hub.model_info(name, timeout=_HUB_TIMEOUT).siblings or ()]
+        if not any(file.startswith("model") and file.endswith(".safetensors") for file in files):
             patterns.append("pytorch_model*.bin")
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except HFValidationError:
-        raise InputError(f"{name}: no such folder, and not a Hugging Face hub id; give the folder of a checkpoint") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as hub_error:
+        raise InputError(
+            f"{name}: no such folder, and not a Hugging Face hub id; give the folder of a checkpoint"
+        ) from None
+    except Exception as hub_error:  # the hub's errors and those of the HTTP library under it share no base class
         try:  # offline: what an earlier run downloaded
             patterns.append("pytorch_model*.bin")
             return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        except (LocalEntryNotFoundError, OSError):
-            reason = str(hub_error).strip().splitlines()[0] if str(hub_error).strip() else type(hub_error).__name__
+        except Exception:
+            reason = f"{type(hub_error).__name__}: {_one_line(hub_error)}"
             raise InputError(
-                f"{name}: no such folder, and it could not be had from the Hugging Face hub ({reason})"
+                f"{name}: no such folder, and it could not be had from the Hugging Face hub ({reason}); "
+                "check the name, or download it elsewhere and give its folder"
             ) from None
 
 
@@ -282,35 +354,58 @@ class _Weights:
 
 
 def _weights(folder: pathlib.Path) -> _Weights:
-    for index, single, opener in (
-        ("model.safetensors.index.json", "model.safetensors", _open_safetensors),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin", _open_torch),
-    ):
-        if (folder / index).exists():
-            weight_map = read_json(folder / index, "").get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise InputError(f"{folder / index}: expected an object under 'weight_map', found {weight_map!r}")
-            shards = [folder / shard for shard in sorted(set(weight_map.values()))]
-        elif (folder / single).exists():
-            shards = [folder / single]
-        else:
-            continue
-        for shard in shards:
-            if not shard.exists():
-                raise InputError(f"{shard}: no such file, though {index} names it; fetch the checkpoint again")
-        found, files = {}, {}
-        for shard in shards:
-            with opener(shard) as tensors:
-                for name in tensors.names():
-                    found[name], files[name] = tensors.describe(name), str(shard)
+    # In transformers' order of preference.
+    for single, opener in (("model.safetensors", _open_safetensors), ("pytorch_model.bin", _open_torch)):
+        index = folder / f"{single}.index.json"
+        if (folder / single).exists():
+            return _read_headers([folder / single], opener)
+        if index.exists():
+            weight_map = _weight_map(index)
+            weights = _read_headers([folder / shard for shard in sorted(set(weight_map.values()))], opener)
+            for name, shard in weight_map.items():
+                found = weights.files.get(name)
+                if found != str(folder / shard):
+                    raise InputError(
+                        f"{folder / shard}: tensor {name} is missing; expected there by {index.name}, "
+                        f"found {f'in {pathlib.Path(found).name}' if found else 'nowhere'}"
+                    )
+            return weights
+    raise InputError(
+        f"{folder}: no weights; expected model.safetensors or pytorch_model.bin, or either's .index.json and shards"
+    )
 
-        def read(name: str, opener=opener, files=files) -> np.ndarray:
-            # Opened anew for each tensor, so that the pages of a mapped file do not stay in memory.
-            with opener(pathlib.Path(files[name])) as tensors:
-                return tensors.read(name)
 
-        return _Weights(found, files, read)
-    raise InputError(f"{folder}: no weights; expected model.safetensors, pytorch_model.bin, or one of their indices")
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+    """Tensor name -> file name of a sharded checkpoint; every file is there."""
+    weight_map = read_json(index, "").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: expected an object under 'weight_map', found {weight_map!r}")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or pathlib.PurePath(shard).name != shard:
+            raise InputError(f"{index}: tensor {name}: expected the name of a file beside the index, found {shard!r}")
+        if not (index.parent / shard).is_file():
+            raise InputError(
+                f"{index.parent / shard}: no such file; expected by {index.name} for tensor {name}; "
+                "fetch the checkpoint again"
+            )
+    return weight_map
+
+
+def _read_headers(shards: list[pathlib.Path], opener: Callable[..., Any]) -> _Weights:
+    found, files = {}, {}
+    for shard in shards:
+        with opener(shard) as tensors:
+            for name in tensors.names():
+                if name in files:
+                    raise InputError(f"{shard}: tensor {name}: expected in one file, found in {files[name]} too")
+                found[name], files[name] = tensors.describe(name), str(shard)
+
+    def read(name: str) -> np.ndarray:
+        # Opened anew for each tensor, so that the pages of a mapped file do not stay in memory.
+        with opener(pathlib.Path(files[name])) as tensors:
+            return tensors.read(name)
+
+    return _Weights(found, files, read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,7 +426,9 @@ def _open_safetensors(path: pathlib.Path) -> Iterator[_TensorFile]:
 
             yield _TensorFile(lambda: list(file.keys()), describe, file.get_tensor)
     except safetensors.SafetensorError as error:
-        raise InputError(f"{path}: truncated or not a safetensors file ({error}); fetch it again") from None
+        raise InputError(f"{path}: truncated or not a safetensors file ({_one_line(error)}); fetch it again") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({_one_line(error)})") from None
 
 
 @contextlib.contextmanager
@@ -359,11 +456,19 @@ def load_torch(path: pathlib.Path) -> dict[str, Any]:
 
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        if path.is_file() and path.stat().st_size and not zipfile.is_zipfile(path):
+            reason = "not the zip format of torch 1.6 and later"
+        else:
+            reason = _one_line(error)
         raise InputError(f"{path}: truncated or not a PyTorch state dict ({reason}); fetch it again") from None
-    if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
+    if not isinstance(tensors, dict):
         raise InputError(f"{path}: expected a PyTorch state dict, found {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise InputError(
+                f"{path}: entry {name!r}: expected a tensor of a PyTorch state dict, found {type(tensor).__name__}"
+            )
     return tensors
 
 
@@ -384,23 +489,14 @@ def _tokenizer(folder: pathlib.Path, config: ModelConfig) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises bare exceptions of many kinds here
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{folder}: the tokenizer could not be read ({reason})") from None
+        raise InputError(f"{folder}: the tokenizer could not be read ({_one_line(error)})") from None
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= config.vocab_size:
         raise InputError(
-            f"{folder}: the tokenizer has token id {largest}, but the model's vocabulary ends at {config.vocab_size - 1}"
+            f"{folder}: the tokenizer has token id {largest}, but the model's vocabulary ends at "
+            f"{config.vocab_size - 1}; use the tokenizer the weights were trained with"
         )
     return tokenizer
-
-
-def _fingerprint(config: ModelConfig, final_norm: np.ndarray) -> str:
-    """SHA-256 over the shape and one small tensor that any fine-tuning changes; float32, so that converting the
-    checkpoint's file format leaves it alone."""
-    shape = dataclasses.asdict(config) | {"bos_token_id": None, "eos_token_ids": None}
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-    digest.update(final_norm.astype(np.float32).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ _OUTPUT = flags.DEFINE_string("output", "kangaroo_jax/demo/model", "Folder to wr
 _MINUTES = flags.DEFINE_float("minutes", 60.0, "Wall-clock training budget, compilation included.")
 _LAYERS = flags.DEFINE_integer("layers", 16, "Decoder layers.")
 _HIDDEN = flags.DEFINE_integer("hidden", 256, "Hidden size; the MLP is 2.5 times as wide.")
-_TOKENS = flags.DEFINE_integer("tokens_per_step", 8192, "Tokens in a batch.")
+_TOKENS = flags.DEFINE_integer("tokens_per_step", 4096, "Tokens in a batch.")
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "Peak learning rate.")
 
 _VOCABULARY = 4096
@@ -155,8 +155,8 @@ def main(argv: list[str]) -> None:
         losses.append(loss)
         steps, tokens_seen = steps + 1, tokens_seen + tokens.size
         if steps % 20 == 0:
+            mean = float(np.mean(jax.device_get(losses[-20:])))  # waits for the steps in flight
             seconds = time.monotonic() - start
-            mean = float(np.mean(jax.device_get(losses[-20:])))
             logging.info("step %d loss %.4f %.0f tokens/s %.0f %%", steps, mean, tokens_seen / seconds, 100 * progress)
         if progress - saved > 0.15:
             saved = progress

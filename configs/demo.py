@@ -1,0 +1,46 @@
+"""Trains an adapter for the small target that ships with the project, on the Python standard library.
+
+    python train.py --config=configs/demo.py
+
+Hardware: any CPU. How long, and the held-out acceptance to expect: see the README, for two CPU cores.
+"""
+
+import pathlib
+
+import ml_collections
+
+import kangaroo_jax
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    # Found beside the package, whatever folder the command runs in.
+    config.target = str(pathlib.Path(kangaroo_jax.__file__).parent / "demo" / "model")
+    config.dtype = "float32"
+    config.exit_layer = 2
+    config.output = "runs/demo"
+    config.seed = 0
+
+    config.steps = 1000
+    config.batch_size = 16
+    config.sequence_length = 256
+    config.loss_chunk = 64  # positions of each sequence whose logits exist at once
+
+    config.data = ml_collections.ConfigDict()
+    config.data.files = "stdlib"  # or paths and globs of text and JSONL files, separated by commas
+    config.data.evaluation_files = ""  # empty: the standard library's held-out modules
+    config.data.held_out = 0.02  # for other files without evaluation files
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.schedule = "cosine"
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.clip_norm = 0.5
+
+    config.log_every = 10  # steps; TensorBoard
+    config.evaluate_every = 250
+    config.evaluation_windows = 64
+    config.save_every = 250
+    config.keep_checkpoints = 2
+    return config

@@ -1,0 +1,45 @@
+"""The paper's recipe for a 7B model of the Llama family (Vicuna-7B, Llama-2-7B): arXiv 2404.18911, section 4.
+
+    python train.py --config=configs/llama7b.py --config.target=lmsys/vicuna-7b-v1.3 \\
+        --config.data.files='sharegpt/*.jsonl'
+
+Learning rate, warm-up, clipping and sequence length are those of the authors' code; they trained for ten epochs of
+ShareGPT, about 24 hours on 8 V100. Hardware: one accelerator that holds the target in bfloat16 (13.5 GB), the
+adapter's float32 weights and AdamW state (0.8 GB) and the activations of a batch. This config has not been run at
+that size: memory, time and the acceptance to expect are unmeasured.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.target = "lmsys/vicuna-7b-v1.3"  # a folder in Hugging Face format, or a hub id
+    config.dtype = "bfloat16"
+    config.exit_layer = 2
+    config.output = "runs/llama7b"
+    config.seed = 0
+
+    config.steps = 100_000
+    config.batch_size = 8
+    config.sequence_length = 2048
+    config.loss_chunk = 128  # positions of each sequence whose logits exist at once
+
+    config.data = ml_collections.ConfigDict()
+    config.data.files = "data/*.jsonl"  # your text: paths and globs, separated by commas
+    config.data.evaluation_files = ""
+    config.data.held_out = 0.005
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.learning_rate = 5e-5
+    config.optimizer.warmup_steps = 2000
+    config.optimizer.schedule = "constant"
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.clip_norm = 0.5
+
+    config.log_every = 10
+    config.evaluate_every = 2000
+    config.evaluation_windows = 64
+    config.save_every = 2000
+    config.keep_checkpoints = 3
+    return config

@@ -1,0 +1,195 @@
+"""Generates text with Kangaroo.
+
+    python decode.py                                   the demo on a built-in prompt
+    python decode.py --compare                         and plain decoding beside it
+    python decode.py --model=FOLDER_OR_HUB_ID --adapter=FOLDER --prompt="..."
+    python decode.py --prompt_file=prompt.txt          or: some-command | python decode.py
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import select
+import stat
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from kangaroo_jax import (
+    DraftConfig,
+    Generation,
+    InputError,
+    compilation_cache,
+    demo,
+    generate,
+    generate_plain,
+    load_adapter,
+    load_target,
+)
+
+_MODEL = flags.DEFINE_string("model", None, "Target: a folder in Hugging Face format, or a hub id. The demo if absent.")
+_ADAPTER = flags.DEFINE_string("adapter", None, "Adapter: a folder written by train.py, or the authors' PyTorch folder.")
+_PROMPT = flags.DEFINE_string("prompt", None, "The prompt.")
+_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File that holds the prompt (UTF-8); - is standard input.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Most tokens to generate.")
+_EXIT_LAYER = flags.DEFINE_integer("exit_layer", None, "Shallow layers. What the adapter was trained for if absent.")
+_MAX_DRAFT_LEN = flags.DEFINE_integer("max_draft_len", DraftConfig.max_draft_len, "Most tokens drafted in a round.")
+_THRESHOLD = flags.DEFINE_float("threshold", DraftConfig.threshold, "Confidence below which drafting stops.")
+_STOP = flags.DEFINE_multi_string("stop", [], "String that ends the text; may be given several times.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16", "float16"], "Of the weights. float32 for the demo and on CPU, else bfloat16."
+)
+_COMPARE = flags.DEFINE_bool("compare", False, "Decode plainly too: three interleaved runs each, medians.")
+_JSON = flags.DEFINE_bool("json", False, "End the output with one line: a JSON object of the results.")
+
+_PIPE_PATIENCE = 5.0  # seconds
+
+
+def read_prompt() -> str:
+    """The prompt from --prompt, --prompt_file or standard input; the built-in one where none is given."""
+    if _PROMPT.value is not None and _PROMPT_FILE.value is not None:
+        raise InputError("--prompt and --prompt_file were both given; give one")
+    if _PROMPT.value is not None:
+        return _PROMPT.value
+    if _PROMPT_FILE.value is not None:
+        return _read_text(_PROMPT_FILE.value)
+    if piped := _piped_text():
+        return piped
+    if _MODEL.value is None:
+        return demo.PROMPT
+    raise InputError("no prompt; give --prompt, --prompt_file or text on standard input")
+
+
+def _piped_text() -> str:
+    if sys.stdin is None or sys.stdin.closed:
+        return ""
+    mode = os.fstat(sys.stdin.fileno()).st_mode
+    # A pipe that nobody writes to must not make `python decode.py` wait for ever.
+    if stat.S_ISFIFO(mode) and not select.select([sys.stdin], [], [], _PIPE_PATIENCE)[0]:
+        print(f"decode.py: nothing on standard input for {_PIPE_PATIENCE:.0f} s, not waiting for it", file=sys.stderr)
+        return ""
+    return _read_text("-") if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else ""
+
+
+def _read_text(path: str) -> str:
+    name = "standard input" if path == "-" else path
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read().decode()
+        with open(path, "rb") as file:
+            return file.read().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not UTF-8 (byte {error.start}); save the prompt as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror}") from None
+
+
+def measure(runs: list[Callable[[], Generation]], repeats: int) -> list[tuple[Generation, float]]:
+    """Runs each once, then all interleaved until each has run `repeats` times; the first result of each, and the
+    median of its seconds (prefill and decoding, without compilation)."""
+    results = [[run()] for run in runs]
+    for _ in range(repeats - 1):
+        for run, done in zip(runs, results, strict=True):
+            done.append(run())
+    return [(done[0], statistics.median(r.seconds.prefill + r.seconds.decode for r in done)) for done in results]
+
+
+def summary(result: Generation, seconds: float) -> dict[str, Any]:
+    """What the table and --json show of one way of decoding."""
+    new_tokens = len(result.tokens[0])
+    return {
+        "new_tokens": new_tokens,
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(new_tokens / seconds, 2),
+        "mean_accept_length": round(result.mean_accept_length, 3),
+        "rounds": len(result.accept_lengths[0]),
+        "draft_steps": sum(result.draft_lengths[0]),
+    }
+
+
+def print_table(columns: dict[str, dict[str, Any]]) -> None:
+    rows = list(next(iter(columns.values())))
+    print(f"{'':20}" + "".join(f"{name:>12}" for name in columns))
+    for row in rows:
+        print(f"{row.replace('_', ' '):20}" + "".join(f"{column[row]:>12}" for column in columns.values()))
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise InputError(f"unexpected argument {argv[1]!r}; a prompt is given with --prompt")
+    draft = DraftConfig(_EXIT_LAYER.value, _MAX_DRAFT_LEN.value, _THRESHOLD.value)
+    prompt = read_prompt()
+    model, adapter_path = _MODEL.value, _ADAPTER.value
+    if model is not None and adapter_path is None:
+        raise InputError(
+            f"--adapter is missing; train one for this model with "
+            f"`python train.py --config=configs/llama7b.py --config.target={model}`, then give its output folder"
+        )
+    dtype = _DTYPE.value or ("float32" if model is None or jax.default_backend() == "cpu" else "bfloat16")
+    compilation_cache.enable()
+    target = load_target(model or str(demo.MODEL), dtype)
+    adapter = load_adapter(adapter_path or str(demo.ADAPTER), target)
+
+    print(prompt, end="", flush=True)
+    common = {"max_new_tokens": _MAX_NEW_TOKENS.value, "stop": _STOP.value}
+    shown = generate(
+        target, adapter, [prompt], draft=draft, on_text=lambda _, text: print(text, end="", flush=True), **common
+    )
+    print("\n")
+    if _COMPARE.value:
+        ours = functools.partial(generate, target, adapter, [prompt], draft=draft, **common)
+        reference = functools.partial(generate_plain, target, [prompt], **common)
+        (kangaroo, kangaroo_seconds), (plain, plain_seconds) = measure([ours, reference], repeats=3)
+        result = summary(kangaroo, kangaroo_seconds)
+        baseline = summary(plain, plain_seconds)
+        identical = kangaroo.tokens == plain.tokens
+        speedup = round(plain_seconds / kangaroo_seconds, 3)
+        print_table({"Kangaroo": result, "plain": baseline})
+        print(f"{'speed-up':20}{speedup:>12}")
+        print(f"{'identical':20}{'yes' if identical else 'no':>12}")
+        if not identical:
+            print(_first_difference(kangaroo.tokens[0], plain.tokens[0], dtype))
+        result |= {
+            "plain_tokens_per_second": baseline["tokens_per_second"],
+            "speedup": speedup,
+            "identical": identical,
+        }
+        compiling = shown.seconds.compile + plain.seconds.compile
+    else:
+        result = summary(shown, shown.seconds.prefill + shown.seconds.decode)
+        print_table({"Kangaroo": result})
+        compiling = shown.seconds.compile
+    print(f"compilation, not counted above: {compiling:.1f} s (kept on disk for the next run)")
+    if _JSON.value:
+        text = shown.texts[0] if shown.texts else None
+        print(json.dumps(result | {"text": text}))
+
+
+def _first_difference(ours: list[int], plain: list[int], dtype: str) -> str:
+    pairs = enumerate(zip(ours, plain, strict=False))
+    place = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(plain)))
+    cause = "this is a bug; please report it" if dtype == "float32" else f"{dtype} rounds differently by matmul width"
+    return f"first difference at token {place + 1} of {len(plain)}: {cause}"
+
+
+def run() -> None:
+    def guarded(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except InputError as error:
+            print(f"decode.py: error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    app.run(guarded)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,23 @@
+"""Prompts from modules that the demo never saw."""
+
+from __future__ import annotations
+
+from kangaroo_jax.demo import corpus
+
+_CHARACTERS = 600
+
+
+def held_out_prompts(count: int) -> dict[str, str]:
+    """File -> prompt, one per held-out file in the order of their names: the 600 characters that end with the first
+    function header in the file's second half.
+
+    Files too short for that are passed over; fewer than `count` come back if there are no more.
+    """
+    prompts = {}
+    for name, text in corpus.standard_library(held_out=True).items():
+        header = text.find("\n    def ", len(text) // 2)
+        end = text.find(":\n", header)
+        if header < 0 or end < _CHARACTERS or len(prompts) == count:
+            continue
+        prompts[name] = text[end + 2 - _CHARACTERS : end + 2]
+    return prompts

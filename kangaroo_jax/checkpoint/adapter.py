@@ -1,0 +1,261 @@
+"""Adapter checkpoints (Orbax): written by training or `save_adapter`, read by `load_adapter`.
+
+A checkpoint is a folder with the items `adapter` (dotted parameter path -> array) and `metadata` (JSON). Each step of
+a training run is such a folder with two more items beside them, `optimizer` and `position`, which loading an adapter
+never touches. The target's weights are in none of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jaxtyping import Array, PyTree
+
+from kangaroo_jax.checkpoint.huggingface import Target, parameter_paths
+from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.adapter import Adapter
+
+_FORMAT = "kangaroo_jax adapter"
+_VERSION = 1
+_TARGET_SHAPE = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedAdapter:
+    """A loaded adapter.
+
+    Attributes:
+      model: the weights, in the target's dtype.
+      exit_layer: number of shallow layers it was trained for; None where the checkpoint does not say (the authors').
+      name: the folder it came from.
+    """
+
+    model: Adapter
+    exit_layer: int | None
+    name: str
+
+
+def abstract_adapter(config: ModelConfig, dtype: jnp.dtype) -> Adapter:
+    """The adapter of a target with `config`, with shapes in place of weights."""
+    return nnx.eval_shape(lambda: Adapter(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+def named_leaves(tree: PyTree) -> dict[str, Array]:
+    """Dotted path -> leaf, in the order of the leaves: what an array item of a checkpoint holds."""
+    return dict(zip(parameter_paths(tree), jax.tree.leaves(tree), strict=True))
+
+
+def adapter_from_parameters(config: ModelConfig, parameters: dict[str, Array]) -> Adapter:
+    """The adapter whose parameters are `parameters` (the inverse of `named_leaves`), whatever their dtype."""
+    abstract = abstract_adapter(config, jnp.float32)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [parameters[path] for path in parameter_paths(abstract)])
+
+
+def adapter_metadata(
+    parameters: dict[str, Array], target: Target, exit_layer: int, training: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The `metadata` item: what is stored, what it belongs to, and how it was trained."""
+    return {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "exit_layer": exit_layer,
+        "dtype": next(iter(parameters.values())).dtype.name,
+        "parameters": {path: list(x.shape) for path, x in parameters.items()},
+        "target": {
+            "name": target.name,
+            "fingerprint": target.fingerprint,
+            **{key: getattr(target.config, key) for key in _TARGET_SHAPE},
+        },
+        "training": training,
+    }
+
+
+def check_exit_layer(exit_layer: int, config: ModelConfig) -> None:
+    """Raises `InputError` unless both sub-networks get at least one layer."""
+    last = config.num_hidden_layers - 1
+    if isinstance(exit_layer, bool) or not isinstance(exit_layer, int) or not 1 <= exit_layer <= last:
+        raise InputError(f"exit_layer: expected 1 to {last} (the target has {last + 1} layers), found {exit_layer}")
+
+
+def save_adapter(
+    folder: str | pathlib.Path,
+    adapter: Adapter,
+    *,
+    exit_layer: int,
+    target: Target,
+    training: dict[str, Any] | None = None,
+) -> None:
+    """Writes a checkpoint of the adapter alone, in the dtype of its weights. Appears whole or not at all.
+
+    Args:
+      folder: must not exist yet (or be empty).
+      adapter: the weights.
+      exit_layer: number of shallow layers the adapter was trained for.
+      target: the target it was trained for; its fingerprint goes into the metadata.
+      training: how it was trained, JSON values, for the record.
+
+    Raises:
+      InputError: for a folder with something in it, or an exit layer that the target does not have.
+    """
+    check_exit_layer(exit_layer, target.config)
+    folder = pathlib.Path(folder).expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists already; remove it or name another output folder")
+    parameters = named_leaves(adapter)
+    items = ocp.args.Composite(
+        adapter=ocp.args.PyTreeSave({path: np.asarray(x) for path, x in parameters.items()}),
+        metadata=ocp.args.JsonSave(adapter_metadata(parameters, target, exit_layer, training)),
+    )
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers())) as checkpointer:
+        checkpointer.save(folder, items, force=True)  # force: the folder may exist, empty
+
+
+def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
+    """Loads an adapter for `target`, in the target's dtype.
+
+    Args:
+      path: a folder that `save_adapter` wrote, a training run (its newest step), one step of a run, or the authors'
+        PyTorch folder (config.json and pytorch_model.bin).
+      target: what the adapter is for.
+
+    Raises:
+      InputError: for a path that is missing, not an adapter checkpoint, corrupt, or trained for another target.
+    """
+    folder = pathlib.Path(path).expanduser().resolve()
+    if not folder.is_dir():
+        what = "expected a folder, found a file" if folder.exists() else "no such adapter checkpoint"
+        raise InputError(
+            f"{path}: {what}; train one with: python train.py --config=configs/demo.py "
+            f"--config.target={target.name} --config.output={path}"
+        )
+    if (folder / "pytorch_model.bin").exists():
+        from kangaroo_jax.checkpoint.upstream import load_upstream  # it needs TrainedAdapter from here
+
+        return load_upstream(folder, target)
+    step = folder if (folder / "adapter").is_dir() else newest_step(folder)
+    if step is None:
+        found = ", ".join(sorted(x.name for x in folder.iterdir())[:5]) or "an empty folder"
+        raise InputError(
+            f"{folder}: not an adapter checkpoint; expected 'adapter' and 'metadata', numbered steps of a training run, "
+            f"or the authors' config.json and pytorch_model.bin; found {found}"
+        )
+    return _load(step, target, str(path))
+
+
+def newest_step(run: pathlib.Path) -> pathlib.Path | None:
+    """The newest finished checkpoint of a training run, or None."""
+    if not run.is_dir():
+        return None
+    # Orbax gives a step its final name when it is complete, so a bare number is a finished checkpoint.
+    steps = [step for step in run.iterdir() if step.name.isdigit() and (step / "adapter").is_dir()]
+    return max(steps, key=lambda step: int(step.name), default=None)
+
+
+def read_metadata(folder: pathlib.Path) -> dict[str, Any]:
+    """The `metadata` item of a checkpoint.
+
+    Raises:
+      InputError: where it is missing, damaged, or of another format.
+    """
+    metadata = _read(folder, metadata=ocp.args.JsonRestore())["metadata"]
+    if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT or metadata.get("version") != _VERSION:
+        found = (
+            f"{metadata.get('format')!r} {metadata.get('version')!r}" if isinstance(metadata, dict) else repr(metadata)
+        )
+        raise InputError(f"{folder}: metadata: expected format {_FORMAT!r} {_VERSION}, found {found}")
+    return metadata
+
+
+def check_target(metadata: dict[str, Any], target: Target, folder: pathlib.Path) -> None:
+    """Raises `InputError` where a checkpoint's adapter was trained for another target."""
+    trained_for = metadata["target"]
+    if trained_for["fingerprint"] != target.fingerprint:
+        raise InputError(
+            f"{folder}: trained for another target; expected {target.name} (fingerprint {target.fingerprint}), found "
+            f"{trained_for['name']} (fingerprint {trained_for['fingerprint']}); train an adapter for this target, or "
+            "load the one it was trained for"
+        )
+
+
+def read_arrays(folder: pathlib.Path, item: str, expected: dict[str, Any]) -> dict[str, np.ndarray]:
+    """An array item of a checkpoint, on the host: it may come from a machine with other devices.
+
+    Args:
+      folder: the checkpoint.
+      item: "adapter" or "optimizer".
+      expected: path -> anything with a shape.
+
+    Raises:
+      InputError: where the item is damaged, or its paths and shapes are not those expected.
+    """
+    restore = ocp.args.PyTreeRestore(restore_args={path: ocp.RestoreArgs(restore_type=np.ndarray) for path in expected})
+    found = _read(folder, **{item: restore})[item]
+    check_parameters({path: x.shape for path, x in found.items()}, expected, folder)
+    return found
+
+
+def read_position(folder: pathlib.Path) -> dict[str, Any]:
+    """The `position` item of a step of a training run."""
+    return _read(folder, position=ocp.args.JsonRestore())["position"]
+
+
+def check_parameters(found: dict[str, tuple[int, ...]], expected: dict[str, Any], folder: pathlib.Path) -> None:
+    """Compares stored parameters (path -> shape) with those expected (path -> anything with a shape).
+
+    Raises:
+      InputError: naming the first that is missing, surplus, or of another shape.
+    """
+    for path, leaf in expected.items():
+        if path not in found:
+            raise InputError(f"{folder}: parameter {path} is missing; expected shape {list(leaf.shape)}, found nothing")
+        if tuple(found[path]) != leaf.shape:
+            raise InputError(
+                f"{folder}: parameter {path} has the wrong shape; expected {list(leaf.shape)}, "
+                f"found {list(found[path])}"
+            )
+    if surplus := sorted(set(found) - set(expected)):
+        raise InputError(f"{folder}: parameter {surplus[0]} is surplus; expected nothing of that name")
+
+
+def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
+    metadata = read_metadata(folder)
+    check_target(metadata, target, folder)
+    check_exit_layer(metadata["exit_layer"], target.config)
+    expected = named_leaves(abstract_adapter(target.config, target.model.dtype))
+    # The list first: it names a mismatch where the arrays themselves would only fail to be read.
+    check_parameters(metadata["parameters"], expected, folder)
+    found = read_arrays(folder, "adapter", expected)
+    parameters = {path: jnp.asarray(found[path], leaf.dtype) for path, leaf in expected.items()}
+    return TrainedAdapter(adapter_from_parameters(target.config, parameters), metadata["exit_layer"], name)
+
+
+def _read(folder: pathlib.Path, **items: Any) -> dict[str, Any]:
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers())) as checkpointer:
+            return checkpointer.restore(folder, ocp.args.Composite(**items))
+    except Exception as error:  # Orbax and TensorStore raise bare exceptions of many kinds for damaged files
+        # TensorStore appends its whole specification, in brackets.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(" [tensorstore_spec")[0]
+        item = folder / next(iter(items))
+        raise InputError(f"{item}: damaged or not an adapter checkpoint ({reason}); copy or train it again") from None
+
+
+def item_handlers() -> dict[str, ocp.CheckpointHandler]:
+    """Orbax's handler for each item of a checkpoint. All are always given: it warns of items it has none for."""
+    arrays, values = ocp.PyTreeCheckpointHandler, ocp.JsonCheckpointHandler
+    return {"adapter": arrays(), "metadata": values(), "optimizer": arrays(), "position": values()}

@@ -1,0 +1,60 @@
+"""Plain decoding, the baseline: made of the same pieces, so a comparison compares the method and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.decode.generate import Generation, run
+from kangaroo_jax.decode.state import DecodeState, Draft
+from kangaroo_jax.decode.verify import commit, verify
+from kangaroo_jax.model.target import TargetModel, shallow_apply
+
+# Where plain decoding splits the layers; the result does not depend on it.
+_EXIT_LAYER = 1
+
+
+def generate_plain(
+    target: Target,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    max_new_tokens: int = 128,
+    eos_token_ids: Sequence[int] | None = None,
+    max_length: int | None = None,
+    stop: Sequence[str] = (),
+    on_text: Callable[[int, str], None] | None = None,
+) -> Generation:
+    """Greedy decoding, one token per pass. Arguments, result and errors as for `generate`."""
+    return run(
+        target,
+        None,
+        prompts,
+        plain_round,
+        exit_layer=_EXIT_LAYER,
+        overhang=1,
+        threshold=0.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        max_length=max_length,
+        stop=stop,
+        on_text=on_text,
+    )
+
+
+def plain_round(
+    target: TargetModel,
+    adapter: None,
+    state: DecodeState,
+    eos_token_ids: Int[Array, " eos"],
+    threshold: Float[Array, ""],
+) -> DecodeState:
+    """A round with nothing drafted: shallow layers, deep layers, one token."""
+    del adapter, threshold
+    start = state.shallow.length
+    hidden, shallow = shallow_apply(target, state.token[:, None], start[:, None], state.shallow, exit_layer=_EXIT_LAYER)
+    batch = start.shape[0]
+    nothing = Draft(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch,), jnp.int32), hidden, shallow, None)
+    tokens, deep = verify(target, state.deep, nothing, exit_layer=_EXIT_LAYER, widths=(1,))
+    return commit(state, nothing, deep, tokens, eos_token_ids)

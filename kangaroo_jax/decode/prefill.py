@@ -1,0 +1,76 @@
+"""Prefill: the prompt through the whole model once, giving the first token and the caches."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from kangaroo_jax.decode.state import DecodeState, RoundStats
+from kangaroo_jax.model.adapter import Adapter, adapter_apply
+from kangaroo_jax.model.cache import KVCache
+from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
+
+
+def bucket(length: int, step: int) -> int:
+    """The smallest multiple of `step` that holds `length`: few shapes, so few compilations."""
+    return -(-length // step) * step
+
+
+def prefill(
+    target: TargetModel,
+    adapter: Adapter | None,
+    tokens: Int[Array, "batch time"],
+    lengths: Int[Array, " batch"],
+    max_output: Int[Array, " batch"],
+    eos_token_ids: Int[Array, " eos"],
+    *,
+    exit_layer: int,
+    capacity: int,
+    room: int,
+) -> DecodeState:
+    """Processes prompts and commits each one's first token.
+
+    Args:
+      target: the model.
+      adapter: None for plain decoding.
+      tokens: prompts, padded on the right.
+      lengths: of the prompts, at least 1.
+      max_output: most new tokens per sequence, at least 1.
+      eos_token_ids: tokens that end a sequence.
+      exit_layer: l, static.
+      capacity: of the caches, static: prompt, new tokens and a round beyond them.
+      room: of the output buffers, static: new tokens and a round beyond them.
+    """
+    with jax.named_scope("prefill"):
+        batch, time = tokens.shape
+        config, dtype = target.config, target.dtype
+        positions = jnp.broadcast_to(jnp.arange(time), (batch, time))
+        # The prompt attends to a buffer of its own length; room for the answer is added after.
+        shallow, deep = (
+            KVCache.empty(config, layers, batch, time, dtype)
+            for layers in (exit_layer, config.num_hidden_layers - exit_layer)
+        )
+        hidden, shallow = shallow_apply(target, tokens, positions, shallow, exit_layer=exit_layer)
+        normed, deep = deep_apply(target, hidden, positions, deep, exit_layer=exit_layer)
+        adapter_cache = None
+        if adapter is not None:
+            adapter_cache = KVCache.empty(config, 1, batch, time, dtype)
+            _, adapter_cache = adapter_apply(adapter, hidden, positions, adapter_cache)
+            adapter_cache = adapter_cache.grown(capacity).replace(length=lengths - 1)
+        last = (lengths - 1)[:, None, None]
+        logits = lm_head(target, jnp.take_along_axis(normed, last, axis=1)[:, 0])
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        ended = jnp.any(token[:, None] == eos_token_ids, axis=-1)
+        return DecodeState(
+            token=token,
+            shallow_hidden=jnp.take_along_axis(hidden, last, axis=1),
+            shallow=shallow.grown(capacity).replace(length=lengths),
+            deep=deep.grown(capacity).replace(length=lengths),
+            adapter=adapter_cache,
+            output=jnp.zeros((batch, room), jnp.int32).at[:, 0].set(token),
+            num_output=jnp.ones((batch,), jnp.int32),
+            max_output=max_output,
+            finished=ended | (max_output <= 1),
+            stats=RoundStats.empty(batch, room),
+        )

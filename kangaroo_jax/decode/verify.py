@@ -1,0 +1,108 @@
+"""The verification phase of a round: one forward pass of the deep layers, and what it commits."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from kangaroo_jax.decode.state import DecodeState, Draft
+from kangaroo_jax.model.cache import KVCache
+from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head
+
+
+def verify(
+    target: TargetModel, deep: KVCache, draft: Draft, *, exit_layer: int, widths: tuple[int, ...]
+) -> tuple[Int[Array, "batch gamma+1"], KVCache]:
+    """The target's own next token after each drafted position (design, section 4, step 2).
+
+    Args:
+      target: the model.
+      deep: the deep layers' cache, holding positions before the draft's first.
+      draft: the draft; `draft.hidden` is where the pass starts.
+      exit_layer: l, static.
+      widths: how many positions a pass may hold, ascending, ending with gamma + 1; the smallest that holds the
+        longest draft of the batch is run. One width where compute is free beside reading the weights, several where
+        it is not.
+
+    Returns:
+      Greedy tokens (meaningless beyond a sequence's draft length + 1), and the cache with lengths not yet settled.
+    """
+    full = draft.hidden.shape[1]
+
+    def run(width: int, hidden: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        positions = cache.length[:, None] + jnp.arange(width)
+        normed, cache = deep_apply(target, hidden[:, :width], positions, cache, exit_layer=exit_layer)
+        tokens = jnp.argmax(lm_head(target, normed), axis=-1).astype(jnp.int32)
+        return jnp.pad(tokens, ((0, 0), (0, full - width))), cache.replace(length=deep.length)
+
+    with jax.named_scope("verify"):
+        if len(widths) == 1:
+            return run(widths[0], draft.hidden, deep)
+        needed = jnp.max(draft.length) + 1
+        choice = jnp.searchsorted(jnp.asarray(widths), needed)
+        return jax.lax.switch(choice, [functools.partial(run, width) for width in widths], draft.hidden, deep)
+
+
+def commit(
+    state: DecodeState,
+    draft: Draft,
+    deep: KVCache,
+    target_tokens: Int[Array, "batch gamma+1"],
+    eos_token_ids: Int[Array, " eos"],
+) -> DecodeState:
+    """Accepts the longest prefix of the draft that the target agrees with, plus the target's next token (design,
+    section 4, step 3), cut after the first EOS and at the sequence's last allowed token.
+
+    Rejected positions are rolled back by setting the caches' lengths.
+
+    Args:
+      state: before the round.
+      draft: the round's draft.
+      deep: the deep layers' cache from `verify`.
+      target_tokens: from `verify`.
+      eos_token_ids: tokens that end a sequence; may be empty.
+    """
+    with jax.named_scope("commit"):
+        width = target_tokens.shape[1]
+        index = jnp.arange(width)
+        agrees = (draft.tokens == target_tokens[:, :-1]) & (index[:-1] < draft.length[:, None])
+        count = 1 + jnp.sum(jnp.cumprod(agrees, axis=1), axis=1, dtype=jnp.int32)
+        count = jnp.minimum(count, state.max_output - state.num_output)
+        ends = jnp.any(target_tokens[:, :, None] == eos_token_ids, axis=-1) & (index < count[:, None])
+        count = jnp.where(jnp.any(ends, axis=1), 1 + jnp.argmax(ends, axis=1).astype(jnp.int32), count)
+        count = jnp.where(state.finished, 0, count)
+
+        num_output = state.num_output + count
+        finished = state.finished | jnp.any(ends, axis=1) | (num_output >= state.max_output)
+        last = jnp.maximum(count - 1, 0)[:, None]
+        idle = state.finished
+        token = jnp.where(idle, state.token, jnp.take_along_axis(target_tokens, last, axis=1)[:, 0])
+        hidden = jnp.take_along_axis(draft.hidden, last[:, :, None], axis=1)
+        length = state.deep.length + count
+        return state.replace(
+            token=token,
+            shallow_hidden=jnp.where(idle[:, None, None], state.shallow_hidden, hidden),
+            shallow=draft.shallow.replace(length=length),
+            deep=deep.replace(length=length),
+            adapter=None if draft.adapter is None else draft.adapter.replace(length=length - 1),
+            output=_write_rows(state.output, target_tokens, state.num_output),
+            num_output=num_output,
+            finished=finished,
+            stats=state.stats.replace(
+                accept_lengths=_write_rows(state.stats.accept_lengths, count[:, None], state.stats.rounds),
+                draft_lengths=_write_rows(state.stats.draft_lengths, draft.length[:, None], state.stats.rounds),
+                rounds=state.stats.rounds + ~idle,
+            ),
+        )
+
+
+def _write_rows(
+    buffer: Int[Array, "batch room"], rows: Int[Array, "batch width"], start: Int[Array, " batch"]
+) -> Int[Array, "batch room"]:
+    """Writes each row at its own start. Buffers have room for a whole round beyond the last token."""
+    for i in range(buffer.shape[0]):
+        buffer = jax.lax.dynamic_update_slice(buffer, rows[i : i + 1], (i, start[i]))
+    return buffer

@@ -1,0 +1,380 @@
+"""Training an adapter, from a configuration to the checkpoints of a run.
+
+A run folder holds numbered checkpoints (see checkpoint/adapter.py) and TensorBoard events. Running the same
+configuration again goes on from the newest checkpoint, with the same results as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+import orbax.checkpoint as ocp
+import tensorboardX
+from jaxtyping import Array
+from tqdm import tqdm
+
+from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
+from kangaroo_jax.checkpoint.huggingface import Target, load_target
+from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.target import TargetModel
+from kangaroo_jax.train import data
+from kangaroo_jax.train.objective import adapter_loss
+
+Parameters = dict[str, Array]  # dotted path -> float32 array
+
+_SETTINGS: dict[str, type] = {
+    "target": str,
+    "dtype": str,
+    "exit_layer": int,
+    "output": str,
+    "seed": int,
+    "steps": int,
+    "batch_size": int,
+    "sequence_length": int,
+    "loss_chunk": int,
+    "data.files": str,
+    "data.evaluation_files": str,
+    "data.held_out": float,
+    "optimizer.learning_rate": float,
+    "optimizer.warmup_steps": int,
+    "optimizer.schedule": str,
+    "optimizer.weight_decay": float,
+    "optimizer.clip_norm": float,
+    "log_every": int,
+    "evaluate_every": int,
+    "evaluation_windows": int,
+    "save_every": int,
+    "keep_checkpoints": int,
+}
+_MAY_BE_ZERO = {"seed", "optimizer.warmup_steps", "optimizer.weight_decay"}
+_CHOICES = {"dtype": ("float32", "bfloat16", "float16"), "optimizer.schedule": ("constant", "cosine")}
+# What a run's results follow from, with the target and the data, which have fingerprints.
+_FIXED = ("exit_layer", "dtype", "seed", "batch_size", "sequence_length", "optimizer.")
+
+
+def train(config: ml_collections.ConfigDict) -> dict[str, float]:
+    """Trains an adapter, or goes on with a run that was interrupted.
+
+    Args:
+      config: see configs/demo.py for its keys.
+
+    Returns:
+      The held-out `loss` (nats), `expected_acceptance` and `top1_agreement` at the last step.
+
+    Raises:
+      InputError: for a setting, target or text that is wrong, an output folder that holds a run with other settings,
+        or a loss that is no longer finite. Nothing is written before all of the input has been read.
+    """
+    settings = check_config(config)
+    data.check_files(settings["data.files"], settings["data.evaluation_files"])
+    target = load_target(settings["target"], settings["dtype"])
+    adapter_checkpoint.check_exit_layer(settings["exit_layer"], target.config)
+    context = target.config.max_position_embeddings
+    if settings["sequence_length"] > context:
+        raise InputError(
+            f"sequence_length: expected at most {context}, the context of {target.name}; "
+            f"found {settings['sequence_length']}"
+        )
+    output = pathlib.Path(settings["output"]).expanduser().resolve()
+    newest = adapter_checkpoint.newest_step(output)
+    stored = None
+    if newest is not None:
+        stored = adapter_checkpoint.read_metadata(newest)
+        adapter_checkpoint.check_target(stored, target, newest)
+        _check_same_run(settings, stored["training"]["settings"], newest)
+        if int(newest.name) >= settings["steps"]:
+            print(f"{output}: complete, {newest.name} steps; {_describe(stored['training']['held_out'])}")
+            return stored["training"]["held_out"]
+
+    windows, held_out = data.load_windows(
+        settings["data.files"],
+        settings["data.evaluation_files"],
+        settings["data.held_out"],
+        target,
+        settings["sequence_length"],
+    )
+    if stored is not None and stored["training"]["data_fingerprint"] != windows.fingerprint:
+        raise InputError(
+            f"{newest}: trained on other text; expected data with fingerprint {windows.fingerprint}, found "
+            f"{stored['training']['data_fingerprint']}; give the same files, or another output"
+        )
+    batches = data.training_batches(windows, settings["batch_size"], settings["seed"])
+    evaluation = data.evaluation_batches(held_out, settings["batch_size"], settings["evaluation_windows"])
+    training = {"settings": settings, "data_fingerprint": windows.fingerprint}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output: {output} cannot be made a folder ({error.strerror}); name another") from None
+    run = _Run(settings, target, batches, evaluation, training)
+    if newest is not None:
+        run.restore(newest)
+    return run.run(output)
+
+
+def check_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The settings by dotted name, checked.
+
+    Raises:
+      InputError: for a setting that is missing, unknown, of the wrong type or out of range.
+    """
+    settings = _flat(config.to_dict())
+    for name in settings:
+        if name not in _SETTINGS:
+            raise InputError(f"config: {name} is not a setting; expected {', '.join(_SETTINGS)}")
+    for name, kind in _SETTINGS.items():
+        if name not in settings:
+            raise InputError(f"config: {name} is missing; expected a value of type {kind.__name__}")
+        value = settings[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+            raise InputError(f"{name}: expected a value of type {kind.__name__}, found {value!r}")
+        if kind is not str and not (0 < value < math.inf or (value == 0 and name in _MAY_BE_ZERO)):
+            least = "zero or more" if name in _MAY_BE_ZERO else "more than zero"
+            raise InputError(f"{name}: expected a number that is {least}, found {value}")
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise InputError(f"{name}: expected {' or '.join(_CHOICES[name])}, found {value!r}")
+    for name in ("target", "output", "data.files"):
+        if not settings[name].strip():
+            raise InputError(f"{name}: empty; give one with --config.{name}=...")
+    if settings["data.held_out"] > 0.5:
+        raise InputError(f"data.held_out: expected a share of at most 0.5, found {settings['data.held_out']}")
+    if settings["seed"] >= 2**32:
+        raise InputError(f"seed: expected less than 2**32, found {settings['seed']}")
+    if settings["optimizer.warmup_steps"] >= settings["steps"]:
+        raise InputError(
+            f"optimizer.warmup_steps: expected less than steps ({settings['steps']}), "
+            f"found {settings['optimizer.warmup_steps']}"
+        )
+    # Before the data files are looked for, so that the first of two mistakes is the first to be named.
+    target = pathlib.Path(settings["target"]).expanduser()
+    if (target.is_absolute() or settings["target"].startswith(".")) and not target.is_dir():
+        raise InputError(f"{settings['target']}: no such folder; expected a target in Hugging Face format or a hub id")
+    return settings
+
+
+def make_optimizer(settings: dict[str, Any]) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm, with linear warm-up and then a constant or cosine rate.
+
+    Norm weights are not decayed. Betas, warm-up and clipping as in the authors' code.
+    """
+    rate, warmup = settings["optimizer.learning_rate"], settings["optimizer.warmup_steps"]
+    if settings["optimizer.schedule"] == "cosine":
+        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, settings["steps"])
+    else:
+        schedule = optax.warmup_constant_schedule(0.0, rate, warmup)
+    return optax.chain(
+        optax.clip_by_global_norm(settings["optimizer.clip_norm"]),
+        optax.adamw(
+            schedule,
+            b1=0.9,
+            b2=0.95,
+            weight_decay=settings["optimizer.weight_decay"],
+            mask=lambda parameters: {path: x.ndim > 1 for path, x in parameters.items()},
+        ),
+    )
+
+
+def initial_parameters(target: TargetModel, exit_layer: int) -> Parameters:
+    """float32 parameters to start from: the attention and input norm of the target's layer `exit_layer`, the first
+    that the adapter stands in for, and the target's final norm."""
+    layer = target.layers[exit_layer]
+    parts = {
+        "layers.0.input_layernorm": layer.input_layernorm,
+        "layers.0.self_attn": layer.self_attn,
+        "norm": target.norm,
+    }
+    # Copies: the training step donates its parameters, and must not take the target's with them.
+    return {
+        f"{prefix}.{path}": jnp.array(x, jnp.float32, copy=True)
+        for prefix, module in parts.items()
+        for path, x in adapter_checkpoint.named_leaves(module).items()
+    }
+
+
+class _Run:
+    """A run in memory: what is trained, where it stands, and how it goes on."""
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        target: Target,
+        batches: grain.DatasetIterator,
+        evaluation: list[dict[str, Array]],
+        training: dict[str, Any],
+    ):
+        self.settings, self.target = settings, target
+        self.batches, self.evaluation, self.training = batches, evaluation, training
+        self.optimizer = make_optimizer(settings)
+        self.step = 0
+        self.parameters = initial_parameters(target.model, settings["exit_layer"])
+        self.state = self.optimizer.init(self.parameters)
+        self._train_step, self._evaluate_batch = _compiled(self.optimizer, target, settings)
+
+    def restore(self, folder: pathlib.Path) -> None:
+        """Takes over a checkpoint of the run."""
+        position = adapter_checkpoint.read_position(folder)
+        expected = adapter_checkpoint.named_leaves(self.state)
+        # Copies: what is donated must be JAX's own, not the reader's.
+        self.parameters = {
+            path: jnp.array(x, copy=True)
+            for path, x in adapter_checkpoint.read_arrays(folder, "adapter", self.parameters).items()
+        }
+        found = adapter_checkpoint.read_arrays(folder, "optimizer", expected)
+        self.state = jax.tree.unflatten(
+            jax.tree.structure(self.state), [jnp.array(found[path], copy=True) for path in expected]
+        )
+        self.step = position["step"]
+        self.batches.set_state(position["input"])
+
+    def run(self, output: pathlib.Path) -> dict[str, float]:
+        settings, steps = self.settings, self.settings["steps"]
+        options = ocp.CheckpointManagerOptions(max_to_keep=settings["keep_checkpoints"], cleanup_tmp_directories=True)
+        manager = ocp.CheckpointManager(output, options=options, item_handlers=adapter_checkpoint.item_handlers())
+        writer = tensorboardX.SummaryWriter(str(output), purge_step=self.step + 1)
+        if self.step:
+            print(f"{output}: going on from step {self.step}")
+        # A file or a pipe gets a line now and then instead of a moving bar.
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        bar = tqdm(total=steps, initial=self.step, unit="step", mininterval=interval, dynamic_ncols=True)
+        with manager, writer, bar:
+            if self.step == 0:
+                self._evaluate(writer)
+            pending, since = [], time.monotonic()
+            while self.step < steps:
+                self.parameters, self.state, metrics = self._train_step(
+                    self.parameters, self.state, self.target.model, next(self.batches)
+                )
+                self.step += 1
+                bar.update()
+                pending.append(metrics)
+                saves = self.step % settings["save_every"] == 0 or self.step == steps
+                evaluates = self.step % settings["evaluate_every"] == 0 or self.step == steps
+                if self.step % settings["log_every"] == 0 or saves or evaluates:
+                    means = self._means(pending)
+                    seconds = time.monotonic() - since
+                    means["tokens_per_second"] = sum(batch["positions"] for batch in pending) / seconds
+                    for name, value in means.items():
+                        writer.add_scalar(f"train/{name}", value, self.step)
+                    bar.set_postfix_str(
+                        f"loss {means['loss']:.3f}, acceptance {means['expected_acceptance']:.3f}, "
+                        f"{means['tokens_per_second']:.0f} tokens/s",
+                        refresh=False,
+                    )
+                    pending, since = [], time.monotonic()
+                if evaluates:
+                    self._evaluate(writer)
+                if saves:
+                    self._save(manager)
+                if saves or evaluates:
+                    since = time.monotonic()
+        return self.training["held_out"]
+
+    def _means(self, pending: list[dict[str, Array]]) -> dict[str, float]:
+        """Means over the steps since the last report, whose metrics are fetched here."""
+        pending[:] = [{name: float(x) for name, x in metrics.items()} for metrics in jax.device_get(pending)]
+        means = {name: sum(batch[name] for batch in pending) / len(pending) for name in pending[0]}
+        del means["positions"]
+        if not math.isfinite(means["loss"]) or not math.isfinite(means["gradient_norm"]):
+            raise InputError(
+                f"the loss or its gradient is not finite between steps {self.step - len(pending) + 1} and {self.step} "
+                f"(loss {means['loss']}, gradient norm {means['gradient_norm']}); "
+                "lower optimizer.learning_rate or lengthen optimizer.warmup_steps"
+            )
+        return means
+
+    def _evaluate(self, writer: tensorboardX.SummaryWriter) -> None:
+        results = jax.device_get(
+            [self._evaluate_batch(self.parameters, self.target.model, batch) for batch in self.evaluation]
+        )
+        weights = [float(batch.pop("positions")) for batch in results]
+        self.training["held_out"] = {
+            name: sum(w * float(batch[name]) for w, batch in zip(weights, results, strict=True)) / sum(weights)
+            for name in results[0]
+        }
+        for name, value in self.training["held_out"].items():
+            writer.add_scalar(f"held_out/{name}", value, self.step)
+        tqdm.write(f"step {self.step}: {_describe(self.training['held_out'])}")
+
+    def _save(self, manager: ocp.CheckpointManager) -> None:
+        # Written in the background; the next steps overwrite what they donate, so it gets copies.
+        parameters = jax.tree.map(jnp.copy, self.parameters)
+        state = jax.tree.map(jnp.copy, adapter_checkpoint.named_leaves(self.state))
+        metadata = adapter_checkpoint.adapter_metadata(
+            parameters, self.target, self.settings["exit_layer"], self.training | {"step": self.step}
+        )
+        manager.save(
+            self.step,
+            args=ocp.args.Composite(
+                adapter=ocp.args.PyTreeSave(parameters),
+                metadata=ocp.args.JsonSave(metadata),
+                optimizer=ocp.args.PyTreeSave(state),
+                position=ocp.args.JsonSave({"step": self.step, "input": self.batches.get_state()}),
+            ),
+        )
+
+
+def _compiled(
+    optimizer: optax.GradientTransformation, target: Target, settings: dict[str, Any]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The training step and the evaluation of a batch. The target is an argument of both, not a constant in them."""
+
+    def loss(parameters: Parameters, model: TargetModel, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        adapter = adapter_checkpoint.adapter_from_parameters(target.config, parameters)
+        return adapter_loss(
+            adapter,
+            model,
+            batch["tokens"],
+            batch["loss_mask"],
+            exit_layer=settings["exit_layer"],
+            chunk=settings["loss_chunk"],
+        )
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def train_step(parameters, state, model, batch):
+        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(parameters, model, batch)
+        updates, state = optimizer.update(gradients, state, parameters)
+        metrics["gradient_norm"] = optax.global_norm(gradients)
+        return optax.apply_updates(parameters, updates), state, metrics
+
+    @jax.jit
+    def evaluate_batch(parameters, model, batch):
+        return loss(parameters, model, batch)[1]
+
+    return train_step, evaluate_batch
+
+
+def _check_same_run(settings: dict[str, Any], stored: dict[str, Any], folder: pathlib.Path) -> None:
+    """Raises `InputError` where going on with a run would not give what the settings ask for."""
+    fixed = [name for name in _SETTINGS if name.startswith(_FIXED)]
+    if settings["optimizer.schedule"] == "cosine":
+        fixed.append("steps")  # the rate's course was laid out for them
+    for name in fixed:
+        if settings[name] != stored.get(name):
+            raise InputError(
+                f"{folder}: a run with other settings; expected {name} {settings[name]}, found {stored.get(name)}; "
+                "give the same settings to go on with it, or another output"
+            )
+
+
+def _describe(held_out: dict[str, float]) -> str:
+    return (
+        f"held-out loss {held_out['loss']:.4f}, expected acceptance {held_out['expected_acceptance']:.4f}, "
+        f"top-1 agreement {held_out['top1_agreement']:.4f}"
+    )
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in nested.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

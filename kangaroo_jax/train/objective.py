@@ -1,0 +1,116 @@
+"""What the adapter learns: the target's next-token distribution, from the shallow hidden states (paper, section 3.1).
+
+Teacher and draft model are compared at the same position, so there are no shifted labels. Logits exist for one chunk
+of positions at a time; the backward pass makes them anew.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from kangaroo_jax.model.adapter import Adapter, adapter_apply
+from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
+
+Sums = dict[str, Float[Array, ""]]
+
+
+def chunk_sums(
+    target: TargetModel,
+    teacher: Float[Array, "batch time hidden"],
+    draft: Float[Array, "batch time hidden"],
+    mask: Float[Array, "batch time"],
+) -> Sums:
+    """Sums over the positions of one chunk, each weighted by `mask`.
+
+    Args:
+      target: its LM head makes both sets of logits.
+      teacher: the target's normed hidden states.
+      draft: the adapter's.
+      mask: weight of each position in the loss; 0 leaves it out.
+
+    Returns:
+      `loss` (cross entropy between the two softmaxes, nats), `expected_acceptance` (sum over the vocabulary of
+      min(p_target, p_draft): the probability that speculative sampling accepts the draft, Leviathan et al. 2023),
+      `top1_agreement` (1 where both have the same likeliest token), `positions` (the mask itself).
+    """
+    teacher_logits, draft_logits = lm_head(target, teacher), lm_head(target, draft)
+    p, q = jax.nn.softmax(teacher_logits), jax.nn.softmax(draft_logits)
+    values = {
+        "loss": optax.losses.softmax_cross_entropy(draft_logits, p),
+        "expected_acceptance": jnp.minimum(p, q).sum(-1),
+        "top1_agreement": (teacher_logits.argmax(-1) == draft_logits.argmax(-1)).astype(jnp.float32),
+        "positions": jnp.ones_like(mask),
+    }
+    return {name: jnp.sum(value * mask) for name, value in values.items()}
+
+
+def distillation(
+    target: TargetModel,
+    teacher: Float[Array, "batch time hidden"],
+    draft: Float[Array, "batch time hidden"],
+    mask: Float[Array, "batch time"],
+    *,
+    chunk: int,
+) -> tuple[Float[Array, ""], Sums]:
+    """Mean loss and metrics over the masked positions, `chunk` positions of each sequence at a time.
+
+    Arguments as for `chunk_sums`; `chunk` need not divide the sequence length, and sets memory alone: at most
+    [batch, chunk, vocabulary] logits exist at once, of teacher and draft each.
+
+    Returns:
+      The mean loss, and the means of `loss`, `expected_acceptance` and `top1_agreement` with `positions`, the total
+      weight they are over.
+    """
+    batch, time, _ = draft.shape
+    chunk = min(chunk, time)
+    count = -(-time // chunk)
+
+    def split(x: Array) -> Array:  # [batch, time, ...] -> [count, batch, chunk, ...]; the padding has mask 0
+        x = jnp.pad(x, [(0, 0), (0, count * chunk - time)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def add(sums: Sums, chunk_inputs: tuple[Array, Array, Array]) -> tuple[Sums, None]:
+        return jax.tree.map(jnp.add, sums, chunk_sums(target, *chunk_inputs)), None
+
+    zeros = dict.fromkeys(("loss", "expected_acceptance", "top1_agreement", "positions"), jnp.float32(0))
+    # The batch axis stays whole, so that it can be sharded.
+    sums, _ = jax.lax.scan(add, zeros, (split(teacher), split(draft), split(mask.astype(jnp.float32))))
+    positions = sums.pop("positions")
+    means = {name: value / jnp.maximum(positions, 1) for name, value in sums.items()}
+    return means["loss"], means | {"positions": positions}
+
+
+def adapter_loss(
+    adapter: Adapter,
+    target: TargetModel,
+    tokens: Int[Array, "batch time"],
+    loss_mask: Float[Array, "batch time"],
+    *,
+    exit_layer: int,
+    chunk: int,
+) -> tuple[Float[Array, ""], Sums]:
+    """The training objective, with the frozen target as teacher in the same pass.
+
+    Args:
+      adapter: the only argument to differentiate. Its weights may be float32 masters; they are cast to the
+        target's dtype here.
+      target: the frozen target.
+      tokens: token ids; each row starts at position 0.
+      loss_mask: weight of each position.
+      exit_layer: number of shallow layers, static.
+      chunk: positions of each sequence whose logits exist at once, static.
+
+    Returns:
+      As for `distillation`.
+    """
+    target = jax.lax.stop_gradient(target)
+    adapter = jax.tree.map(lambda x: x.astype(target.dtype), adapter)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    shallow, _ = shallow_apply(target, tokens, positions, exit_layer=exit_layer)
+    teacher, _ = deep_apply(target, shallow, positions, exit_layer=exit_layer)
+    draft, _ = adapter_apply(adapter, shallow, positions)
+    return distillation(target, teacher, draft, loss_mask, chunk=chunk)

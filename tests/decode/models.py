@@ -1,0 +1,49 @@
+"""Tiny random targets and adapters whose drafts are right often but not always, for the decoding tests."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter
+from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.model.target import TargetModel
+
+LAYERS = 5
+VOCABULARY = 48
+
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=512,
+)
+
+
+@functools.cache
+def tiny_target(seed: int = 0) -> Target:
+    """A random model, its weights large enough that greedy text wanders, its later layers weak enough that a draft
+    from the earlier ones often agrees."""
+    model = TargetModel(CONFIG, rngs=nnx.Rngs(seed))
+    leaves, structure = jax.tree.flatten(model)
+    model = jax.tree.unflatten(structure, [x * 12 if x.ndim > 1 else x for x in leaves])
+    for layer in list(model.layers)[1:]:
+        layer.self_attn.o_proj[...] *= 0.15
+        layer.mlp.down_proj[...] *= 0.15
+    return Target(model=model, tokenizer=None, name="tiny", fingerprint="tiny", eos_token_ids=())
+
+
+@functools.cache
+def tiny_adapter(exit_layer: int | None, seed: int = 1) -> TrainedAdapter:
+    adapter = Adapter(CONFIG, rngs=nnx.Rngs(seed))
+    return TrainedAdapter(model=jax.tree.map(jnp.asarray, adapter), exit_layer=exit_layer, name="tiny adapter")

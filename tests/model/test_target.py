@@ -1,0 +1,194 @@
+"""Decoding through the cache, compared with one forward pass over the whole sequence without a cache.
+
+That pass is itself compared with transformers in tests/checkpoint/test_huggingface.py.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kangaroo_jax.config import ModelConfig, RopeScaling
+from kangaroo_jax.model.cache import KVCache
+from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
+
+LENGTH, CAPACITY = 14, 20
+CONFIGS = {
+    "gqa": {},
+    "mha, biases": {"num_key_value_heads": 4, "qkv_bias": True, "o_bias": True, "mlp_bias": True},
+    "llama3, tied": {"rope_scaling": RopeScaling("llama3", 4.0, 1.0, 4.0, 8), "tie_word_embeddings": True},
+}
+
+
+def make_target(**settings: object) -> TargetModel:
+    """A random float32 target with 4 layers, biases and norms included."""
+    config = ModelConfig(
+        **{
+            "model_type": "llama",
+            "vocab_size": 61,
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 64,
+        }
+        | settings
+    )
+    rng = np.random.default_rng(0)
+
+    def random(x: jax.ShapeDtypeStruct) -> jax.Array:
+        centre, spread = (1.0, 0.3) if x.ndim == 1 else (0.0, 0.4)  # norms and biases, matrices
+        return jnp.asarray(rng.normal(centre, spread, x.shape), jnp.float32)
+
+    return jax.tree.map(random, nnx.eval_shape(lambda: TargetModel(config, rngs=nnx.Rngs(0))))
+
+
+@functools.partial(jax.jit, static_argnames="exit_layer")
+def whole(target: TargetModel, tokens: jax.Array, exit_layer: int) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = shallow_apply(target, tokens, positions, exit_layer=exit_layer)
+    hidden, _ = deep_apply(target, hidden, positions, exit_layer=exit_layer)
+    return lm_head(target, hidden)
+
+
+@functools.partial(jax.jit, static_argnames="exit_layer")
+def step(
+    target: TargetModel, tokens: jax.Array, shallow: KVCache, deep: KVCache, exit_layer: int
+) -> tuple[jax.Array, KVCache, KVCache]:
+    """Logits of a block of tokens that follow what the caches hold."""
+    positions = shallow.length[:, None] + jnp.arange(tokens.shape[1])
+    hidden, shallow = shallow_apply(target, tokens, positions, shallow, exit_layer=exit_layer)
+    hidden, deep = deep_apply(target, hidden, positions, deep, exit_layer=exit_layer)
+    return lm_head(target, hidden), shallow, deep
+
+
+@jax.jit
+def masked(target: TargetModel, tokens: jax.Array, positions: jax.Array, cache: KVCache, mask: jax.Array) -> jax.Array:
+    """Logits with all layers in one cache and a mask of our own."""
+    layers = target.config.num_hidden_layers
+    hidden, _ = shallow_apply(target, tokens, positions, cache, exit_layer=layers, mask=mask)
+    hidden, _ = deep_apply(target, hidden, positions, exit_layer=layers)
+    return lm_head(target, hidden)
+
+
+def empty_caches(target: TargetModel, batch: int, exit_layer: int) -> tuple[KVCache, KVCache]:
+    layers = target.config.num_hidden_layers
+    make = functools.partial(KVCache.empty, target.config, batch=batch, capacity=CAPACITY, dtype=jnp.float32)
+    return make(exit_layer), make(layers - exit_layer)
+
+
+def rolled_back(cache: KVCache, length: list[int]) -> KVCache:
+    return cache.replace(length=jnp.asarray(length, jnp.int32))
+
+
+def assert_close(found: jax.Array, expected: jax.Array) -> None:
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * float(np.abs(expected).max()))
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def target(request: pytest.FixtureRequest) -> TargetModel:
+    return make_target(**CONFIGS[request.param])
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 61, (2, LENGTH))
+
+
+def test_logits_depend_on_order_and_on_every_earlier_token(target: TargetModel, tokens: np.ndarray) -> None:
+    """What makes the comparisons below mean something: each earlier token moves the last logits, none the earlier."""
+    before = whole(target, tokens, 2)
+    for i in range(LENGTH):
+        changed = tokens.copy()
+        changed[:, i] = (changed[:, i] + 1) % 61
+        difference = np.abs(np.asarray(whole(target, changed, 2) - before)).max(axis=(0, 2)) / np.abs(before).max()
+        assert (difference[:i] == 0).all()
+        assert (difference[i:] > 1e-4).all()
+
+
+@pytest.mark.parametrize("exit_layer", [1, 2, 4])
+def test_the_split_does_not_change_the_logits(target: TargetModel, tokens: np.ndarray, exit_layer: int) -> None:
+    assert_close(whole(target, tokens, exit_layer), whole(target, tokens, 3))
+
+
+@pytest.mark.parametrize("blocks", [[14], [5] + [1] * 9, [1] * 14, [4, 3, 1, 2, 4]])
+def test_blocks_through_the_cache_equal_the_whole(target: TargetModel, tokens: np.ndarray, blocks: list[int]) -> None:
+    shallow, deep = empty_caches(target, 2, 1)
+    found, done = [], 0
+    for width in blocks:
+        logits, shallow, deep = step(target, tokens[:, done : done + width], shallow, deep, 1)
+        found.append(logits)
+        done += width
+        assert shallow.length.tolist() == deep.length.tolist() == [done, done]
+    assert_close(jnp.concatenate(found, axis=1), whole(target, tokens, 1))
+
+
+def test_rollback_forgets_what_came_after(target: TargetModel, tokens: np.ndarray) -> None:
+    """Wrong tokens are written, rolled back, and overwritten by a shorter and by a longer block."""
+    expected = whole(target, tokens, 1)
+    shallow, deep = empty_caches(target, 2, 1)
+    _, shallow, deep = step(target, tokens[:, :5], shallow, deep, 1)
+    wrong = (tokens[:, 5:9] + 7) % 61
+    logits, shallow, deep = step(target, wrong, shallow, deep, 1)
+    assert np.abs(np.asarray(logits - expected[:, 5:9])).max() > 0.01
+    shallow, deep = rolled_back(shallow, [5, 5]), rolled_back(deep, [5, 5])
+    logits, shallow, deep = step(target, tokens[:, 5:7], shallow, deep, 1)
+    assert_close(logits, expected[:, 5:7])
+    _, shallow, deep = step(target, wrong, shallow, deep, 1)
+    shallow, deep = rolled_back(shallow, [7, 7]), rolled_back(deep, [7, 7])
+    logits, shallow, deep = step(target, tokens[:, 7:], shallow, deep, 1)
+    assert_close(logits, expected[:, 7:])
+
+
+def test_ragged_sequences_in_a_batch_equal_each_alone(target: TargetModel, tokens: np.ndarray) -> None:
+    """Sequence 0 is 4 tokens behind sequence 1: its surplus prefill is rolled back, then both go on in blocks."""
+    expected = np.asarray(whole(target, tokens, 2))
+    shallow, deep = empty_caches(target, 2, 2)
+    _, shallow, deep = step(target, tokens[:, :8], shallow, deep, 2)
+    starts = np.array([4, 8])
+    shallow, deep = rolled_back(shallow, starts.tolist()), rolled_back(deep, starts.tolist())
+    for width in (1, 2, 3):
+        block = np.stack([tokens[i, start : start + width] for i, start in enumerate(starts)])
+        logits, shallow, deep = step(target, block, shallow, deep, 2)
+        for i, start in enumerate(starts):
+            assert_close(logits[i], expected[i, start : start + width])
+        starts = starts + width
+        assert shallow.length.tolist() == starts.tolist()
+
+
+def test_a_grown_cache_holds_the_same_entries(target: TargetModel, tokens: np.ndarray) -> None:
+    shallow, deep = empty_caches(target, 2, 1)
+    _, shallow, deep = step(target, tokens[:, :6], shallow, deep, 1)
+    shallow, deep = shallow.grown(33), deep.grown(33)
+    assert shallow.capacity == deep.capacity == 33
+    logits, _, _ = step(target, tokens[:, 6:], shallow, deep, 1)
+    assert_close(logits, whole(target, tokens, 1)[:, 6:])
+
+
+def test_an_explicit_mask_replaces_the_causal_one(target: TargetModel, tokens: np.ndarray) -> None:
+    """Two continuations of one prefix side by side, each blind to the other, as in a tree of drafts."""
+    prefix, first, second = tokens[:1, :5], tokens[:1, 5:7], (tokens[:1, 5:7] + 11) % 61
+    shallow, deep = empty_caches(target, 1, 4)
+    _, shallow, _ = step(target, prefix, shallow, deep, 4)
+    mask = np.zeros((1, 4, CAPACITY), bool)
+    mask[:, :, :5] = True
+    mask[0, 0, [5]] = mask[0, 1, [5, 6]] = mask[0, 2, [7]] = True
+    mask[0, 3, [7, 8]] = True
+    both = np.concatenate([first, second], axis=1)
+    positions = jnp.array([[5, 6, 5, 6]])
+    logits = masked(target, both, positions, shallow, jnp.asarray(mask))[0]
+    for branch, rows in ((first, slice(0, 2)), (second, slice(2, 4))):
+        assert_close(logits[rows], whole(target, np.concatenate([prefix, branch], axis=1), 4)[0, 5:])
+
+
+def test_a_cache_of_other_layers_is_refused(target: TargetModel, tokens: np.ndarray) -> None:
+    shallow, _ = empty_caches(target, 2, 2)
+    with pytest.raises(ValueError, match="the cache holds 2 layers, expected 3"):
+        shallow_apply(target, tokens, jnp.zeros_like(tokens), shallow, exit_layer=3)

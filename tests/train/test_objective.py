@@ -1,0 +1,126 @@
+"""The training objective against NumPy in float64: the definitions written out, with whole logits.
+
+Expected acceptance is also compared with its meaning: the chance that speculative sampling accepts a draft, summed
+over all drafts (Leviathan et al. 2023, section 3.1).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.model.target import TargetModel
+from kangaroo_jax.train.objective import adapter_loss, distillation
+
+BATCH, TIME, VOCABULARY, HIDDEN = 3, 13, 41, 16
+
+
+@pytest.fixture(scope="module")
+def target():
+    config = ModelConfig(
+        model_type="llama",
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        max_position_embeddings=32,
+    )
+    model = TargetModel(config, rngs=nnx.Rngs(0))
+    return jax.tree.map(lambda x: x * 20 if x.ndim > 1 else x, model)  # far from uniform logits
+
+
+@pytest.fixture(scope="module")
+def hidden():
+    rng = np.random.default_rng(0)
+    teacher, draft = rng.normal(size=(2, BATCH, TIME, HIDDEN)).astype(np.float32)
+    mask = (rng.random((BATCH, TIME)) < 0.7).astype(np.float32)
+    return teacher, draft, mask
+
+
+def softmax(logits):
+    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+def reference(target, teacher, draft, mask):
+    """Means of loss and metrics, and the loss's gradient for the draft's hidden states."""
+    head = np.asarray(target.lm_head[...], np.float64)
+    teacher_logits, draft_logits = teacher.astype(np.float64) @ head.T, draft.astype(np.float64) @ head.T
+    p, q = softmax(teacher_logits), softmax(draft_logits)
+    loss = -(p * np.log(q)).sum(-1)
+    acceptance = np.zeros(mask.shape)
+    for token in range(VOCABULARY):  # a draft of `token` comes with chance q and is accepted with min(1, p / q)
+        acceptance += q[..., token] * np.minimum(1.0, p[..., token] / q[..., token])
+    agreement = teacher_logits.argmax(-1) == draft_logits.argmax(-1)
+    means = [(x * mask).sum() / mask.sum() for x in (loss, acceptance, agreement)]
+    gradient = (q - p) @ head * mask[..., None] / mask.sum()
+    return dict(zip(("loss", "expected_acceptance", "top1_agreement"), means, strict=True)), gradient
+
+
+@pytest.mark.parametrize("chunk", [1, 4, TIME, 64])
+def test_chunked_values_and_gradient_equal_the_whole_reference(target, hidden, chunk):
+    teacher, draft, mask = hidden
+    expected, expected_gradient = reference(target, teacher, draft, mask)
+    assert 0.05 < expected["expected_acceptance"] < 0.95  # else the comparison would say little
+
+    def objective(draft):
+        return distillation(target, teacher, draft, mask, chunk=chunk)
+
+    (loss, metrics), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(jnp.asarray(draft))
+    assert float(loss) == float(metrics["loss"])
+    assert float(metrics["positions"]) == mask.sum()
+    for name, value in expected.items():
+        np.testing.assert_allclose(float(metrics[name]), value, rtol=2e-6, err_msg=name)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-6 * np.abs(expected_gradient).max())
+
+
+def test_equal_hidden_states_are_always_accepted(target, hidden):
+    teacher, _, mask = hidden
+    _, metrics = distillation(target, teacher, teacher, mask, chunk=5)
+    assert float(metrics["expected_acceptance"]) == pytest.approx(1, abs=1e-6)
+    assert float(metrics["top1_agreement"]) == 1
+
+
+def test_an_empty_mask_is_a_zero_loss_not_nan(target, hidden):
+    teacher, draft, mask = hidden
+    loss, metrics = distillation(target, teacher, draft, np.zeros_like(mask), chunk=5)
+    assert float(loss) == 0 and float(metrics["positions"]) == 0
+
+
+def test_whole_logits_never_exist(target, hidden):
+    teacher, draft, mask = hidden
+    program = str(jax.make_jaxpr(jax.grad(lambda x: distillation(target, teacher, x, mask, chunk=4)[0]))(draft))
+    assert f"f32[{BATCH},4,{VOCABULARY}]" in program
+    for time in (TIME, 16):  # as given, and padded to a whole number of chunks
+        assert f"f32[{BATCH},{time},{VOCABULARY}]" not in program
+    assert f"f32[4,{BATCH},4,{VOCABULARY}]" not in program  # all chunks, kept for the backward pass
+
+
+def test_gradient_flows_to_the_adapter_alone(target):
+    adapter = Adapter(target.config, rngs=nnx.Rngs(1))
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, VOCABULARY, (BATCH, TIME)))
+
+    def objective(models):
+        return adapter_loss(*models, tokens, jnp.ones((BATCH, TIME)), exit_layer=1, chunk=8)[0]
+
+    of_adapter, of_target = jax.grad(objective)((adapter, target))
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(of_adapter))
+    assert all(np.abs(x).max() == 0 for x in jax.tree.leaves(of_target))
+
+
+def test_float32_masters_train_a_bfloat16_target(target):
+    lower = jax.tree.map(lambda x: x.astype(jnp.bfloat16), target)
+    adapter = Adapter(target.config, rngs=nnx.Rngs(1))
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, VOCABULARY, (BATCH, TIME)))
+
+    def objective(adapter):
+        return adapter_loss(adapter, lower, tokens, jnp.ones((BATCH, TIME)), exit_layer=1, chunk=8)[0]
+
+    gradient = jax.grad(objective)(adapter)
+    assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
