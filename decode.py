@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from kangaroo_jax import (
     DraftConfig,
@@ -121,6 +121,8 @@ def print_table(columns: dict[str, dict[str, Any]]) -> None:
 
 
 def main(argv: list[str]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # libraries tell much that is not for the reader of a text
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}; a prompt is given with --prompt")
     draft = DraftConfig(_EXIT_LAYER.value, _MAX_DRAFT_LEN.value, _THRESHOLD.value)

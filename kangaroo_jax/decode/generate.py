@@ -33,6 +33,7 @@ CHUNK = 32
 # Shapes are rounded up to multiples of these, so that prompts of many lengths share a few compiled programs.
 _PROMPT_STEP = 64
 _CACHE_STEP = 128
+_EOS_STEP = 4
 
 Round = Callable[..., DecodeState]
 
@@ -181,7 +182,9 @@ def run(
         raise InputError(f"{target.name}: has no tokenizer; stop strings and streamed text need one")
     if any(not string for string in stop):
         raise InputError("stop: an empty string stops nothing; remove it")
-    eos = np.asarray(target.eos_token_ids if eos_token_ids is None else list(eos_token_ids), np.int32)
+    ends = list(target.eos_token_ids if eos_token_ids is None else eos_token_ids)
+    eos = np.full(bucket(max(1, len(ends)), _EOS_STEP), -1, np.int32)  # -1 is no token's id
+    eos[: len(ends)] = ends
     lengths = np.asarray([len(ids) for ids in prompt_ids], np.int32)
     tokens = np.zeros((len(prompt_ids), bucket(int(lengths.max()), _PROMPT_STEP)), np.int32)
     for row, ids in zip(tokens, prompt_ids, strict=True):

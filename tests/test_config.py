@@ -1,0 +1,219 @@
+"""Settings, compared with what transformers makes of the same config.json, and with hand-written expectations.
+
+What a config.json means to transformers is in its models/{llama,mistral,qwen2}/configuration_*.py; needs no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import transformers
+
+from kangaroo_jax.config import DraftConfig, ModelConfig, RopeScaling
+from kangaroo_jax.errors import InputError
+
+NAN = float("nan")
+LINEAR = {"type": "linear", "factor": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def hf(model_type: str = "llama", **changes: object) -> dict[str, object]:
+    """A config.json with what every one has."""
+    config: dict[str, object] = {
+        "model_type": model_type,
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 64,
+    }
+    if model_type == "mistral":
+        config["sliding_window"] = None
+    return config | changes
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf(),
+        hf("mistral"),
+        hf("qwen2"),
+        hf(num_key_value_heads=8),
+        hf("mistral", num_key_value_heads=None),
+        hf("qwen2", num_key_value_heads=None),
+        hf("mistral", head_dim=None, num_attention_heads=16),
+        hf("mistral", head_dim=12, num_attention_heads=16),
+        hf(head_dim=6),
+        hf("qwen2", tie_word_embeddings=True, use_sliding_window=False, sliding_window=4096),
+        hf(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+        hf(rope_theta=5e5),
+        hf(rope_theta=1e6, rope_scaling=LINEAR),
+        hf(rope_theta=5e5, rope_scaling=LLAMA3, max_position_embeddings=131072),
+        hf(rope_scaling=None),
+        hf(rope_scaling={"type": "default"}),
+        hf(rope_parameters={"rope_type": "default", "rope_theta": 3e5}),
+        hf(rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 3e5}),
+        hf(rope_parameters=LLAMA3 | {"rope_theta": 3e5}, max_position_embeddings=131072),
+        hf(rope_parameters={"rope_theta": 3e5}),
+        hf(eos_token_id=[7, 9]),
+        hf(eos_token_id=None, bos_token_id=None),
+        hf(rms_norm_eps=1e-5, max_position_embeddings=4096),
+    ],
+    ids=lambda config: ",".join(f"{k}={v}" for k, v in config.items() if k not in hf() or k == "model_type")[:80],
+)
+@pytest.mark.parametrize("rewritten", [False, True], ids=["", "rewritten by transformers"])
+def test_means_what_it_means_to_transformers(config: dict[str, object], rewritten: bool) -> None:
+    theirs = transformers.AutoConfig.for_model(**{key: _copy(value) for key, value in config.items()})
+    head_dim = config.get("head_dim")
+    rope = theirs.rope_parameters
+    kind = rope["rope_type"]
+    ours = ModelConfig.from_hf(theirs.to_diff_dict() if rewritten else config)
+    for name in (
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+    ):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.head_dim == (64 // ours.num_attention_heads if head_dim is None else head_dim)
+    assert ours.o_bias == getattr(theirs, "attention_bias", False)
+    assert ours.qkv_bias == (ours.o_bias or ours.model_type == "qwen2")
+    assert ours.mlp_bias == getattr(theirs, "mlp_bias", False)
+    assert ours.rope_theta == rope["rope_theta"]
+    if kind == "default":
+        assert ours.rope_scaling is None
+    else:
+        fields = dataclasses.asdict(ours.rope_scaling)
+        assert fields.pop("kind") == kind
+        assert all(fields[key] == rope[key] for key in rope if key not in ("rope_type", "type", "rope_theta"))
+    if rewritten or "eos_token_id" in config:
+        eos = theirs.eos_token_id
+        assert ours.eos_token_ids == (() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,))
+
+
+def _copy(value: object) -> object:
+    return dict(value) if isinstance(value, dict) else value  # transformers writes into the dicts it is given
+
+
+def test_biases_that_only_llama_reads() -> None:
+    mistral = ModelConfig.from_hf(hf("mistral", attention_bias=True, mlp_bias=True))
+    assert (mistral.qkv_bias, mistral.o_bias, mistral.mlp_bias) == (False, False, False)
+    qwen2 = ModelConfig.from_hf(hf("qwen2", attention_bias=True, mlp_bias=True))
+    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.mlp_bias) == (True, False, False)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (hf("gemma"), "model_type 'gemma' is not supported; supported: llama, mistral, qwen2"),
+        ({}, "model_type None"),
+        (hf(["llama"]), "model_type ['llama']"),
+        (hf("mistral", sliding_window=4096), "mistral with sliding_window 4096"),
+        ({k: v for k, v in hf("mistral").items() if k != "sliding_window"}, "mistral with sliding_window 4096 (the"),
+        (hf("qwen2", use_sliding_window=True), "qwen2 with use_sliding_window"),
+        (hf("qwen2", layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
+        (hf(hidden_act="gelu"), "hidden_act 'gelu'"),
+        (hf(quantization_config={"quant_method": "gptq"}), "quantized weights ('gptq')"),
+        (hf(quantization_config="int8"), "quantized weights ('int8')"),
+        (hf(partial_rotary_factor=0.5), "partial_rotary_factor must be 1, found 0.5"),
+        (hf(vocab_size=None), "vocab_size must be a positive integer, found None"),
+        (hf(vocab_size=True), "vocab_size must be a positive integer, found True"),
+        (hf(hidden_size="64"), "hidden_size must be a positive integer, found '64'"),
+        (hf(hidden_size=64.0), "hidden_size must be a positive integer, found 64.0"),
+        (hf(num_hidden_layers=0), "num_hidden_layers must be a positive integer, found 0"),
+        (hf(num_attention_heads=-4), "num_attention_heads must be a positive integer, found -4"),
+        (hf(num_attention_heads=0), "num_attention_heads must be a positive integer, found 0"),
+        (hf(num_key_value_heads=0), "num_key_value_heads must be a positive integer, found 0"),
+        (hf(num_key_value_heads=3), "must be a multiple of num_key_value_heads (3), found 64"),
+        (hf(num_attention_heads=6), "hidden_size must be a multiple of num_attention_heads (6)"),
+        (hf(head_dim=0), "head_dim must be a positive integer, found 0"),
+        (hf(head_dim=5), "head_dim must be even for rotary embeddings, found 5"),
+        (hf(max_position_embeddings=None), "max_position_embeddings must be a positive integer, found None"),
+        (hf(rms_norm_eps=NAN), "rms_norm_eps must be a finite number above 0, found nan"),
+        (hf(rms_norm_eps="1e-5"), "rms_norm_eps must be a finite number above 0, found '1e-5'"),
+        (hf(rope_theta=0), "rope_theta must be a finite number above 0, found 0"),
+        (hf(rope_theta=math.inf), "rope_theta must be a finite number above 0, found inf"),
+        (hf(tie_word_embeddings="yes"), "tie_word_embeddings must be true or false, found 'yes'"),
+        (hf(attention_bias=1), "attention_bias must be true or false, found 1"),
+        (hf(mlp_bias="true"), "mlp_bias must be true or false, found 'true'"),
+        (hf(eos_token_id="</s>"), "eos_token_id must be a token id or a list of token ids, found '</s>'"),
+        (hf(eos_token_id=[1, None]), "found [1, None]"),
+        (hf(eos_token_id=True), "found True"),
+        (hf(rope_scaling="linear"), "rope_scaling must be an object, found 'linear'"),
+        (hf(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope type 'dynamic' is not supported; supported:"),
+        (hf(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope type 'yarn'"),
+        (hf(rope_scaling={"type": "mrope", "mrope_section": [1]}), "rope type 'mrope'"),
+        (hf(rope_parameters={"rope_type": "longrope"}), "rope type 'longrope'"),
+        (hf(rope_scaling={"type": "linear"}), "rope_scaling of rope type 'linear' needs 'factor', found ['type']"),
+        (hf(rope_scaling=LINEAR | {"factor": NAN}), "rope factor must be a finite number above 0, found nan"),
+        (hf(rope_scaling=LINEAR | {"factor": True}), "rope factor must be a finite number above 0, found True"),
+        (hf(rope_scaling=LINEAR | {"factor": "2"}), "rope factor must be a finite number above 0, found '2'"),
+        (hf(rope_scaling=LINEAR | {"factor": 0}), "rope factor must be a finite number above 0, found 0"),
+        (hf(rope_scaling={k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}), "needs 'low_freq_factor'"),
+        (hf(rope_scaling=LLAMA3 | {"high_freq_factor": 1.0}), "must be above low_freq_factor (1.0), found 1.0"),
+        (hf(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 0.5}), "positive integer, found 0.5"),
+        (hf(rope_parameters={"partial_rotary_factor": 0.25}), "rope_parameters.partial_rotary_factor must be 1"),
+        (hf(rope_parameters={"full_attention": {"rope_type": "default"}}), "differs between layers ('full_attention')"),
+    ],
+)
+def test_wrong_config_is_named_in_one_line(config: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        ModelConfig.from_hf(config, "some/config.json")
+    message = str(caught.value)
+    assert message.startswith("some/config.json: ")
+    assert words in message
+    assert "\n" not in message
+
+
+def test_configs_are_frozen_and_hashable() -> None:
+    config = ModelConfig.from_hf(hf(rope_scaling=LINEAR))
+    assert hash(config) == hash(ModelConfig.from_hf(hf(rope_scaling=LINEAR)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.vocab_size = 3
+
+
+def test_rope_scaling_of_another_kind() -> None:
+    with pytest.raises(InputError, match="rope type 'default' is not supported"):
+        RopeScaling("default", 1.0)
+
+
+def test_draft_defaults_are_the_paper_s() -> None:
+    assert DraftConfig() == DraftConfig(exit_layer=None, max_draft_len=6, threshold=0.6)
+    assert DraftConfig(exit_layer=1, max_draft_len=1, threshold=0) == DraftConfig(1, 1, 0.0)
+    assert DraftConfig(threshold=1).threshold == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"exit_layer": 0}, "exit_layer must be a positive integer, found 0"),
+        ({"exit_layer": 2.0}, "exit_layer must be a positive integer, found 2.0"),
+        ({"exit_layer": True}, "exit_layer must be a positive integer, found True"),
+        ({"max_draft_len": 0}, "max_draft_len must be a positive integer, found 0"),
+        ({"max_draft_len": "6"}, "max_draft_len must be a positive integer, found '6'"),
+        ({"max_draft_len": None}, "max_draft_len must be a positive integer, found None"),
+        ({"threshold": -0.1}, "threshold must be between 0 and 1, found -0.1"),
+        ({"threshold": 1.5}, "threshold must be between 0 and 1, found 1.5"),
+        ({"threshold": NAN}, "threshold must be between 0 and 1, found nan"),
+        ({"threshold": None}, "threshold must be between 0 and 1, found None"),
+        ({"threshold": True}, "threshold must be between 0 and 1, found True"),
+    ],
+)
+def test_wrong_draft_setting_is_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        DraftConfig(**settings)
+    assert str(caught.value) == message

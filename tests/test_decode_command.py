@@ -1,0 +1,70 @@
+"""decode.py as a user runs it: exit codes, one-line errors, the shape of its output."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def decode(*flags, **kwargs):
+    kwargs.setdefault("stdin", subprocess.DEVNULL)
+    return subprocess.run([sys.executable, "decode.py", *flags], cwd=ROOT, capture_output=True, timeout=300, **kwargs)
+
+
+def test_compare_prints_text_table_and_json():
+    done = decode("--compare", "--json", "--max_new_tokens=24", "--prompt=import os\n")
+    assert done.returncode == 0, done.stderr.decode()
+    out = done.stdout.decode()
+    assert out.startswith("import os\n")
+    for row in ("new tokens", "seconds", "tokens per second", "mean accept length", "rounds", "draft steps", "speed-up"):
+        assert row in out
+    result = json.loads(out.splitlines()[-1])
+    assert set(result) == {
+        *("new_tokens", "seconds", "tokens_per_second", "mean_accept_length", "rounds", "draft_steps", "text"),
+        *("plain_tokens_per_second", "speedup", "identical"),
+    }
+    assert result["identical"] is True and result["new_tokens"] == 24
+    assert result["text"] in out
+    assert abs(result["tokens_per_second"] - 24 / result["seconds"]) < 0.01 * result["tokens_per_second"]
+    assert abs(result["mean_accept_length"] - 23 / result["rounds"]) < 1e-3
+
+
+def test_prompt_from_standard_input_equals_prompt_flag():
+    flags = ("--max_new_tokens=8", "--json")
+    piped = decode(*flags, input=b"class Stack:\n", stdin=None)
+    given = decode(*flags, "--prompt=class Stack:\n")
+    texts = [json.loads(done.stdout.decode().splitlines()[-1])["text"] for done in (piped, given)]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--model=/no/such/folder", "--adapter=x", "--prompt=x"], "/no/such/folder: no such folder"),
+        (["--model=some-model", "--prompt=x"], "python train.py --config="),
+        (["--prompt="], "prompt 0 is empty"),
+        (["--prompt_file=/no/such/file"], "/no/such/file: No such file"),
+        (["--prompt_file={latin1}"], "not UTF-8"),
+        (["--prompt=x", "--prompt_file=y"], "give one"),
+        (["--exit_layer=3"], "trained for exit layer 2, but exit_layer=3"),
+        (["--exit_layer=0"], "exit_layer must be"),
+        (["--max_draft_len=0"], "max_draft_len must be"),
+        (["--threshold=1.5"], "threshold must be"),
+        (["--max_new_tokens=5000"], "exceed the context of 1024"),
+        (["--adapter=/no/such/adapter"], "/no/such/adapter"),
+        (["a prompt without its flag"], "--prompt"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path):
+    latin1 = tmp_path / "latin1.txt"
+    latin1.write_bytes("café".encode("latin-1"))
+    done = decode(*[flag.format(latin1=latin1) for flag in flags])
+    error = done.stderr.decode().strip()
+    assert done.returncode == 2
+    assert error.startswith("decode.py: error: ") and message in error
+    assert len(error.splitlines()) == 1
+    assert done.stdout == b""

@@ -1,0 +1,265 @@
+"""Training runs against themselves: a run that was killed and went on must equal, bit for bit, one that was not.
+
+What a checkpoint may hold is read from the adapter's own parameter list; what training is for is measured as held-out
+expected acceptance.
+"""
+
+import contextlib
+import importlib.util
+import io
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from kangaroo_jax.checkpoint.adapter import abstract_adapter, item_handlers, load_adapter, named_leaves
+from kangaroo_jax.errors import InputError
+from kangaroo_jax.train.loop import check_config, initial_parameters, make_optimizer, train
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def demo_config():
+    spec = importlib.util.spec_from_file_location("demo_config", ROOT / "configs" / "demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, target_folder):
+    """A run of 20 steps, as overrides of configs/demo.py."""
+    text = tmp_path_factory.mktemp("data")
+    stdlib = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    for name in ("argparse.py", "textwrap.py", "ast.py"):
+        shutil.copy(stdlib / name, text)
+    return {
+        "target": str(target_folder),
+        "exit_layer": 3,
+        "steps": 20,
+        "batch_size": 4,
+        "sequence_length": 64,
+        "loss_chunk": 16,
+        "data.files": str(text / "a*.py"),
+        "data.evaluation_files": str(text / "textwrap.py"),
+        "optimizer.warmup_steps": 3,
+        "optimizer.learning_rate": 3e-3,
+        "evaluate_every": 100,
+        "save_every": 10,
+    }
+
+
+def configured(settings, **overrides):
+    config = demo_config()
+    config.update_from_flattened_dict(settings | overrides)
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(settings, tmp_path_factory):
+    """The folder of the run, never interrupted, its result and what it printed."""
+    output = tmp_path_factory.mktemp("run") / "whole"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        result = train(configured(settings, output=str(output)))
+    return output, result, printed.getvalue()
+
+
+def checkpoint(step_folder):
+    """All items of a checkpoint, arrays as numpy."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers())) as checkpointer:
+        listed = checkpointer.metadata(step_folder).item_metadata
+        restore = {"metadata": ocp.args.JsonRestore(), "position": ocp.args.JsonRestore()}
+        for item in ("adapter", "optimizer"):
+            as_numpy = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in listed[item].tree}
+            restore[item] = ocp.args.PyTreeRestore(restore_args=as_numpy)
+        return checkpointer.restore(step_folder, ocp.args.Composite(**restore))
+
+
+def test_training_improves_held_out_acceptance(run):
+    _, result, printed = run
+    before = float(re.search(r"step 0: .*expected acceptance ([\d.]+)", printed).group(1))
+    assert result["expected_acceptance"] > before + 0.05
+
+
+def test_killed_and_resumed_equals_uninterrupted(run, settings, tmp_path):
+    output = tmp_path / "killed"
+    # Evaluating at every step leaves time to kill it between the checkpoint and the end.
+    overrides = settings | {"output": str(output), "evaluate_every": 1, "evaluation_windows": 256}
+    flags = [f"--config.{name}={value}" for name, value in overrides.items()]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--config=configs/demo.py", *flags],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (output / "10").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -9, process.stderr.read()
+    assert not (output / "20").exists()
+    (output / "20.orbax-checkpoint-tmp" / "adapter").mkdir(parents=True)  # as left by a kill in the middle of a save
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        result = train(configured(settings, output=str(output)))
+    assert "going on from step 10" in printed.getvalue()
+    whole, resumed = checkpoint(run[0] / "20"), checkpoint(output / "20")
+    assert resumed["position"] == whole["position"]
+    for item in ("adapter", "optimizer"):
+        assert resumed[item].keys() == whole[item].keys()
+        for path, expected in whole[item].items():
+            assert np.array_equal(resumed[item][path], expected), (item, path)
+    assert result == run[1]
+    assert not list(output.glob("*tmp*"))
+
+
+def test_checkpoint_holds_the_adapter_and_its_optimizer_alone(run, target):
+    output, _, _ = run
+    shapes = {path: x.shape for path, x in named_leaves(abstract_adapter(target.config, jnp.float32)).items()}
+    for step in ("10", "20"):
+        assert {x.name for x in (output / step).iterdir() if x.is_dir()} == {
+            "adapter",
+            "metadata",
+            "optimizer",
+            "position",
+        }
+        items = checkpoint(output / step)
+        assert {path: x.shape for path, x in items["adapter"].items()} == shapes
+        for path, x in items["optimizer"].items():
+            owner = [name for name in shapes if path.endswith(f".{name}")]
+            assert x.shape == (shapes[owner[0]] if owner else ()), path
+        assert items["position"]["step"] == int(step)
+
+
+def test_load_adapter_reads_a_run_and_a_step_of_it(run, target):
+    output, result, _ = run
+    newest, step = load_adapter(output, target), load_adapter(output / "20", target)
+    assert newest.exit_layer == step.exit_layer == 3
+    stored = checkpoint(output / "20")
+    for adapter in (newest, step):
+        for path, x in named_leaves(adapter.model).items():
+            assert np.array_equal(x, stored["adapter"][path])
+    assert stored["metadata"]["training"]["held_out"] == result
+    older = load_adapter(output / "10", target)
+    assert not np.array_equal(older.model.norm.weight[...], newest.model.norm.weight[...])
+
+
+def test_run_folder_has_tensorboard_events(run):
+    events = b"".join(path.read_bytes() for path in run[0].glob("events.out.tfevents.*"))
+    for name in (b"train/loss", b"train/tokens_per_second", b"held_out/expected_acceptance"):
+        assert name in events
+
+
+def test_a_complete_run_says_so_and_changes_nothing(run, settings, capsys):
+    output, result, _ = run
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    assert train(configured(settings, output=str(output))) == result
+    assert "complete, 20 steps" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("exit_layer", 2, "expected exit_layer 2, found 3"),
+        ("optimizer.learning_rate", 1e-4, "expected optimizer.learning_rate 0.0001, found 0.003"),
+        ("steps", 30, "expected steps 30, found 20"),  # the cosine was laid out for 20
+        ("batch_size", 2, "expected batch_size 2, found 4"),
+    ],
+)
+def test_other_settings_do_not_go_on_with_a_run(run, settings, name, value, expected):
+    with pytest.raises(InputError, match=expected):
+        train(configured(settings, output=str(run[0]), **{name: value}))
+
+
+def test_other_text_or_another_target_does_not_go_on_with_a_run(run, settings, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(run[0] / "10", unfinished / "10")
+    files = settings["data.evaluation_files"]
+    with pytest.raises(InputError, match="trained on other text"):
+        train(configured(settings, output=str(unfinished), **{"data.files": files}))
+    other = str(ROOT / "tests" / "fixtures" / "golden" / "tiny-mha")
+    with pytest.raises(InputError, match="trained for another target"):
+        train(configured(settings, output=str(unfinished), target=other))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("exit_layer", 0, "exit_layer: expected a number that is more than zero, found 0"),
+        ("exit_layer", 8, r"exit_layer: expected 1 to 7 \(the target has 8 layers\), found 8"),
+        ("batch_size", -1, "batch_size: expected a number that is more than zero, found -1"),
+        ("dtype", "float8", "dtype: expected float32 or bfloat16 or float16, found 'float8'"),
+        ("optimizer.schedule", "linear", "optimizer.schedule: expected constant or cosine, found 'linear'"),
+        ("optimizer.warmup_steps", 20, r"optimizer.warmup_steps: expected less than steps \(20\), found 20"),
+        ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate: expected a number"),
+        ("sequence_length", 4096, "sequence_length: expected at most 512, the context of"),
+        ("data.files", "", "data.files: empty"),
+        ("data.files", "/missing/*.txt", r"/missing/\*.txt: no such file"),
+        ("target", "/missing", "/missing: no such folder"),
+    ],
+)
+def test_wrong_settings_are_named_and_leave_nothing_behind(settings, tmp_path, name, value, expected):
+    output = tmp_path / "run"
+    with pytest.raises(InputError, match=expected):
+        train(configured(settings, **{"output": str(output), name: value}))
+    assert not output.exists()
+
+
+def test_unknown_and_missing_settings_are_named():
+    config = demo_config()
+    config.momentum = 0.9
+    with pytest.raises(InputError, match="momentum is not a setting"):
+        check_config(config)
+    config = demo_config()
+    del config.optimizer.clip_norm
+    with pytest.raises(InputError, match="optimizer.clip_norm is missing"):
+        check_config(config)
+
+
+def test_an_infinite_loss_stops_the_run(settings, tmp_path):
+    output = tmp_path / "run"
+    with pytest.raises(InputError, match="not finite between steps 1 and 10.*lower optimizer.learning_rate"):
+        train(configured(settings, **{"output": str(output), "optimizer.learning_rate": 1e38}))
+    assert not (output / "10").exists()
+
+
+def test_starting_parameters_are_copies_of_the_targets(target):
+    parameters = initial_parameters(target.model, 3)
+    assert parameters.keys() == named_leaves(abstract_adapter(target.config, jnp.float32)).keys()
+    layer = target.model.layers[3]
+    assert np.array_equal(parameters["layers.0.self_attn.qkv_proj"], layer.self_attn.qkv_proj[...])
+    assert np.array_equal(parameters["norm.weight"], target.model.norm.weight[...])
+    for array in parameters.values():
+        array.delete()  # what donating them does
+    assert np.isfinite(np.asarray(target.model.norm.weight[...])).all()
+
+
+def test_optimizer_follows_the_schedule():
+    settings = {
+        "optimizer.learning_rate": 1.0,
+        "optimizer.warmup_steps": 4,
+        "optimizer.weight_decay": 0.5,
+        "optimizer.clip_norm": 0.5,
+        "optimizer.schedule": "constant",
+        "steps": 10,
+    }
+    optimizer = make_optimizer(settings)
+    parameters = {"norm": jnp.ones((2,)), "matrix": jnp.ones((2, 2))}
+    state, rates = optimizer.init(parameters), []
+    for _ in range(6):
+        # Zero gradients leave the weight decay alone: rate * 0.5 on matrices, nothing on norms.
+        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, parameters), state, parameters)
+        rates.append(float(-updates["matrix"][0, 0]) * 2)
+        assert not updates["norm"].any()
+    assert rates == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1])
