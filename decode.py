@@ -1,9 +1,9 @@
 """Generates text with Kangaroo.
 
-    python decode.py                                   the demo on a built-in prompt
-    python decode.py --compare                         and plain decoding beside it
-    python decode.py --model=FOLDER_OR_HUB_ID --adapter=FOLDER --prompt="..."
-    python decode.py --prompt_file=prompt.txt          or: some-command | python decode.py
+python decode.py                                   the demo on a built-in prompt
+python decode.py --compare                         and plain decoding beside it
+python decode.py --model=FOLDER_OR_HUB_ID --adapter=FOLDER --prompt="..."
+python decode.py --prompt_file=prompt.txt          or: some-command | python decode.py
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from kangaroo_jax import (
 )
 
 _MODEL = flags.DEFINE_string("model", None, "Target: a folder in Hugging Face format, or a hub id. The demo if absent.")
-_ADAPTER = flags.DEFINE_string("adapter", None, "Adapter: a folder written by train.py, or the authors' PyTorch folder.")
+_ADAPTER = flags.DEFINE_string(
+    "adapter", None, "Adapter: a folder that train.py wrote, or the authors' PyTorch folder."
+)
 _PROMPT = flags.DEFINE_string("prompt", None, "The prompt.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File that holds the prompt (UTF-8); - is standard input.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Most tokens to generate.")

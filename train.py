@@ -30,9 +30,8 @@ def _parse(argv: list[str]) -> list[str]:
             _fail("--config is missing; expected a configuration file, e.g. --config=configs/demo.py")
         _CONFIG.value.lock()  # a file that cannot be read says so when it is first used
     except AttributeError as error:  # an override of a setting that there is none of; it carries a KeyError
-        _fail(
-            f"a --config override names no setting of the configuration: {getattr(error.args[0], 'args', error.args)[0]}"
-        )
+        what = getattr(error.args[0], "args", error.args)[0]
+        _fail(f"a --config override names no setting of the configuration: {what}")
     except OSError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[-1]
         _fail(f"--config cannot be read: {reason}; expected a configuration file, e.g. configs/demo.py")
@@ -54,6 +53,9 @@ def main(argv: list[str]) -> None:
         train(_CONFIG.value)
     except InputError as error:
         _fail(error)
+    except KeyboardInterrupt:
+        print("train.py: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

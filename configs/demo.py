@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.output = "runs/demo"
     config.seed = 0
 
-    config.steps = 1000
+    config.steps = 800
     config.batch_size = 16
     config.sequence_length = 256
     config.loss_chunk = 64  # positions of each sequence whose logits exist at once
@@ -39,8 +39,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.clip_norm = 0.5
 
     config.log_every = 10  # steps; TensorBoard
-    config.evaluate_every = 250
+    config.evaluate_every = 100
     config.evaluation_windows = 64
-    config.save_every = 250
+    config.save_every = 100
     config.keep_checkpoints = 2
     return config

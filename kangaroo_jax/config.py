@@ -155,6 +155,9 @@ class ModelConfig:
         kv_heads = config.get("num_key_value_heads", _DEFAULT_KV_HEADS.get(model_type))
         theta, scaling = _rope_from_hf(config)
         attention_bias = _flag(config, "attention_bias")
+        bos = token_ids(config, "bos_token_id", _DEFAULT_BOS.get(model_type))
+        if len(bos) > 1:
+            raise InputError(f"bos_token_id must be one token id or null, found {config['bos_token_id']!r}")
         return cls(
             model_type=model_type,
             vocab_size=config["vocab_size"],
@@ -173,24 +176,26 @@ class ModelConfig:
             qkv_bias=model_type == "qwen2" or (model_type == "llama" and attention_bias),
             o_bias=model_type == "llama" and attention_bias,
             mlp_bias=model_type == "llama" and _flag(config, "mlp_bias"),
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=token_ids(config, "eos_token_id"),
+            bos_token_id=bos[0] if bos else None,
+            eos_token_ids=token_ids(config, "eos_token_id", _DEFAULT_EOS.get(model_type)),
         )
 
 
 # What transformers assumes where a config.json leaves a key out.
 _DEFAULT_CONTEXT = {"llama": 2048, "mistral": 4096 * 32, "qwen2": 32768}
 _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32}
+_DEFAULT_BOS = {"llama": 1, "mistral": 1}
+_DEFAULT_EOS = {"llama": 2, "mistral": 2}
 _MISTRAL_SLIDING_WINDOW = 4096
 
 
-def token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    """The ids under `key` of a Hugging Face config: none, one, or a list.
+def token_ids(config: Mapping[str, Any], key: str, default: int | None = None) -> tuple[int, ...]:
+    """The ids under `key` of a Hugging Face config: none (null), one, or a list; `default` where it is left out.
 
     Raises:
       InputError: for anything but integers.
     """
-    value = config.get(key)
+    value = config.get(key, default)
     ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise InputError(f"{key} must be a token id or a list of token ids, found {value!r}")

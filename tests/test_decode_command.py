@@ -20,14 +20,23 @@ def test_compare_prints_text_table_and_json():
     assert done.returncode == 0, done.stderr.decode()
     out = done.stdout.decode()
     assert out.startswith("import os\n")
-    for row in ("new tokens", "seconds", "tokens per second", "mean accept length", "rounds", "draft steps", "speed-up"):
+    for row in (
+        "new tokens",
+        "seconds",
+        "tokens per second",
+        "mean accept length",
+        "rounds",
+        "draft steps",
+        "speed-up",
+    ):
         assert row in out
     result = json.loads(out.splitlines()[-1])
     assert set(result) == {
         *("new_tokens", "seconds", "tokens_per_second", "mean_accept_length", "rounds", "draft_steps", "text"),
         *("plain_tokens_per_second", "speedup", "identical"),
     }
-    assert result["identical"] is True and result["new_tokens"] == 24
+    assert result["identical"] is True
+    assert result["new_tokens"] == 24
     assert result["text"] in out
     assert abs(result["tokens_per_second"] - 24 / result["seconds"]) < 0.01 * result["tokens_per_second"]
     assert abs(result["mean_accept_length"] - 23 / result["rounds"]) < 1e-3
@@ -42,7 +51,7 @@ def test_prompt_from_standard_input_equals_prompt_flag():
 
 
 @pytest.mark.parametrize(
-    "flags,message",
+    ("flags", "message"),
     [
         (["--model=/no/such/folder", "--adapter=x", "--prompt=x"], "/no/such/folder: no such folder"),
         (["--model=some-model", "--prompt=x"], "python train.py --config="),
@@ -65,6 +74,7 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path):
     done = decode(*[flag.format(latin1=latin1) for flag in flags])
     error = done.stderr.decode().strip()
     assert done.returncode == 2
-    assert error.startswith("decode.py: error: ") and message in error
+    assert error.startswith("decode.py: error: ")
+    assert message in error
     assert len(error.splitlines()) == 1
     assert done.stdout == b""

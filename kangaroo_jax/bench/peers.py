@@ -3,7 +3,7 @@
     python -m kangaroo_jax.bench peers
 
 Same weights, prompts, dtype (float32) and threads. Prints a line per prompt, the medians, and the plain step against
-the memory's measured bandwidth. transformers is left out, and said to be, where torch is not installed.
+the memory's measured bandwidth. Needs torch.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import time
 from collections.abc import Callable
 
 import jax
-import numpy as np
 from absl import flags
 
 from kangaroo_jax import DraftConfig, compilation_cache, demo, generate, generate_plain, load_adapter, load_target
 from kangaroo_jax.bench.prompts import held_out_prompts
 from kangaroo_jax.bench.roofline import cache_bytes, plain_step_seconds, read_bandwidth, step_bytes
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.decode.generate import Generation
+from kangaroo_jax.errors import InputError
 
 _MODEL = flags.DEFINE_string("model", str(demo.MODEL), "Target.")
 _ADAPTER = flags.DEFINE_string("adapter", str(demo.ADAPTER), "Adapter.")
@@ -33,74 +35,69 @@ _RUNS = flags.DEFINE_integer("runs", 5, "Timed runs of each method per prompt, i
 _MAX_DRAFT_LEN = flags.DEFINE_integer("max_draft_len", DraftConfig.max_draft_len, "gamma.")
 _THRESHOLD = flags.DEFINE_float("threshold", DraftConfig.threshold, "eta.")
 
-Method = Callable[[list[int]], tuple[list[int], float]]
+# Prompt ids -> new ids, seconds without compilation, mean accept length.
+Method = Callable[[list[int]], tuple[list[int], float, float]]
 
 
 def main(argv: list[str]) -> None:
     del argv
+    if importlib.util.find_spec("torch") is None:
+        raise InputError(
+            "torch is not installed, and transformers' models need it; pip install -r requirements-parity.txt"
+        )
     compilation_cache.enable()
     target = load_target(_MODEL.value, "float32")
     adapter = load_adapter(_ADAPTER.value, target)
     draft = DraftConfig(None, _MAX_DRAFT_LEN.value, _THRESHOLD.value)
-    accepted: list[float] = []
-
-    def kangaroo(ids: list[int]) -> tuple[list[int], float]:
-        out = generate(target, adapter, [ids], _MAX_NEW_TOKENS.value, draft, eos_token_ids=())
-        accepted.append(out.mean_accept_length)
-        return out.tokens[0], out.seconds.prefill + out.seconds.decode
-
-    def plain(ids: list[int]) -> tuple[list[int], float]:
-        out = generate_plain(target, [ids], _MAX_NEW_TOKENS.value, eos_token_ids=())
-        return out.tokens[0], out.seconds.prefill + out.seconds.decode
-
-    methods: dict[str, Method] = {"kangaroo": kangaroo, "plain": plain}
     threads = os.cpu_count() or 1
-    if importlib.util.find_spec("torch") is not None:
-        methods["transformers"] = _transformers(target, threads)
-    else:
-        print("torch is not installed: transformers is left out")
-
-    print(f"{platform.processor() or platform.machine()}, {threads} threads, {jax.devices()[0].device_kind}, {_versions()}")
-    print(f"gamma {draft.max_draft_len}, eta {draft.threshold}, {_MAX_NEW_TOKENS.value} new tokens, medians of {_RUNS.value}")
-    names = list(methods)
-    print(f"{'prompt':32}" + "".join(f"{name + ' tok/s':>20}" for name in names) + f"{'accept':>8}{'speed-up':>10}  identical")
-    table: dict[str, list[float]] = {name: [] for name in names}
-    speedups, identical, accepts = [], [], []
-    for name, prompt in held_out_prompts(_PROMPTS.value).items():
-        ids = target.tokenizer.encode(prompt, verbose=False)
-        seconds, tokens = _interleaved(methods, ids)
-        same = all(tokens[other] == tokens["plain"] for other in names)
-        speed = {method: _MAX_NEW_TOKENS.value / statistics.median(seconds[method]) for method in names}
-        speedups.append(speed["kangaroo"] / speed["plain"])
-        accepts.append(accepted[-1])
-        identical.append(same)
-        for method in names:
-            table[method].append(speed[method])
-        print(
-            f"{name:32}"
-            + "".join(f"{speed[method]:20.1f}" for method in names)
-            + f"{accepts[-1]:8.2f}{speedups[-1]:10.2f}  {'yes' if same else 'no'}",
-            flush=True,
-        )
+    versions = [f"{name} {importlib.import_module(name).__version__}" for name in ("jax", "torch", "transformers")]
+    device = jax.devices()[0].device_kind
     print(
-        f"{'median':32}"
-        + "".join(f"{statistics.median(table[name]):20.1f}" for name in names)
-        + f"{statistics.median(accepts):8.2f}{statistics.median(speedups):10.2f}  {sum(identical)} of {len(identical)}"
+        f"{_cpu_name()}, {threads} threads, JAX on {device}, Python {platform.python_version()}, {', '.join(versions)}"
     )
-    if "transformers" in table:
-        for name in ("kangaroo", "plain"):
-            ratios = [ours / theirs for ours, theirs in zip(table[name], table["transformers"], strict=True)]
-            print(f"{name} over transformers, median: {statistics.median(ratios):.2f}")
+    print(f"gamma {draft.max_draft_len}, eta {draft.threshold}, {_MAX_NEW_TOKENS.value} new tokens, float32, greedy")
+    _compare(_methods(target, adapter, draft, threads), target)
     _print_step(target)
 
 
-def _interleaved(methods: dict[str, Method], ids: list[int]) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    tokens = {name: method(ids)[0] for name, method in methods.items()}  # warms up
-    for _ in range(_RUNS.value):
-        for name, method in methods.items():
-            seconds[name].append(method(ids)[1])
-    return seconds, tokens
+def _methods(target: Target, adapter: TrainedAdapter, draft: DraftConfig, threads: int) -> dict[str, Method]:
+    def ours(out: Generation) -> tuple[list[int], float, float]:
+        return out.tokens[0], out.seconds.prefill + out.seconds.decode, out.mean_accept_length
+
+    count = _MAX_NEW_TOKENS.value
+    return {
+        "kangaroo": lambda ids: ours(generate(target, adapter, [ids], count, draft, eos_token_ids=())),
+        "plain": lambda ids: ours(generate_plain(target, [ids], count, eos_token_ids=())),
+        "transformers": _transformers(target, threads),
+    }
+
+
+def _compare(methods: dict[str, Method], target: Target) -> None:
+    """Prints a row per prompt: the median speed of each method, and whether all tokens are the same."""
+    print(f"{'prompt':28}" + "".join(f"{name:>14}" for name in methods) + f"{'accept':>8}{'speed-up':>10}  identical")
+    rows, identical = [], 0
+    for name, prompt in held_out_prompts(_PROMPTS.value).items():
+        ids = target.tokenizer.encode(prompt, verbose=False)
+        seconds: dict[str, list[float]] = {method: [] for method in methods}
+        results = {method: call(ids) for method, call in methods.items()}  # warms up
+        for _ in range(_RUNS.value):
+            for method, call in methods.items():
+                seconds[method].append(call(ids)[1])
+        speeds = [_MAX_NEW_TOKENS.value / statistics.median(times) for times in seconds.values()]
+        same = len({tuple(tokens) for tokens, _, _ in results.values()}) == 1
+        identical += same
+        rows.append([*speeds, results["kangaroo"][2], speeds[0] / speeds[1]])
+        print(_row(name, rows[-1]) + f"  {'yes' if same else 'no'}", flush=True)
+    medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+    print(_row("median", medians) + f"  {identical} of {len(rows)}")
+    for i, name in enumerate(methods):
+        ratio = statistics.median(row[i] / row[2] for row in rows)
+        print(f"{name} over transformers, median: {ratio:.2f}")
+
+
+def _row(name: str, values: list[float]) -> str:
+    *speeds, accept, speedup = values
+    return f"{name:28}" + "".join(f"{speed:8.1f} tok/s" for speed in speeds) + f"{accept:8.2f}{speedup:10.2f}"
 
 
 def _transformers(target: Target, threads: int) -> Method:
@@ -111,7 +108,7 @@ def _transformers(target: Target, threads: int) -> Method:
     model = AutoModelForCausalLM.from_pretrained(target.name, dtype=torch.float32)
     model.generation_config.eos_token_id = None
 
-    def run(ids: list[int]) -> tuple[list[int], float]:
+    def run(ids: list[int]) -> tuple[list[int], float, float]:
         prompt = torch.tensor([ids])
         start = time.perf_counter()
         out = model.generate(
@@ -121,7 +118,7 @@ def _transformers(target: Target, threads: int) -> Method:
             do_sample=False,
             pad_token_id=0,
         )
-        return out[0, len(ids) :].tolist(), time.perf_counter() - start
+        return out[0, len(ids) :].tolist(), time.perf_counter() - start, 1.0
 
     return run
 
@@ -140,7 +137,9 @@ def _print_step(target: Target) -> None:
         )
 
 
-def _versions() -> str:
-    names = ["jax"] + [name for name in ("torch", "transformers") if importlib.util.find_spec(name)]
-    versions = [f"{name} {importlib.import_module(name).__version__}" for name in names]
-    return ", ".join([f"Python {platform.python_version()}", *versions, f"numpy {np.__version__}"])
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()

@@ -151,7 +151,7 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
     if step is None:
         found = ", ".join(sorted(x.name for x in folder.iterdir())[:5]) or "an empty folder"
         raise InputError(
-            f"{folder}: not an adapter checkpoint; expected 'adapter' and 'metadata', numbered steps of a training run, "
+            f"{folder}: not an adapter checkpoint; expected 'adapter' and 'metadata', numbered steps of a run, "
             f"or the authors' config.json and pytorch_model.bin; found {found}"
         )
     return _load(step, target, str(path))
@@ -203,8 +203,15 @@ def read_arrays(folder: pathlib.Path, item: str, expected: dict[str, Any]) -> di
     Raises:
       InputError: where the item is damaged, or its paths and shapes are not those expected.
     """
-    restore = ocp.args.PyTreeRestore(restore_args={path: ocp.RestoreArgs(restore_type=np.ndarray) for path in expected})
-    found = _read(folder, **{item: restore})[item]
+    found = {}
+    # One at a time: where a file is damaged, reads under way beside it would print tracebacks of their own.
+    for path, leaf in expected.items():
+        restore = ocp.args.PyTreeRestore(
+            item={path: leaf},
+            restore_args={path: ocp.RestoreArgs(restore_type=np.ndarray)},
+            partial_restore=True,
+        )
+        found |= _read(folder, **{item: restore})[item]
     check_parameters({path: x.shape for path, x in found.items()}, expected, folder)
     return found
 
@@ -235,7 +242,10 @@ def check_parameters(found: dict[str, tuple[int, ...]], expected: dict[str, Any]
 def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
     metadata = read_metadata(folder)
     check_target(metadata, target, folder)
-    check_exit_layer(metadata["exit_layer"], target.config)
+    try:
+        check_exit_layer(metadata["exit_layer"], target.config)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
     expected = named_leaves(abstract_adapter(target.config, target.model.dtype))
     # The list first: it names a mismatch where the arrays themselves would only fail to be read.
     check_parameters(metadata["parameters"], expected, folder)

@@ -39,7 +39,6 @@ def draft(
       The draft, with caches that include every drafted position.
     """
     batch, _, width = state.shallow_hidden.shape
-    start = state.shallow.length
 
     def shallow_step(tokens: Int[Array, " batch"], cache: KVCache, active: Bool[Array, " batch"]):
         hidden, new = shallow_apply(target, tokens[:, None], cache.length[:, None], cache, exit_layer=exit_layer)

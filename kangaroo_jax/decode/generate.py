@@ -246,7 +246,9 @@ def encode_prompts(
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             if target.tokenizer is None:
-                raise InputError(f"{target.name}: has no tokenizer; give token ids, or put its tokenizer files beside it")
+                raise InputError(
+                    f"{target.name}: has no tokenizer; give token ids, or put its tokenizer files beside it"
+                )
             ids = target.tokenizer.encode(prompt, verbose=False) if prompt else []
         else:
             ids = [int(token) for token in prompt]
@@ -254,7 +256,9 @@ def encode_prompts(
             raise InputError(f"prompt {i} is empty; give at least one token")
         for token in ids:
             if not 0 <= token < target.config.vocab_size:
-                raise InputError(f"prompt {i}: token id {token} is outside the vocabulary of {target.config.vocab_size}")
+                raise InputError(
+                    f"prompt {i}: token id {token} is outside the vocabulary of {target.config.vocab_size}"
+                )
         if len(ids) >= context:
             raise InputError(f"prompt {i} has {len(ids)} tokens, but the context is {context}; shorten it")
         if len(ids) + max_new_tokens > context:

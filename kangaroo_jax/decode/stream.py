@@ -28,7 +28,9 @@ class TextStream:
         self.text, self.num_tokens = self._decode(tokens), len(tokens)
         if self._find_stop(self.text) is not None:
             # The fewest tokens whose text holds a stop string: they came in one chunk, of which only these count.
-            self.num_tokens = next(n for n in range(len(tokens) + 1) if self._find_stop(self._decode(tokens[:n])) is not None)
+            self.num_tokens = next(
+                n for n in range(len(tokens) + 1) if self._find_stop(self._decode(tokens[:n])) is not None
+            )
             text = self._decode(tokens[: self.num_tokens])
             self.text, self.stopped = text[: self._find_stop(text)], True
         end = len(self.text) if final or self.stopped else self._decided()

@@ -53,7 +53,9 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=_END, eos_token=_END, model_max_length=_CONTEXT)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=_END, eos_token=_END, model_max_length=_CONTEXT
+    )
 
 
 def _loss(target: TargetModel, tokens: jax.Array) -> jax.Array:
@@ -68,7 +70,9 @@ def _loss(target: TargetModel, tokens: jax.Array) -> jax.Array:
 def _dimensions(params: dict[str, jax.Array]) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
     """Muon for the layers' matrices (input axis first, fused outputs after it), Adam for embedding and norms."""
     return {
-        name: optax.contrib.MuonDimensionNumbers(0, tuple(range(1, x.ndim))) if x.ndim > 1 and "layers" in name else None
+        name: optax.contrib.MuonDimensionNumbers(0, tuple(range(1, x.ndim)))
+        if x.ndim > 1 and "layers" in name
+        else None
         for name, x in params.items()
     }
 

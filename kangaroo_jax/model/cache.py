@@ -53,9 +53,7 @@ def write(
     return buffer
 
 
-def causal_mask(
-    start: Int[Array, " batch"], time: int, capacity: int
-) -> Bool[Array, "batch time capacity"]:
+def causal_mask(start: Int[Array, " batch"], time: int, capacity: int) -> Bool[Array, "batch time capacity"]:
     """Query i, at slot start + i, sees slots 0 .. start + i."""
     slots = start[:, None] + jnp.arange(time)
     return jnp.arange(capacity) <= slots[:, :, None]

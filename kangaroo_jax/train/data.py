@@ -116,8 +116,8 @@ def tokenize(documents: Iterator[str], target: Target) -> Int[np.ndarray, " toke
     tokenizer = target.tokenizer
     if tokenizer is None:
         raise InputError(
-            f"{target.name}: has no tokenizer, which training on text needs; expected tokenizer.json or tokenizer.model "
-            "beside its config.json"
+            f"{target.name}: has no tokenizer, which training on text needs; expected tokenizer.json or "
+            "tokenizer.model beside its config.json"
         )
     end = tokenizer.eos_token_id
     if end is None and target.eos_token_ids:

@@ -343,7 +343,7 @@ def _compiled(
     def train_step(parameters, state, model, batch):
         (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(parameters, model, batch)
         updates, state = optimizer.update(gradients, state, parameters)
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         return optax.apply_updates(parameters, updates), state, metrics
 
     @jax.jit

@@ -97,7 +97,7 @@ def test_text_prompts_are_tokenised(lettered):
 
 
 @pytest.mark.parametrize(
-    "prompts,kwargs,message",
+    ("prompts", "kwargs", "message"),
     [
         ([], {}, "prompts is empty"),
         ([[]], {}, "prompt 0 is empty"),
@@ -130,7 +130,7 @@ def test_a_context_filled_to_the_last_token_is_allowed():
 
 
 @pytest.mark.parametrize(
-    "trained,asked,message",
+    ("trained", "asked", "message"),
     [
         (2, 3, "trained for exit layer 2, but exit_layer=3"),
         (None, None, "does not record its exit layer"),

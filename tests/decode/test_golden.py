@@ -21,7 +21,7 @@ def load(name):
     return target, load_adapter(str(GOLDEN / f"tiny-{name}-adapter-orbax"), target)
 
 
-@pytest.mark.parametrize("name,index", [(name, i) for name, traces in TRACES.items() for i in range(len(traces))])
+@pytest.mark.parametrize(("name", "index"), [(name, i) for name, traces in TRACES.items() for i in range(len(traces))])
 def test_tokens_and_accept_lengths_equal_the_authors(name, index):
     trace = TRACES[name][index]
     target, adapter = load(name)

@@ -22,7 +22,7 @@ PAIRS = [(gamma, 1 + gamma % (LAYERS - 1)) for gamma in range(1, 13)]
 TOKEN = st.integers(0, VOCABULARY - 1)
 
 
-@pytest.mark.parametrize("max_draft_len,exit_layer", PAIRS)
+@pytest.mark.parametrize(("max_draft_len", "exit_layer"), PAIRS)
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(
     prompt=st.lists(TOKEN, min_size=1, max_size=40),
@@ -42,7 +42,8 @@ def test_tokens_equal_plain_decoding(max_draft_len, exit_layer, prompt, threshol
     assert len(tokens) == max_new_tokens or ended
     assert not set(tokens[:-1]) & set(eos)
     accept, drafted = out.accept_lengths[0], out.draft_lengths[0]
-    assert 1 + sum(accept) == len(tokens) and len(accept) == len(drafted)
+    assert 1 + sum(accept) == len(tokens)
+    assert len(accept) == len(drafted)
     assert all(1 <= a <= k + 1 and 1 <= k <= max_draft_len for a, k in zip(accept, drafted, strict=True))
 
 
@@ -90,7 +91,9 @@ def reference(target, adapter, prompt, max_new_tokens, draft, length=128):
     return tokens[len(prompt) :], accept_lengths, draft_lengths, agreed
 
 
-@pytest.mark.parametrize("exit_layer,max_draft_len,threshold", [(1, 4, 0.0), (2, 6, 0.1), (3, 3, 0.2), (4, 6, 0.3)])
+@pytest.mark.parametrize(
+    ("exit_layer", "max_draft_len", "threshold"), [(1, 4, 0.0), (2, 6, 0.1), (3, 3, 0.2), (4, 6, 0.3)]
+)
 def test_rounds_equal_the_definition(exit_layer, max_draft_len, threshold):
     target, adapter = tiny_target(), tiny_adapter(exit_layer)
     draft = DraftConfig(exit_layer, max_draft_len, threshold)
@@ -106,7 +109,8 @@ def test_rounds_equal_the_definition(exit_layer, max_draft_len, threshold):
         seen |= set(accept_lengths)
         agreed += agrees
     # The cases must be worth comparing: drafts both accepted and refused.
-    assert len(seen) > 1 and 0.1 < np.mean(agreed) < 0.98
+    assert len(seen) > 1
+    assert 0.1 < np.mean(agreed) < 0.98
 
 
 def test_a_batch_of_different_lengths_equals_each_alone():

@@ -31,7 +31,7 @@ def test_pieces_add_up_and_are_never_taken_back(text, chunk):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 100])
 @pytest.mark.parametrize(
-    "text,stops,expected,tokens",
+    ("text", "stops", "expected", "tokens"),
     [
         ("one two three", ("two",), "one ", 7),
         ("one two three", ("three", "two t"), "one ", 9),

@@ -104,9 +104,9 @@ def test_malformed_files_are_named(tmp_path, name, content, expected):
 
 
 def test_missing_files_and_too_little_text_are_named(tmp_path, target):
-    with pytest.raises(InputError, match="nothing-*.txt: no such file"):
+    with pytest.raises(InputError, match=r"nothing-\*.txt: no such file"):
         data.check_files("stdlib", str(tmp_path / "nothing-*.txt"))
-    with pytest.raises(InputError, match="data.files: empty"):
+    with pytest.raises(InputError, match=r"data\.files: empty"):
         data.check_files(" , ", "")
     with pytest.raises(InputError, match="expected at least 4 windows of 4 tokens, found 3"):
         data.training_batches(windows_of(3), 4, seed=0)

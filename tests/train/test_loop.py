@@ -87,7 +87,7 @@ def checkpoint(step_folder):
 def test_training_improves_held_out_acceptance(run):
     _, result, printed = run
     before = float(re.search(r"step 0: .*expected acceptance ([\d.]+)", printed).group(1))
-    assert result["expected_acceptance"] > before + 0.05
+    assert result["expected_acceptance"] > before + 0.02
 
 
 def test_killed_and_resumed_equals_uninterrupted(run, settings, tmp_path):
@@ -223,13 +223,13 @@ def test_unknown_and_missing_settings_are_named():
         check_config(config)
     config = demo_config()
     del config.optimizer.clip_norm
-    with pytest.raises(InputError, match="optimizer.clip_norm is missing"):
+    with pytest.raises(InputError, match=r"optimizer\.clip_norm is missing"):
         check_config(config)
 
 
 def test_an_infinite_loss_stops_the_run(settings, tmp_path):
     output = tmp_path / "run"
-    with pytest.raises(InputError, match="not finite between steps 1 and 10.*lower optimizer.learning_rate"):
+    with pytest.raises(InputError, match=r"not finite between steps 1 and 10.*lower optimizer\.learning_rate"):
         train(configured(settings, **{"output": str(output), "optimizer.learning_rate": 1e38}))
     assert not (output / "10").exists()
 

@@ -90,7 +90,8 @@ def test_equal_hidden_states_are_always_accepted(target, hidden):
 def test_an_empty_mask_is_a_zero_loss_not_nan(target, hidden):
     teacher, draft, mask = hidden
     loss, metrics = distillation(target, teacher, draft, np.zeros_like(mask), chunk=5)
-    assert float(loss) == 0 and float(metrics["positions"]) == 0
+    assert float(loss) == 0
+    assert float(metrics["positions"]) == 0
 
 
 def test_whole_logits_never_exist(target, hidden):
@@ -109,7 +110,7 @@ def test_gradient_flows_to_the_adapter_alone(target):
     def objective(models):
         return adapter_loss(*models, tokens, jnp.ones((BATCH, TIME)), exit_layer=1, chunk=8)[0]
 
-    of_adapter, of_target = jax.grad(objective)((adapter, target))
+    of_adapter, of_target = jax.jit(jax.grad(objective))((adapter, target))
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(of_adapter))
     assert all(np.abs(x).max() == 0 for x in jax.tree.leaves(of_target))
 
@@ -122,5 +123,5 @@ def test_float32_masters_train_a_bfloat16_target(target):
     def objective(adapter):
         return adapter_loss(adapter, lower, tokens, jnp.ones((BATCH, TIME)), exit_layer=1, chunk=8)[0]
 
-    gradient = jax.grad(objective)(adapter)
+    gradient = jax.jit(jax.grad(objective))(adapter)
     assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}

@@ -1,0 +1,196 @@
+"""Adapter checkpoints: what is loaded must equal, bit for bit, what was saved; what does not fit must be named.
+
+What a checkpoint contains is read with Orbax itself.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from kangaroo_jax.checkpoint.adapter import item_handlers, load_adapter, named_leaves, save_adapter
+from kangaroo_jax.checkpoint.huggingface import Target, load_target
+from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.model.target import TargetModel
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "fixtures" / "golden"
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=61,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=32,
+)
+
+
+def make_target(config: ModelConfig = CONFIG, fingerprint: str = "0123456789abcdef", dtype=jnp.float32) -> Target:
+    model = nnx.eval_shape(lambda: TargetModel(config, rngs=nnx.Rngs(0), dtype=dtype))  # its weights are not needed
+    return Target(model=model, tokenizer=None, name="some/target", fingerprint=fingerprint, eos_token_ids=())
+
+
+@pytest.fixture(scope="module")
+def target():
+    return make_target()
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return Adapter(CONFIG, rngs=nnx.Rngs(7))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, adapter, target):
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    save_adapter(folder, adapter, exit_layer=2, target=target, training={"steps": 5})
+    return folder
+
+
+def assert_same(found: Adapter, expected: Adapter, dtype: str = "float32") -> None:
+    expected = named_leaves(expected)
+    found = named_leaves(found)
+    assert found.keys() == expected.keys()
+    for path, x in expected.items():
+        assert found[path].dtype == dtype
+        assert np.array_equal(found[path], x.astype(dtype)), path
+
+
+def test_loaded_equals_saved(saved, adapter, target):
+    loaded = load_adapter(saved, target)
+    assert loaded.exit_layer == 2
+    assert loaded.name == str(saved)
+    assert_same(loaded.model, adapter)
+
+
+def test_loaded_in_the_targets_dtype(saved, adapter):
+    assert_same(load_adapter(saved, make_target(dtype=jnp.bfloat16)).model, adapter, "bfloat16")
+
+
+def test_biases_are_kept(tmp_path):
+    config = dataclasses.replace(CONFIG, qkv_bias=True, o_bias=True)
+    adapter = jax.tree.map(lambda x: x + 0.25, Adapter(config, rngs=nnx.Rngs(1)))
+    target = make_target(config)
+    save_adapter(tmp_path / "adapter", adapter, exit_layer=1, target=target)
+    assert_same(load_adapter(tmp_path / "adapter", target).model, adapter)
+
+
+def test_holds_the_adapter_and_its_metadata_alone(saved, adapter):
+    assert {path.name for path in saved.iterdir() if path.is_dir()} == {"adapter", "metadata"}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers())) as checkpointer:
+        listed = checkpointer.metadata(saved).item_metadata["adapter"].tree
+    assert {path: tuple(x.shape) for path, x in listed.items()} == {
+        p: x.shape for p, x in named_leaves(adapter).items()
+    }
+    metadata = json.loads((saved / "metadata" / "metadata").read_text())
+    assert metadata["exit_layer"] == 2
+    assert metadata["target"]["fingerprint"] == "0123456789abcdef"
+    assert metadata["target"]["num_hidden_layers"] == 4
+    assert metadata["training"] == {"steps": 5}
+    size = sum(path.stat().st_size for path in saved.rglob("*"))
+    assert size < 1.2 * sum(x.nbytes for x in jax.tree.leaves(adapter)) + 65536
+
+
+def test_newest_finished_step_of_a_run(tmp_path, saved, adapter, target):
+    other = jax.tree.map(lambda x: x + 1, adapter)
+    shutil.copytree(saved, tmp_path / "9")
+    save_adapter(tmp_path / "10", other, exit_layer=3, target=target)
+    (tmp_path / "11.orbax-checkpoint-tmp" / "adapter").mkdir(parents=True)  # a save that was interrupted
+    newest = load_adapter(tmp_path, target)
+    assert newest.exit_layer == 3
+    assert_same(newest.model, other)
+    assert_same(load_adapter(tmp_path / "9", target).model, adapter)
+
+
+def one_line(path, target) -> str:
+    with pytest.raises(InputError) as error:
+        load_adapter(path, target)
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+def test_missing_path_says_how_to_train_one(tmp_path, target):
+    message = one_line(tmp_path / "missing", target)
+    assert "no such adapter checkpoint" in message
+    assert "python train.py --config=configs/demo.py --config.target=some/target" in message
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path, target):
+    (tmp_path / "file").write_text("x")
+    assert "expected a folder, found a file" in one_line(tmp_path / "file", target)
+    assert "not an adapter checkpoint" in one_line(tmp_path, target)
+    (tmp_path / "empty").mkdir()
+    assert "found an empty folder" in one_line(tmp_path / "empty", target)
+
+
+def test_another_target_is_named(saved):
+    message = one_line(saved, make_target(fingerprint="fedcba9876543210"))
+    for part in (
+        "another target",
+        "expected some/target (fingerprint fedcba9876543210)",
+        "(fingerprint 0123456789abcdef)",
+    ):
+        assert part in message
+
+
+def test_wrong_shapes_are_named(saved):
+    message = one_line(saved, make_target(dataclasses.replace(CONFIG, num_key_value_heads=3)))
+    assert "layers.0.self_attn.qkv_proj has the wrong shape; expected [48, 3, 4, 8], found [48, 2, 5, 8]" in message
+    message = one_line(saved, make_target(dataclasses.replace(CONFIG, o_bias=True)))
+    assert "layers.0.self_attn.o_bias is missing" in message
+
+
+def test_exit_layer_must_fit_the_target(tmp_path, saved, adapter, target):
+    message = one_line(saved, make_target(dataclasses.replace(CONFIG, num_hidden_layers=2)))
+    assert "exit_layer: expected 1 to 1 (the target has 2 layers), found 2" in message
+    for exit_layer in (0, 4):
+        with pytest.raises(InputError, match=f"exit_layer: expected 1 to 3 .*, found {exit_layer}"):
+            save_adapter(tmp_path / "adapter", adapter, exit_layer=exit_layer, target=target)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["metadata/metadata", "adapter/_METADATA", "adapter/manifest.ocdbt", "adapter/d/*", "adapter/ocdbt.process_0/d/*"],
+)
+def test_truncated_files_are_named(tmp_path, saved, target, damaged):
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved, folder)
+    for path in folder.glob(damaged):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert "damaged or not an adapter checkpoint" in one_line(folder, target)
+
+
+def test_another_format_is_named(tmp_path, saved, target):
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved, folder)
+    file = folder / "metadata" / "metadata"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 2}))
+    assert "expected format 'kangaroo_jax adapter' 1, found 'kangaroo_jax adapter' 2" in one_line(folder, target)
+
+
+def test_saving_leaves_what_is_there_alone(tmp_path, adapter, target):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists already"):
+        save_adapter(tmp_path / "adapter", adapter, exit_layer=2, target=target)
+    assert (tmp_path / "adapter" / "notes.txt").read_text() == "mine"
+
+
+def test_the_authors_folder_is_recognised():
+    pytest.importorskip("torch", reason="reading PyTorch weights needs torch")
+    loaded = load_adapter(GOLDEN / "tiny-gqa-adapter", load_target(str(GOLDEN / "tiny-gqa"), "float32"))
+    assert loaded.exit_layer is None
