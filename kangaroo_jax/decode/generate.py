@@ -201,7 +201,7 @@ def run(
     prefill_seconds, prefill_compiling = time.perf_counter() - start - compiling, compiling
 
     start, compiling = time.perf_counter(), 0.0
-    advance = functools.partial(_advance, one_round)
+    advance = functools.partial(advance_rounds, one_round)
     while True:
         num_output, finished = jax.device_get((state.num_output, state.finished))
         if streams is not None:
@@ -270,7 +270,7 @@ def encode_prompts(
     return encoded
 
 
-def _advance(
+def advance_rounds(
     one_round: Round,
     target: TargetModel,
     adapter: Adapter | None,

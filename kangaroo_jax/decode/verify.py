@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -30,20 +28,28 @@ def verify(
     Returns:
       Greedy tokens (meaningless beyond a sequence's draft length + 1), and the cache with lengths not yet settled.
     """
-    full = draft.hidden.shape[1]
+    batch, full, _ = draft.hidden.shape
 
-    def run(width: int, hidden: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    def run(width: int, cache: KVCache) -> tuple[Array, KVCache]:
         positions = cache.length[:, None] + jnp.arange(width)
-        normed, cache = deep_apply(target, hidden[:, :width], positions, cache, exit_layer=exit_layer)
+        normed, cache = deep_apply(target, draft.hidden[:, :width], positions, cache, exit_layer=exit_layer)
         tokens = jnp.argmax(lm_head(target, normed), axis=-1).astype(jnp.int32)
         return jnp.pad(tokens, ((0, 0), (0, full - width))), cache.replace(length=deep.length)
 
     with jax.named_scope("verify"):
         if len(widths) == 1:
-            return run(widths[0], draft.hidden, deep)
-        needed = jnp.max(draft.length) + 1
-        choice = jnp.searchsorted(jnp.asarray(widths), needed)
-        return jax.lax.switch(choice, [functools.partial(run, width) for width in widths], draft.hidden, deep)
+            return run(widths[0], deep)
+        choice = jnp.searchsorted(jnp.asarray(widths), jnp.max(draft.length) + 1)
+        carry = (jnp.bool_(False), jnp.zeros((batch, full), jnp.int32), deep)
+        # Loops of one turn or none, in place of a lax.switch: XLA copies the whole cache through a conditional's
+        # branches, and updates it in place in a loop.
+        for i, width in enumerate(widths):
+            carry = jax.lax.while_loop(
+                lambda carry, i=i: (choice == i) & ~carry[0],
+                lambda carry, width=width: (jnp.bool_(True), *run(width, carry[2])),
+                carry,
+            )
+        return carry[1], carry[2]
 
 
 def commit(

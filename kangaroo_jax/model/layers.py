@@ -95,8 +95,8 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch time hidden"],
         context: AttentionContext,
-        keys: Float[Array, "batch kv_heads capacity head_dim"] | None,
-        values: Float[Array, "batch kv_heads capacity head_dim"] | None,
+        keys: Float[Array, "batch*kv_heads capacity head_dim"] | None,
+        values: Float[Array, "batch*kv_heads capacity head_dim"] | None,
     ) -> tuple[Float[Array, "batch time hidden"], Array, Array]:
         """Attends over the cache (after writing the new entries into it), or over `x` alone without one.
 
@@ -109,22 +109,22 @@ class Attention(nnx.Module):
             qkv = qkv + self.qkv_bias[...]
         turned = _rotate(qkv[..., :-1, :].reshape(batch, time, -1, head_dim), context)
         turned = turned.reshape(batch, time, kv_heads, rows - 1, head_dim)
-        query = turned[..., :-1, :].transpose(0, 2, 3, 1, 4)  # [batch, kv_heads, groups, time, head_dim]
-        new_keys = turned[..., -1, :].transpose(0, 2, 1, 3)
-        new_values = qkv[..., -1, :].transpose(0, 2, 1, 3)
+        groups, merged = rows - 2, batch * kv_heads  # batch and heads are one axis, as in the cache
+        query = turned[..., :-1, :].transpose(0, 2, 3, 1, 4).reshape(merged, groups * time, head_dim)
+        new_keys = turned[..., -1, :].transpose(0, 2, 1, 3).reshape(merged, time, head_dim)
+        new_values = qkv[..., -1, :].transpose(0, 2, 1, 3).reshape(merged, time, head_dim)
         if keys is None:
             keys, values = new_keys, new_values
         else:
             keys = kv_cache.write(keys, new_keys, context.start)
             values = kv_cache.write(values, new_values, context.start)
         precision = _precision(x.dtype)
-        query = query.reshape(batch, kv_heads, (rows - 2) * time, head_dim)
-        scores = jnp.einsum("bkqd,bksd->bkqs", query, keys, precision=precision, preferred_element_type=jnp.float32)
-        scores = scores.reshape(batch, kv_heads, rows - 2, time, -1) * head_dim**-0.5
+        scores = jnp.einsum("nqd,nsd->nqs", query, keys, precision=precision, preferred_element_type=jnp.float32)
+        scores = scores.reshape(batch, kv_heads, groups, time, -1) * head_dim**-0.5
         scores = jnp.where(context.mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype).reshape(batch, kv_heads, (rows - 2) * time, -1)
-        mixed = jnp.einsum("bkqs,bksd->bkqd", weights, values, precision=precision)
-        mixed = mixed.reshape(batch, kv_heads, rows - 2, time, head_dim).transpose(0, 3, 1, 2, 4)
+        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype).reshape(merged, groups * time, -1)
+        mixed = jnp.einsum("nqs,nsd->nqd", weights, values, precision=precision)
+        mixed = mixed.reshape(batch, kv_heads, groups, time, head_dim).transpose(0, 3, 1, 2, 4)
         out = matmul(mixed.reshape(batch, time, -1), self.o_proj[...])
         if self.o_bias is not None:
             out = out + self.o_bias[...]
