@@ -6,3 +6,6 @@ class InputError(ValueError):
 
     The scripts print it and exit with code 2; anything else that is raised is a bug and keeps its traceback.
     """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))  # one line, whatever a file's name or contents held

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
 from jaxtyping import Array, PyTree
 
 from kangaroo_jax.checkpoint.huggingface import Target, parameter_paths
+from kangaroo_jax.checkpoint.upstream import load_upstream
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.model.adapter import Adapter, abstract_adapter
 
 _FORMAT = "kangaroo_jax adapter"
 _VERSION = 1
@@ -48,11 +48,6 @@ class TrainedAdapter:
     model: Adapter
     exit_layer: int | None
     name: str
-
-
-def abstract_adapter(config: ModelConfig, dtype: jnp.dtype) -> Adapter:
-    """The adapter of a target with `config`, with shapes in place of weights."""
-    return nnx.eval_shape(lambda: Adapter(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 
 def named_leaves(tree: PyTree) -> dict[str, Array]:
@@ -144,9 +139,7 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
             f"--config.target={target.name} --config.output={path}"
         )
     if (folder / "pytorch_model.bin").exists():
-        from kangaroo_jax.checkpoint.upstream import load_upstream  # it needs TrainedAdapter from here
-
-        return load_upstream(folder, target)
+        return TrainedAdapter(load_upstream(folder, target, target.model.dtype), None, str(path))
     step = folder if (folder / "adapter").is_dir() else newest_step(folder)
     if step is None:
         found = ", ".join(sorted(x.name for x in folder.iterdir())[:5]) or "an empty folder"

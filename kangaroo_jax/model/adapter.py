@@ -38,6 +38,11 @@ class Adapter(nnx.Module):
         self.norm = RMSNorm(config, dtype)
 
 
+def abstract_adapter(config: ModelConfig, dtype: jnp.dtype) -> Adapter:
+    """The adapter of a target with `config`, with shapes in place of weights."""
+    return nnx.eval_shape(lambda: Adapter(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
 def adapter_apply(
     adapter: Adapter,
     hidden: Float[Array, "batch time hidden"],

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kangaroo_jax.checkpoint import upstream
+from kangaroo_jax.checkpoint import convert, upstream
 from kangaroo_jax.checkpoint.adapter import load_adapter, named_leaves
 from kangaroo_jax.checkpoint.huggingface import load_target
 from kangaroo_jax.errors import InputError
@@ -61,10 +61,10 @@ def reference(tensors, config, hidden):
 
 def test_output_equals_the_layer_written_out(pair):
     target, folder = pair
-    adapter = upstream.load_upstream(folder, target)
-    assert adapter.exit_layer is None
+    adapter = upstream.load_upstream(folder, target, jnp.float32)
+    assert load_adapter(folder, target).exit_layer is None
     hidden = np.random.default_rng(0).normal(size=(2, 9, target.config.hidden_size)).astype(np.float32)
-    found, _ = adapter_apply(adapter.model, jnp.asarray(hidden), jnp.broadcast_to(jnp.arange(9), (2, 9)))
+    found, _ = adapter_apply(adapter, jnp.asarray(hidden), jnp.broadcast_to(jnp.arange(9), (2, 9)))
     expected = reference(torch.load(folder / "pytorch_model.bin"), target.config, torch.tensor(hidden).double()).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
@@ -72,8 +72,8 @@ def test_output_equals_the_layer_written_out(pair):
 def test_command_converts(pair, tmp_path, monkeypatch):
     target, folder = pair
     arguments = {"adapter": folder, "target": target.name, "exit_layer": 3, "output": tmp_path / "converted"}
-    monkeypatch.setattr(sys, "argv", ["upstream.py", *(f"--{name}={value}" for name, value in arguments.items())])
-    upstream.main()
+    monkeypatch.setattr(sys, "argv", ["convert.py", *(f"--{name}={value}" for name, value in arguments.items())])
+    convert.main()
     converted, original = load_adapter(tmp_path / "converted", target), load_adapter(folder, target)
     assert converted.exit_layer == 3
     for path, x in named_leaves(original.model).items():
@@ -83,12 +83,12 @@ def test_command_converts(pair, tmp_path, monkeypatch):
 def test_command_names_what_is_wrong(pair, tmp_path, monkeypatch, capsys):
     target, folder = pair
     arguments = {"adapter": folder, "target": target.name, "exit_layer": 8, "output": tmp_path / "converted"}
-    monkeypatch.setattr(sys, "argv", ["upstream.py", *(f"--{name}={value}" for name, value in arguments.items())])
+    monkeypatch.setattr(sys, "argv", ["convert.py", *(f"--{name}={value}" for name, value in arguments.items())])
     with pytest.raises(SystemExit) as exited:
-        upstream.main()
+        convert.main()
     assert exited.value.code == 2
     error = capsys.readouterr().err
-    assert error == "upstream.py: error: exit_layer: expected 1 to 7 (the target has 8 layers), found 8\n"
+    assert error == "convert.py: error: exit_layer: expected 1 to 7 (the target has 8 layers), found 8\n"
     assert not (tmp_path / "converted").exists()
 
 
@@ -106,7 +106,7 @@ def gqa():
 
 def message_for(folder, target) -> str:
     with pytest.raises(InputError) as error:
-        upstream.load_upstream(folder, target)
+        upstream.load_upstream(folder, target, jnp.float32)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -166,6 +166,6 @@ def test_a_truncated_file_is_named(copy, gqa):
 def test_half_precision_is_read_exactly(copy, gqa):
     tensors = {name: x.to(torch.bfloat16) for name, x in torch.load(copy / "pytorch_model.bin").items()}
     torch.save(tensors, copy / "pytorch_model.bin")
-    loaded = upstream.load_upstream(copy, gqa)
+    loaded = upstream.load_upstream(copy, gqa, jnp.float32)
     expected = tensors["layers.0.self_attn.o_proj.weight"].float().numpy().T
-    assert np.array_equal(loaded.model.layers[0].self_attn.o_proj[...], expected)
+    assert np.array_equal(loaded.layers[0].self_attn.o_proj[...], expected)
