@@ -24,7 +24,7 @@ from kangaroo_jax.bench.prompts import held_out_prompts
 from kangaroo_jax.bench.roofline import cache_bytes, plain_step_seconds, read_bandwidth, step_bytes
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.huggingface import Target
-from kangaroo_jax.decode.generate import Generation
+from kangaroo_jax.decode.host_loop import Generation
 from kangaroo_jax.errors import InputError
 
 _MODEL = flags.DEFINE_string("model", str(demo.MODEL), "Target.")

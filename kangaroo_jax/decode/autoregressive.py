@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kangaroo_jax.checkpoint.huggingface import Target
-from kangaroo_jax.decode.generate import Generation, run
+from kangaroo_jax.decode.host_loop import Generation, run
 from kangaroo_jax.decode.state import DecodeState, Draft
 from kangaroo_jax.decode.verify import commit, verify
 from kangaroo_jax.model.target import TargetModel, shallow_apply

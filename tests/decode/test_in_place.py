@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.decode.autoregressive import plain_round
-from kangaroo_jax.decode.generate import advance_rounds, kangaroo_round
+from kangaroo_jax.decode.generate import kangaroo_round
+from kangaroo_jax.decode.host_loop import advance_rounds
 from kangaroo_jax.decode.prefill import prefill
 from tests.decode.models import CONFIG, tiny_adapter, tiny_target
 

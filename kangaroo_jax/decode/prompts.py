@@ -1,0 +1,54 @@
+"""Prompts as token ids, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.errors import InputError
+
+
+def encode_prompts(
+    target: Target,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    max_length: int | None,
+) -> list[list[int]]:
+    """Token ids of the prompts, each checked to fit with its answer.
+
+    Raises:
+      InputError: naming the prompt by its index.
+    """
+    if isinstance(prompts, str):
+        raise InputError("prompts must be a list; put the one prompt into a list")
+    if not prompts:
+        raise InputError("prompts is empty; give at least one")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    context = target.config.max_position_embeddings if max_length is None else max_length
+    encoded = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if target.tokenizer is None:
+                raise InputError(
+                    f"{target.name}: has no tokenizer; give token ids, or put its tokenizer files beside it"
+                )
+            ids = target.tokenizer.encode(prompt, verbose=False) if prompt else []
+        else:
+            ids = [int(token) for token in prompt]
+        if not ids:
+            raise InputError(f"prompt {i} is empty; give at least one token")
+        for token in ids:
+            if not 0 <= token < target.config.vocab_size:
+                raise InputError(
+                    f"prompt {i}: token id {token} is outside the vocabulary of {target.config.vocab_size}"
+                )
+        if len(ids) >= context:
+            raise InputError(f"prompt {i} has {len(ids)} tokens, but the context is {context}; shorten it")
+        if len(ids) + max_new_tokens > context:
+            raise InputError(
+                f"prompt {i} has {len(ids)} tokens and max_new_tokens is {max_new_tokens}: {len(ids) + max_new_tokens} "
+                f"exceed the context of {context}; shorten the prompt or lower max_new_tokens to {context - len(ids)}"
+            )
+        encoded.append(ids)
+    return encoded
