@@ -9,6 +9,7 @@ python decode.py --prompt_file=prompt.txt          or: some-command | python dec
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import select
@@ -19,12 +20,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 
 from kangaroo_jax import (
     DraftConfig,
     Generation,
     InputError,
+    command_line,
     compilation_cache,
     demo,
     generate,
@@ -61,22 +63,25 @@ def read_prompt() -> str:
         return _PROMPT.value
     if _PROMPT_FILE.value is not None:
         return _read_text(_PROMPT_FILE.value)
-    if piped := _piped_text():
+    if (piped := _piped_text()) is not None:
         return piped
     if _MODEL.value is None:
         return demo.PROMPT
     raise InputError("no prompt; give --prompt, --prompt_file or text on standard input")
 
 
-def _piped_text() -> str:
+def _piped_text() -> str | None:
+    """What a file or a pipe brings on standard input; an empty pipe, which many launchers leave open, brings None."""
     if sys.stdin is None or sys.stdin.closed:
-        return ""
+        return None
     mode = os.fstat(sys.stdin.fileno()).st_mode
     # A pipe that nobody writes to must not make `python decode.py` wait for ever.
     if stat.S_ISFIFO(mode) and not select.select([sys.stdin], [], [], _PIPE_PATIENCE)[0]:
         print(f"decode.py: nothing on standard input for {_PIPE_PATIENCE:.0f} s, not waiting for it", file=sys.stderr)
-        return ""
-    return _read_text("-") if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else ""
+        return None
+    if stat.S_ISREG(mode):
+        return _read_text("-")
+    return (_read_text("-") or None) if stat.S_ISFIFO(mode) else None
 
 
 def _read_text(path: str) -> str:
@@ -122,11 +127,7 @@ def print_table(columns: dict[str, dict[str, Any]]) -> None:
         print(f"{row.replace('_', ' '):20}" + "".join(f"{column[row]:>12}" for column in columns.values()))
 
 
-def main(argv: list[str]) -> None:
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # libraries tell much that is not for the reader of a text
-    if len(argv) > 1:
-        raise InputError(f"unexpected argument {argv[1]!r}; a prompt is given with --prompt")
+def main() -> None:
     draft = DraftConfig(_EXIT_LAYER.value, _MAX_DRAFT_LEN.value, _THRESHOLD.value)
     prompt = read_prompt()
     model, adapter_path = _MODEL.value, _ADAPTER.value
@@ -140,12 +141,18 @@ def main(argv: list[str]) -> None:
     target = load_target(model or str(demo.MODEL), dtype)
     adapter = load_adapter(adapter_path or str(demo.ADAPTER), target)
 
-    print(prompt, end="", flush=True)
+    # The prompt goes before the first piece of text, when all input has been found good.
+    pieces = itertools.chain([prompt], itertools.repeat(""))
     common = {"max_new_tokens": _MAX_NEW_TOKENS.value, "stop": _STOP.value}
     shown = generate(
-        target, adapter, [prompt], draft=draft, on_text=lambda _, text: print(text, end="", flush=True), **common
+        target,
+        adapter,
+        [prompt],
+        draft=draft,
+        on_text=lambda _, text: print(next(pieces) + text, end="", flush=True),
+        **common,
     )
-    print("\n")
+    print(next(pieces) + "\n")
     if _COMPARE.value:
         ours = functools.partial(generate, target, adapter, [prompt], draft=draft, **common)
         reference = functools.partial(generate_plain, target, [prompt], **common)
@@ -182,18 +189,5 @@ def _first_difference(ours: list[int], plain: list[int], dtype: str) -> str:
     return f"first difference at token {place + 1} of {len(plain)}: {cause}"
 
 
-def run() -> None:
-    def guarded(argv: list[str]) -> None:
-        try:
-            main(argv)
-        except InputError as error:
-            print(f"decode.py: error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            sys.exit(130)
-
-    app.run(guarded)
-
-
 if __name__ == "__main__":
-    run()
+    command_line.run("decode.py", main)

@@ -1,5 +1,6 @@
 """decode.py as a user runs it: exit codes, one-line errors, the shape of its output."""
 
+import concurrent.futures
 import json
 import pathlib
 import subprocess
@@ -50,31 +51,41 @@ def test_prompt_from_standard_input_equals_prompt_flag():
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--model=/no/such/folder", "--adapter=x", "--prompt=x"], "/no/such/folder: no such folder"),
-        (["--model=some-model", "--prompt=x"], "python train.py --config="),
-        (["--prompt="], "prompt 0 is empty"),
-        (["--prompt_file=/no/such/file"], "/no/such/file: No such file"),
-        (["--prompt_file={latin1}"], "not UTF-8"),
-        (["--prompt=x", "--prompt_file=y"], "give one"),
-        (["--exit_layer=3"], "trained for exit layer 2, but exit_layer=3"),
-        (["--exit_layer=0"], "exit_layer must be"),
-        (["--max_draft_len=0"], "max_draft_len must be"),
-        (["--threshold=1.5"], "threshold must be"),
-        (["--max_new_tokens=5000"], "exceed the context of 1024"),
-        (["--adapter=/no/such/adapter"], "/no/such/adapter"),
-        (["a prompt without its flag"], "--prompt"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path):
-    latin1 = tmp_path / "latin1.txt"
+MISTAKES = [
+    (["--model=/no/such/folder", "--adapter=x", "--prompt=x"], "/no/such/folder: no such folder"),
+    (["--model=some-model", "--prompt=x"], "python train.py --config="),
+    (["--prompt="], "prompt 0 is empty"),
+    (["--prompt_file=/no/such/file"], "/no/such/file: No such file"),
+    (["--prompt_file={latin1}"], "not UTF-8"),
+    (["--prompt=x", "--prompt_file=y"], "give one"),
+    (["--exit_layer=3"], "trained for exit layer 2, but exit_layer=3"),
+    (["--exit_layer=0"], "exit_layer must be"),
+    (["--max_draft_len=0"], "max_draft_len must be"),
+    (["--threshold=1.5"], "threshold must be"),
+    (["--max_new_tokens=5000"], "exceed the context of 1024"),
+    (["--adapter=/no/such/adapter"], "/no/such/adapter"),
+    (["a prompt without its flag"], "unexpected argument 'a prompt without its flag'"),
+    (["--max_new_tokens=many"], "--max_new_tokens=many"),
+    (["--dtype=int8"], "--dtype=int8"),
+    (["--no_such_flag=1"], "no_such_flag"),
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The commands' results, run two at a time: most of each is Python's imports."""
+    latin1 = tmp_path_factory.mktemp("prompt") / "latin1.txt"
     latin1.write_bytes("café".encode("latin-1"))
-    done = decode(*[flag.format(latin1=latin1) for flag in flags])
-    error = done.stderr.decode().strip()
-    assert done.returncode == 2
+    commands = [[flag.format(latin1=latin1) for flag in flags] for flags, _ in MISTAKES]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda flags: decode(*flags), commands))
+
+
+@pytest.mark.parametrize("index", range(len(MISTAKES)), ids=[" ".join(flags) for flags, _ in MISTAKES])
+def test_bad_input_is_one_line_and_exit_code_2(results, index):
+    error = results[index].stderr.decode().strip()
+    assert results[index].returncode == 2
     assert error.startswith("decode.py: error: ")
-    assert message in error
+    assert MISTAKES[index][1] in error
     assert len(error.splitlines()) == 1
-    assert done.stdout == b""
+    assert results[index].stdout == b""

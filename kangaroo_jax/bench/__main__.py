@@ -3,9 +3,7 @@
 import importlib
 import sys
 
-from absl import app
-
-from kangaroo_jax.errors import InputError
+from kangaroo_jax import command_line
 
 _COMMANDS = {"peers": "the demo against plain decoding and Hugging Face transformers"}
 
@@ -14,18 +12,9 @@ def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command not in _COMMANDS:
         known = "; ".join(f"{name}: {what}" for name, what in _COMMANDS.items())
-        print(f"bench: error: expected a command, found {command!r} ({known})", file=sys.stderr)
-        sys.exit(2)
-    module = importlib.import_module(f"kangaroo_jax.bench.{command}")
-
-    def guarded(argv: list[str]) -> None:
-        try:
-            module.main(argv)
-        except InputError as error:
-            print(f"bench {command}: error: {error}", file=sys.stderr)
-            sys.exit(2)
-
-    app.run(guarded, argv=[f"bench {command}", *sys.argv[2:]])
+        command_line.fail("bench", f"expected a command, found {command!r} ({known})")
+    name = f"bench {command}"
+    command_line.run(name, importlib.import_module(f"kangaroo_jax.bench.{command}").main, [name, *sys.argv[2:]])
 
 
 if __name__ == "__main__":

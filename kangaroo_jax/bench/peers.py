@@ -39,8 +39,7 @@ _THRESHOLD = flags.DEFINE_float("threshold", DraftConfig.threshold, "eta.")
 Method = Callable[[list[int]], tuple[list[int], float, float]]
 
 
-def main(argv: list[str]) -> None:
-    del argv
+def main() -> None:
     if importlib.util.find_spec("torch") is None:
         raise InputError(
             "torch is not installed, and transformers' models need it; pip install -r requirements-parity.txt"

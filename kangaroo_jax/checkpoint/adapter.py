@@ -43,11 +43,13 @@ class TrainedAdapter:
       model: the weights, in the target's dtype.
       exit_layer: number of shallow layers it was trained for; None where the checkpoint does not say (the authors').
       name: the folder it came from.
+      target_fingerprint: of the target it was trained for; None where the checkpoint does not say.
     """
 
     model: Adapter
     exit_layer: int | None
     name: str
+    target_fingerprint: str | None
 
 
 def named_leaves(tree: PyTree) -> dict[str, Array]:
@@ -139,7 +141,7 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
             f"--config.target={target.name} --config.output={path}"
         )
     if (folder / "pytorch_model.bin").exists():
-        return TrainedAdapter(load_upstream(folder, target, target.model.dtype), None, str(path))
+        return TrainedAdapter(load_upstream(folder, target, target.model.dtype), None, str(path), None)
     step = folder if (folder / "adapter").is_dir() else newest_step(folder)
     if step is None:
         found = ", ".join(sorted(x.name for x in folder.iterdir())[:5]) or "an empty folder"
@@ -244,7 +246,8 @@ def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
     check_parameters(metadata["parameters"], expected, folder)
     found = read_arrays(folder, "adapter", expected)
     parameters = {path: jnp.asarray(found[path], leaf.dtype) for path, leaf in expected.items()}
-    return TrainedAdapter(adapter_from_parameters(target.config, parameters), metadata["exit_layer"], name)
+    model = adapter_from_parameters(target.config, parameters)
+    return TrainedAdapter(model, metadata["exit_layer"], name, target.fingerprint)
 
 
 def _read(folder: pathlib.Path, **items: Any) -> dict[str, Any]:

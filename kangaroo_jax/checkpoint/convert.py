@@ -8,13 +8,13 @@ The checkpoint records the exit layer and the target, and needs no torch to be r
 from __future__ import annotations
 
 import argparse
-import sys
 
 import jax.numpy as jnp
 
 from kangaroo_jax.checkpoint.adapter import check_exit_layer, save_adapter
 from kangaroo_jax.checkpoint.huggingface import load_target
 from kangaroo_jax.checkpoint.upstream import load_upstream
+from kangaroo_jax.command_line import fail
 from kangaroo_jax.errors import InputError
 
 
@@ -33,8 +33,7 @@ def main() -> None:
         training = {"converted_from": args.adapter}
         save_adapter(args.output, adapter, exit_layer=args.exit_layer, target=target, training=training)
     except InputError as error:
-        print(f"convert.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail("convert.py", error)
 
 
 if __name__ == "__main__":

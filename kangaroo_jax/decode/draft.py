@@ -21,7 +21,7 @@ def draft(
     exit_layer: int,
     max_draft_len: int,
 ) -> Draft:
-    """Drafts 1 to `max_draft_len` tokens per sequence greedily (paper, section 3.2; design, section 4, step 1).
+    """Drafts 1 to `max_draft_len` tokens per sequence greedily (paper, section 3.2).
 
     A token whose top-1 draft probability is below `threshold` is kept, and is the sequence's last. A sequence that
     has stopped idles, its lengths unchanged, until the slowest of the batch stops. K drafted tokens cost K passes of

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 from jaxtyping import Array, Float, Int
 
-from kangaroo_jax.checkpoint.adapter import TrainedAdapter
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter, check_exit_layer
 from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.config import DraftConfig
 from kangaroo_jax.decode.draft import draft as draft_tokens
@@ -31,7 +31,7 @@ def generate(
     stop: Sequence[str] = (),
     on_text: Callable[[int, str], None] | None = None,
 ) -> Generation:
-    """Greedy Kangaroo decoding: the tokens `generate_plain` gives, sooner (design, section 4).
+    """Greedy Kangaroo decoding: the tokens `generate_plain` gives, sooner (paper, section 3).
 
     Args:
       target: from `load_target`.
@@ -91,6 +91,8 @@ def kangaroo_round(
 
 def resolve_exit_layer(target: Target, adapter: TrainedAdapter, draft: DraftConfig) -> int:
     """The exit layer to use, or `InputError` if it is not the adapter's or not within the target."""
+    if adapter.target_fingerprint not in (None, target.fingerprint):
+        raise InputError(f"{adapter.name}: loaded for another target than {target.name}; load it for this one")
     exit_layer = draft.exit_layer or adapter.exit_layer
     if exit_layer is None:
         raise InputError(f"{adapter.name}: does not record its exit layer; give exit_layer (the paper's 7B uses 2)")
@@ -99,7 +101,5 @@ def resolve_exit_layer(target: Target, adapter: TrainedAdapter, draft: DraftConf
             f"{adapter.name}: trained for exit layer {adapter.exit_layer}, but exit_layer={exit_layer} was given; "
             "leave exit_layer out, or train an adapter for it"
         )
-    layers = target.config.num_hidden_layers
-    if not 1 <= exit_layer < layers:
-        raise InputError(f"exit_layer must be between 1 and {layers - 1} for {target.name}, found {exit_layer}")
+    check_exit_layer(exit_layer, target.config)
     return exit_layer

@@ -90,9 +90,11 @@ def run(
     prompt_ids = encode_prompts(target, prompts, max_new_tokens, max_length)
     if (stop or on_text) and target.tokenizer is None:
         raise InputError(f"{target.name}: has no tokenizer; stop strings and streamed text need one")
-    if any(not string for string in stop):
-        raise InputError("stop: an empty string stops nothing; remove it")
+    if isinstance(stop, str) or not all(stop):
+        raise InputError(f"stop must be a list of strings that are not empty, found {stop!r}")
     ends = list(target.eos_token_ids if eos_token_ids is None else eos_token_ids)
+    if not all(-1 <= token < 2**31 for token in ends):
+        raise InputError(f"eos_token_ids must be token ids, found {ends}")
     eos = np.full(bucket(max(1, len(ends)), _EOS_STEP), -1, np.int32)  # -1 is no token's id
     eos[: len(ends)] = ends
     lengths = np.asarray([len(ids) for ids in prompt_ids], np.int32)

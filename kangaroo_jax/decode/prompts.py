@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.errors import InputError
 
@@ -33,9 +35,15 @@ def encode_prompts(
                 raise InputError(
                     f"{target.name}: has no tokenizer; give token ids, or put its tokenizer files beside it"
                 )
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"prompt {i} is not valid Unicode text (character {error.start})") from None
             ids = target.tokenizer.encode(prompt, verbose=False) if prompt else []
-        else:
+        elif isinstance(prompt, Sequence | np.ndarray):
             ids = [int(token) for token in prompt]
+        else:
+            raise InputError(f"prompt {i} must be a string or a list of token ids, found {prompt!r}")
         if not ids:
             raise InputError(f"prompt {i} is empty; give at least one token")
         for token in ids:

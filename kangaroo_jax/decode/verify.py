@@ -14,7 +14,7 @@ from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head
 def verify(
     target: TargetModel, deep: KVCache, draft: Draft, *, exit_layer: int, widths: tuple[int, ...]
 ) -> tuple[Int[Array, "batch gamma+1"], KVCache]:
-    """The target's own next token after each drafted position (design, section 4, step 2).
+    """The target's own next token after each drafted position (paper, section 3.2).
 
     Args:
       target: the model.
@@ -59,8 +59,8 @@ def commit(
     target_tokens: Int[Array, "batch gamma+1"],
     eos_token_ids: Int[Array, " eos"],
 ) -> DecodeState:
-    """Accepts the longest prefix of the draft that the target agrees with, plus the target's next token (design,
-    section 4, step 3), cut after the first EOS and at the sequence's last allowed token.
+    """Accepts the longest prefix of the draft that the target agrees with, plus the target's next token, cut after the
+    first EOS and at the sequence's last allowed token.
 
     Rejected positions are rolled back by setting the caches' lengths.
 

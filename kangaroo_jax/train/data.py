@@ -85,11 +85,16 @@ def read_documents(files: Sequence[pathlib.Path]) -> Iterator[str]:
                 yield path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read ({error.strerror})") from None
             continue
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _json_text(line, f"{path}:{number}")
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield _json_text(line, f"{path}:{number}")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _json_text(line: bytes, where: str) -> str:
@@ -101,9 +106,15 @@ def _json_text(line: bytes, where: str) -> str:
         raise InputError(
             f"{where}: not valid JSON ({error.msg} at column {error.colno}); expected one object a line"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets as deep
+        raise InputError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         found = f"keys {', '.join(sorted(record)) or 'none'}" if isinstance(record, dict) else type(record).__name__
         raise InputError(f'{where}: expected an object with a string under "text", found {found}')
+    try:
+        record["text"].encode()
+    except UnicodeEncodeError as error:  # half an emoji, written as an escape
+        raise InputError(f'{where}: "text" is not valid Unicode (character {error.start})') from None
     return record["text"]
 
 

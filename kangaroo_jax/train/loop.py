@@ -58,7 +58,8 @@ _SETTINGS: dict[str, type] = {
     "keep_checkpoints": int,
 }
 _MAY_BE_ZERO = {"seed", "optimizer.warmup_steps", "optimizer.weight_decay"}
-_CHOICES = {"dtype": ("float32", "bfloat16", "float16"), "optimizer.schedule": ("constant", "cosine")}
+# float16 is for decoding only: the gradients of a mean over a batch underflow in it.
+_CHOICES = {"dtype": ("float32", "bfloat16"), "optimizer.schedule": ("constant", "cosine")}
 # What a run's results follow from, with the target and the data, which have fingerprints.
 _FIXED = ("exit_layer", "dtype", "seed", "batch_size", "sequence_length", "optimizer.")
 
@@ -258,8 +259,9 @@ class _Run:
                 bar.update()
                 pending.append(metrics)
                 saves = self.step % settings["save_every"] == 0 or self.step == steps
-                evaluates = self.step % settings["evaluate_every"] == 0 or self.step == steps
-                if self.step % settings["log_every"] == 0 or saves or evaluates:
+                # A checkpoint records its own held-out figures.
+                evaluates = saves or self.step % settings["evaluate_every"] == 0
+                if self.step % settings["log_every"] == 0 or evaluates:
                     means = self._means(pending)
                     seconds = time.monotonic() - since
                     means["tokens_per_second"] = sum(batch["positions"] for batch in pending) / seconds
@@ -275,7 +277,7 @@ class _Run:
                     self._evaluate(writer)
                 if saves:
                     self._save(manager)
-                if saves or evaluates:
+                if evaluates:
                     since = time.monotonic()
         return self.training["held_out"]
 

@@ -46,4 +46,4 @@ def tiny_target(seed: int = 0) -> Target:
 @functools.cache
 def tiny_adapter(exit_layer: int | None, seed: int = 1) -> TrainedAdapter:
     adapter = Adapter(CONFIG, rngs=nnx.Rngs(seed))
-    return TrainedAdapter(model=jax.tree.map(jnp.asarray, adapter), exit_layer=exit_layer, name="tiny adapter")
+    return TrainedAdapter(jax.tree.map(jnp.asarray, adapter), exit_layer, "tiny adapter", target_fingerprint=None)

@@ -3,6 +3,8 @@
 Truth: the definition of each limit applied by hand to an unlimited run's tokens.
 """
 
+import dataclasses
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -69,7 +71,7 @@ def test_stop_string_cuts_text_before_it_and_tokens_after_it(lettered, place):
     for out in both(lettered, ["abc"], max_new_tokens=60, stop=[stop, "not there"]):
         assert out.texts[0] == text[:at]
         assert out.tokens[0] == whole.tokens[0][: at + 3]
-        assert out.mean_accept_length == 1.0 or 1 + sum(out.accept_lengths[0]) == len(out.tokens[0])
+        assert 1 + sum(out.accept_lengths[0]) == len(out.tokens[0])
 
 
 def test_streamed_pieces_add_up_to_the_text(lettered):
@@ -88,6 +90,17 @@ def test_streamed_pieces_add_up_to_the_text(lettered):
         for i in range(2):
             assert "".join(piece for j, piece in pieces if i == j) == out.texts[i]
     assert len(pieces) > 2
+
+
+def test_a_stop_string_ends_one_sequence_of_a_batch_and_not_its_neighbours(lettered):
+    prompts = ["abc", "hello", "Q"]
+    whole = generate_plain(lettered, prompts, 60)
+    stop = whole.texts[1][35:38]
+    alone = [generate_plain(lettered, [prompt], 60, stop=[stop]) for prompt in prompts]
+    assert len(alone[1].tokens[0]) < 60 == max(len(out.tokens[0]) for out in alone)
+    for out in both(lettered, prompts, max_new_tokens=60, stop=[stop]):
+        assert out.tokens == [one.tokens[0] for one in alone]
+        assert out.texts == [one.texts[0] for one in alone]
 
 
 def test_text_prompts_are_tokenised(lettered):
@@ -111,6 +124,8 @@ def test_text_prompts_are_tokenised(lettered):
         ([[1] * 20], {"max_length": 30, "max_new_tokens": 11}, "31 exceed the context of 30"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ([[1]], {"stop": ["x"]}, "no tokenizer"),
+        ([1, 2], {}, "prompt 0 must be a string or a list of token ids, found 1"),
+        ([[1]], {"eos_token_ids": [2**31]}, "eos_token_ids must be token ids"),
     ],
 )
 def test_bad_prompts_are_named_in_one_line(prompts, kwargs, message):
@@ -129,12 +144,26 @@ def test_a_context_filled_to_the_last_token_is_allowed():
         assert len(out.tokens[0]) == 12
 
 
+def test_bad_text_is_named_in_one_line(lettered):
+    with pytest.raises(InputError, match="prompt 0 is not valid Unicode text"):
+        generate_plain(lettered, ["a\ud800"])
+    for stop in ("abc", [""]):
+        with pytest.raises(InputError, match="stop must be a list of strings"):
+            generate_plain(lettered, ["a"], stop=stop)
+
+
+def test_an_adapter_of_another_target_is_refused():
+    adapter = dataclasses.replace(tiny_adapter(2), target_fingerprint="another")
+    with pytest.raises(InputError, match="loaded for another target"):
+        generate(tiny_target(), adapter, [[1]])
+
+
 @pytest.mark.parametrize(
     ("trained", "asked", "message"),
     [
         (2, 3, "trained for exit layer 2, but exit_layer=3"),
         (None, None, "does not record its exit layer"),
-        (None, LAYERS, f"must be between 1 and {LAYERS - 1}"),
+        (None, LAYERS, f"exit_layer: expected 1 to {LAYERS - 1}"),
     ],
 )
 def test_a_wrong_exit_layer_is_refused(trained, asked, message):

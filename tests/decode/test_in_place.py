@@ -18,25 +18,25 @@ CAPACITY = 1000
 EOS = np.full(4, -1, np.int32)
 
 
-def compiled_text(one_round, adapter, exit_layer, donate):
+def compiled_text(one_round, adapter, exit_layer, donate, batch=1):
     model = tiny_target().model
     start = functools.partial(prefill, exit_layer=exit_layer, capacity=CAPACITY, room=128)
-    one = np.ones((1,), np.int32)
-    state = jax.eval_shape(start, model, adapter, np.zeros((1, 64), np.int32), one, one, EOS)
+    one = np.ones((batch,), np.int32)
+    state = jax.eval_shape(start, model, adapter, np.zeros((batch, 64), np.int32), one, one, EOS)
     program = jax.jit(functools.partial(advance_rounds, one_round), donate_argnums=(2,) if donate else ())
     return program.lower(model, adapter, state, np.int32(9), EOS, np.float32(0.5)).compile().as_text()
 
 
-def cache_copies(text):
-    shape = rf"f32\[{CONFIG.num_key_value_heads},{CAPACITY},{CONFIG.head_dim}\]"
+def cache_copies(text, batch=1):
+    shape = rf"f32\[{batch * CONFIG.num_key_value_heads},{CAPACITY},{CONFIG.head_dim}\]"
     assert re.search(shape + r"\S* (dynamic-update-slice|fusion)\(", text), "the cache is not in the program"
     return re.findall(rf"= {shape}\S* copy\(", text)
 
 
-@pytest.mark.parametrize("widths", [(7,), (2, 4, 7)])
-def test_kangaroo_rounds_do_not_copy_the_cache(widths):
+@pytest.mark.parametrize(("widths", "batch"), [((7,), 1), ((2, 4, 7), 1), ((7,), 2)])
+def test_kangaroo_rounds_do_not_copy_the_cache(widths, batch):
     one_round = functools.partial(kangaroo_round, exit_layer=2, max_draft_len=6, widths=widths)
-    assert cache_copies(compiled_text(one_round, tiny_adapter(2).model, 2, donate=True)) == []
+    assert cache_copies(compiled_text(one_round, tiny_adapter(2).model, 2, donate=True, batch=batch), batch) == []
 
 
 def test_plain_steps_do_not_copy_the_cache():

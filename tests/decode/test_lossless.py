@@ -1,4 +1,4 @@
-"""Kangaroo against plain decoding, and each round against the method's definition (design: one greedy round).
+"""Kangaroo against plain decoding, and each round against the method's definition (paper, section 3).
 
 The reference below knows no cache: it runs the whole sequence through the model for every token.
 """

@@ -89,6 +89,8 @@ def test_evaluation_batches_are_spread_and_padding_does_not_count():
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": oops}\n', "a.jsonl:2: not valid JSON"),
         ("a.jsonl", b'{"text": "x"}\n\n{"txt": "y", "id": 1}\n', "a.jsonl:3: expected an object with a string"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", "a.jsonl:1: not valid JSON"),
+        ("a.jsonl", b'{"text": "half an emoji \\ud83d"}\n', 'a.jsonl:1: "text" is not valid Unicode (character 14)'),
         ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: expected an object with a string"),
         ("a.jsonl", b'["text"]\n', "a.jsonl:1: expected an object with a string"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1: not UTF-8"),

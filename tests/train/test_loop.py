@@ -199,7 +199,7 @@ def test_other_text_or_another_target_does_not_go_on_with_a_run(run, settings, t
         ("exit_layer", 0, "exit_layer: expected a number that is more than zero, found 0"),
         ("exit_layer", 8, r"exit_layer: expected 1 to 7 \(the target has 8 layers\), found 8"),
         ("batch_size", -1, "batch_size: expected a number that is more than zero, found -1"),
-        ("dtype", "float8", "dtype: expected float32 or bfloat16 or float16, found 'float8'"),
+        ("dtype", "float8", "dtype: expected float32 or bfloat16, found 'float8'"),
         ("optimizer.schedule", "linear", "optimizer.schedule: expected constant or cosine, found 'linear'"),
         ("optimizer.warmup_steps", 20, r"optimizer.warmup_steps: expected less than steps \(20\), found 20"),
         ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate: expected a number"),
