@@ -57,7 +57,7 @@ def prefill(
         if adapter is not None:
             adapter_cache = KVCache.empty(config, 1, batch, time, dtype)
             _, adapter_cache = adapter_apply(adapter, hidden, positions, adapter_cache)
-            adapter_cache = adapter_cache.grown(capacity).replace(length=lengths - 1)
+            adapter_cache = adapter_cache.grown(config, capacity).replace(length=lengths - 1)
         last = (lengths - 1)[:, None, None]
         logits = lm_head(target, jnp.take_along_axis(normed, last, axis=1)[:, 0])
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -65,8 +65,8 @@ def prefill(
         return DecodeState(
             token=token,
             shallow_hidden=jnp.take_along_axis(hidden, last, axis=1),
-            shallow=shallow.grown(capacity).replace(length=lengths),
-            deep=deep.grown(capacity).replace(length=lengths),
+            shallow=shallow.grown(config, capacity).replace(length=lengths),
+            deep=deep.grown(config, capacity).replace(length=lengths),
             adapter=adapter_cache,
             output=jnp.zeros((batch, room), jnp.int32).at[:, 0].set(token),
             num_output=jnp.ones((batch,), jnp.int32),

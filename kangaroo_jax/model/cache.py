@@ -8,53 +8,63 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.model.rotary import rotary_angles
 
 
 @flax.struct.dataclass
 class KVCache:
     """Keys and values of a run of layers.
 
-    Rolling back is setting `length`: entries beyond it are masked, and overwritten by the next write. Buffers are
-    [heads, time, head_dim] so that attention reads each head's keys in one contiguous run. Batch and heads are one
-    axis (sequence 0's heads, then sequence 1's) because that is how the matrix product takes them: given two, XLA on
-    CPU fuses the update with the reshape between them and copies the whole buffer at every step.
+    Rolling back is setting `length`: entries beyond it are masked, and overwritten by the next write. Each head's keys
+    and values lie together, the keys transposed, so that both of attention's matrix products take them as they are
+    (on CPU, a transposed operand makes a small product several times slower). Batch and heads are one axis (sequence
+    0's heads, then sequence 1's) because that is how the products take them: given two, XLA on CPU fuses the update
+    with the reshape between them and copies the whole buffer at every step.
     """
 
-    keys: tuple[Float[Array, "batch*kv_heads capacity head_dim"], ...]
+    keys: tuple[Float[Array, "batch*kv_heads head_dim capacity"], ...]
     values: tuple[Float[Array, "batch*kv_heads capacity head_dim"], ...]
     length: Int[Array, " batch"]  # valid entries per sequence
+    cos: Float[Array, "capacity head_dim"]  # rotary angles by position; a sequence's positions are below capacity
+    sin: Float[Array, "capacity head_dim"]
 
     @classmethod
     def empty(cls, config: ModelConfig, num_layers: int, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
         """A cache for `num_layers` layers with room for `capacity` positions per sequence."""
-        shape = (batch * config.num_key_value_heads, capacity, config.head_dim)
+        rows, width = batch * config.num_key_value_heads, config.head_dim
         # Separate buffers, not one shared zero array: each is donated and updated in place.
-        keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)) for _ in range(2))
-        return cls(keys, values, jnp.zeros((batch,), jnp.int32))
+        keys = tuple(jnp.zeros((rows, width, capacity), dtype) for _ in range(num_layers))
+        values = tuple(jnp.zeros((rows, capacity, width), dtype) for _ in range(num_layers))
+        return cls(keys, values, jnp.zeros((batch,), jnp.int32), *rotary_angles(config, jnp.arange(capacity), dtype))
 
     @property
     def capacity(self) -> int:
-        return self.keys[0].shape[1] if self.keys else 0
+        return self.cos.shape[0]
 
-    def grown(self, capacity: int) -> KVCache:
+    def grown(self, config: ModelConfig, capacity: int) -> KVCache:
         """The same entries in buffers with room for `capacity` positions."""
-        pad = [(0, 0), (0, capacity - self.capacity), (0, 0)]
-        keys, values = (tuple(jnp.pad(x, pad) for x in side) for side in (self.keys, self.values))
-        return self.replace(keys=keys, values=values)
+        none, more = (0, 0), (0, capacity - self.capacity)
+        keys = tuple(jnp.pad(x, [none, none, more]) for x in self.keys)
+        values = tuple(jnp.pad(x, [none, more, none]) for x in self.values)
+        cos, sin = rotary_angles(config, jnp.arange(capacity), self.cos.dtype)
+        return self.replace(keys=keys, values=values, cos=cos, sin=sin)
 
 
 def write(
-    buffer: Float[Array, "batch*kv_heads capacity head_dim"],
-    new: Float[Array, "batch*kv_heads time head_dim"],
+    buffer: Float[Array, "batch*kv_heads ..."],
+    new: Float[Array, "batch*kv_heads ..."],
     start: Int[Array, " batch"],
-) -> Float[Array, "batch*kv_heads capacity head_dim"]:
-    """Writes `new` at slots start .. start + time - 1 of each sequence. The caller keeps that within capacity."""
+    axis: int,
+) -> Float[Array, "batch*kv_heads ..."]:
+    """Writes `new` at slots start .. start + time - 1 of each sequence, slots being along `axis`: 2 for keys, 1 for
+    values. The caller keeps that within capacity."""
     # One slice update per sequence is done in place inside loops; the scatter that vmap makes of it is not, on CPU.
     batch = start.shape[0]
     heads = buffer.shape[0] // batch
     for i in range(batch):
-        rows = new[i * heads : (i + 1) * heads]
-        buffer = jax.lax.dynamic_update_slice(buffer, rows, (i * heads, start[i], 0))
+        place = [i * heads, 0, 0]
+        place[axis] = start[i]
+        buffer = jax.lax.dynamic_update_slice(buffer, new[i * heads : (i + 1) * heads], place)
     return buffer
 
 

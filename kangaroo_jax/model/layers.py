@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.model import cache as kv_cache
+from kangaroo_jax.model.rotary import rotary_angles
 
 _INIT = nnx.initializers.normal(0.02)
 
@@ -49,27 +50,6 @@ class RMSNorm(nnx.Module):
         return self.weight[...] * x32.astype(x.dtype)
 
 
-def rotary_angles(
-    config: ModelConfig, positions: Int[Array, "batch time"], dtype: jnp.dtype
-) -> tuple[Float[Array, "batch time head_dim"], Float[Array, "batch time head_dim"]]:
-    """Cosine and sine of the rotary angles (transformers' modeling_rope_utils.py: default, linear, llama3)."""
-    inv_freq = 1.0 / config.rope_theta ** (jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        inv_freq = inv_freq / scaling.factor
-    elif scaling is not None:
-        # Wavelengths short against the original context are kept, long ones divided, those between interpolated.
-        wavelengths_in_context = scaling.original_max_position_embeddings * inv_freq / (2 * jnp.pi)
-        smooth = (wavelengths_in_context - scaling.low_freq_factor) / (
-            scaling.high_freq_factor - scaling.low_freq_factor
-        )
-        smooth = jnp.clip(smooth, 0.0, 1.0)
-        inv_freq = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
-    angles = positions[..., None].astype(jnp.float32) * inv_freq
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-
 def _rotate(x: Float[Array, "batch time heads head_dim"], context: AttentionContext) -> Array:
     first, second = jnp.split(x, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
@@ -95,7 +75,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch time hidden"],
         context: AttentionContext,
-        keys: Float[Array, "batch*kv_heads capacity head_dim"] | None,
+        keys: Float[Array, "batch*kv_heads head_dim capacity"] | None,
         values: Float[Array, "batch*kv_heads capacity head_dim"] | None,
     ) -> tuple[Float[Array, "batch time hidden"], Array, Array]:
         """Attends over the cache (after writing the new entries into it), or over `x` alone without one.
@@ -111,15 +91,15 @@ class Attention(nnx.Module):
         turned = turned.reshape(batch, time, kv_heads, rows - 1, head_dim)
         groups, merged = rows - 2, batch * kv_heads  # batch and heads are one axis, as in the cache
         query = turned[..., :-1, :].transpose(0, 2, 3, 1, 4).reshape(merged, groups * time, head_dim)
-        new_keys = turned[..., -1, :].transpose(0, 2, 1, 3).reshape(merged, time, head_dim)
+        new_keys = turned[..., -1, :].transpose(0, 2, 3, 1).reshape(merged, head_dim, time)
         new_values = qkv[..., -1, :].transpose(0, 2, 1, 3).reshape(merged, time, head_dim)
         if keys is None:
             keys, values = new_keys, new_values
         else:
-            keys = kv_cache.write(keys, new_keys, context.start)
-            values = kv_cache.write(values, new_values, context.start)
+            keys = kv_cache.write(keys, new_keys, context.start, axis=2)
+            values = kv_cache.write(values, new_values, context.start, axis=1)
         precision = _precision(x.dtype)
-        scores = jnp.einsum("nqd,nsd->nqs", query, keys, precision=precision, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("nqd,nds->nqs", query, keys, precision=precision, preferred_element_type=jnp.float32)
         scores = scores.reshape(batch, kv_heads, groups, time, -1) * head_dim**-0.5
         scores = jnp.where(context.mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype).reshape(merged, groups * time, -1)
@@ -175,7 +155,11 @@ def attention_context(
     """The shared part of a forward pass. `mask` replaces the causal one (over the cache's slots, or over the new
     positions without a cache)."""
     batch, time = positions.shape
-    cos, sin = rotary_angles(config, positions, dtype)
+    if cache is None:
+        cos, sin = rotary_angles(config, positions, dtype)
+    else:
+        # Looked up: computed here, XLA would put the cosines into every layer's fusions and compute them in each.
+        cos, sin = cache.cos[positions], cache.sin[positions]
     start = None if cache is None else cache.length
     if mask is None:
         first = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length

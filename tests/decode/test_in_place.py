@@ -28,7 +28,8 @@ def compiled_text(one_round, adapter, exit_layer, donate, batch=1):
 
 
 def cache_copies(text, batch=1):
-    shape = rf"f32\[{batch * CONFIG.num_key_value_heads},{CAPACITY},{CONFIG.head_dim}\]"
+    rows, width = batch * CONFIG.num_key_value_heads, CONFIG.head_dim
+    shape = rf"f32\[{rows},(?:{width},{CAPACITY}|{CAPACITY},{width})\]"  # keys, values
     assert re.search(shape + r"\S* (dynamic-update-slice|fusion)\(", text), "the cache is not in the program"
     return re.findall(rf"= {shape}\S* copy\(", text)
 

@@ -165,7 +165,7 @@ def test_ragged_sequences_in_a_batch_equal_each_alone(target: TargetModel, token
 def test_a_grown_cache_holds_the_same_entries(target: TargetModel, tokens: np.ndarray) -> None:
     shallow, deep = empty_caches(target, 2, 1)
     _, shallow, deep = step(target, tokens[:, :5], shallow, deep, 1)
-    shallow, deep = shallow.grown(33), deep.grown(33)
+    shallow, deep = shallow.grown(target.config, 33), deep.grown(target.config, 33)
     assert shallow.capacity == deep.capacity == 33
     logits, _, _ = step(target, tokens[:, 5:], shallow, deep, 1)
     assert_close(logits, whole(target, tokens, 1)[:, 5:])
