@@ -8,6 +8,7 @@ python decode.py --prompt_file=prompt.txt          or: some-command | python dec
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -43,8 +44,8 @@ _PROMPT = flags.DEFINE_string("prompt", None, "The prompt.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File that holds the prompt (UTF-8); - is standard input.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Most tokens to generate.")
 _EXIT_LAYER = flags.DEFINE_integer("exit_layer", None, "Shallow layers. What the adapter was trained for if absent.")
-_MAX_DRAFT_LEN = flags.DEFINE_integer("max_draft_len", DraftConfig.max_draft_len, "Most tokens drafted in a round.")
-_THRESHOLD = flags.DEFINE_float("threshold", DraftConfig.threshold, "Confidence below which drafting stops.")
+_MAX_DRAFT_LEN = flags.DEFINE_integer("max_draft_len", None, "Most tokens drafted in a round (6).")
+_THRESHOLD = flags.DEFINE_float("threshold", None, "Confidence below which drafting stops (0.6; the demo: 0.3).")
 _STOP = flags.DEFINE_multi_string("stop", [], "String that ends the text; may be given several times.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"], "Of the weights. float32 for the demo and on CPU, else bfloat16."
@@ -128,7 +129,9 @@ def print_table(columns: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    draft = DraftConfig(_EXIT_LAYER.value, _MAX_DRAFT_LEN.value, _THRESHOLD.value)
+    draft = demo.DRAFT if _MODEL.value is None else DraftConfig()
+    given = {"exit_layer": _EXIT_LAYER.value, "max_draft_len": _MAX_DRAFT_LEN.value, "threshold": _THRESHOLD.value}
+    draft = dataclasses.replace(draft, **{name: value for name, value in given.items() if value is not None})
     prompt = read_prompt()
     model, adapter_path = _MODEL.value, _ADAPTER.value
     if model is not None and adapter_path is None:

@@ -58,7 +58,7 @@ MISTAKES = [
     (["--prompt_file=/no/such/file"], "/no/such/file: No such file"),
     (["--prompt_file={latin1}"], "not UTF-8"),
     (["--prompt=x", "--prompt_file=y"], "give one"),
-    (["--exit_layer=3"], "trained for exit layer 2, but exit_layer=3"),
+    (["--exit_layer=3"], "but exit_layer=3 was given"),
     (["--exit_layer=0"], "exit_layer must be"),
     (["--max_draft_len=0"], "max_draft_len must be"),
     (["--threshold=1.5"], "threshold must be"),

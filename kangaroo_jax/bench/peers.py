@@ -32,8 +32,8 @@ _ADAPTER = flags.DEFINE_string("adapter", str(demo.ADAPTER), "Adapter.")
 _PROMPTS = flags.DEFINE_integer("prompts", 10, "Held-out prompts.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per prompt; EOS does not end them.")
 _RUNS = flags.DEFINE_integer("runs", 5, "Timed runs of each method per prompt, interleaved; the median counts.")
-_MAX_DRAFT_LEN = flags.DEFINE_integer("max_draft_len", DraftConfig.max_draft_len, "gamma.")
-_THRESHOLD = flags.DEFINE_float("threshold", DraftConfig.threshold, "eta.")
+_MAX_DRAFT_LEN = flags.DEFINE_integer("max_draft_len", demo.DRAFT.max_draft_len, "gamma.")
+_THRESHOLD = flags.DEFINE_float("threshold", demo.DRAFT.threshold, "eta.")
 
 # Prompt ids -> new ids, seconds without compilation, mean accept length.
 Method = Callable[[list[int]], tuple[list[int], float, float]]

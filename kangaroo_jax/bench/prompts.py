@@ -19,5 +19,5 @@ def held_out_prompts(count: int) -> dict[str, str]:
         end = text.find(":\n", header)
         if header < 0 or end < _CHARACTERS or len(prompts) == count:
             continue
-        prompts[name] = text[end + 2 - _CHARACTERS : end + 2]
+        prompts[name] = text[end + 1 - _CHARACTERS : end + 1]
     return prompts

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags, logging
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from kangaroo_jax import command_line
 from kangaroo_jax.checkpoint.huggingface import save_target
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.demo import corpus
@@ -77,8 +78,7 @@ def _dimensions(params: dict[str, jax.Array]) -> dict[str, optax.contrib.MuonDim
     }
 
 
-def main(argv: list[str]) -> None:
-    del argv
+def main() -> None:
     logging.set_verbosity(logging.INFO)
     start = time.monotonic()
     output = pathlib.Path(_OUTPUT.value)
@@ -169,4 +169,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run("train_target", main)
