@@ -2,7 +2,9 @@
 
     python train.py --config=configs/demo.py
 
-Hardware: any CPU. How long, and the held-out acceptance to expect: see the README, for two CPU cores.
+Hardware: any CPU. On 2 cores of an AMD EPYC: 9 minutes 50 seconds, and held-out expected acceptance from 0.307 before
+the first step to 0.523, top-1 agreement from 0.230 to 0.452 (Python 3.11.7's library). The adapter that ships was
+trained otherwise: see kangaroo_jax/demo/README.md.
 """
 
 import pathlib

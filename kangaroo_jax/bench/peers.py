@@ -89,7 +89,7 @@ def _compare(methods: dict[str, Method], target: Target) -> None:
         print(_row(name, rows[-1]) + f"  {'yes' if same else 'no'}", flush=True)
     medians = [statistics.median(column) for column in zip(*rows, strict=True)]
     print(_row("median", medians) + f"  {identical} of {len(rows)}")
-    for i, name in enumerate(methods):
+    for i, name in enumerate(("kangaroo", "plain")):
         ratio = statistics.median(row[i] / row[2] for row in rows)
         print(f"{name} over transformers, median: {ratio:.2f}")
 
