@@ -484,6 +484,8 @@ def torch_to_numpy(tensor: Any) -> np.ndarray:
 def _tokenizer(folder: pathlib.Path, config: ModelConfig) -> Any:
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
+    # transformers would say at import that torch is missing, which its tokenizers do not need.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # seconds to import, and not needed for token ids
 
     try:
