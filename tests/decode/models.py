@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
@@ -46,4 +45,5 @@ def tiny_target(seed: int = 0) -> Target:
 @functools.cache
 def tiny_adapter(exit_layer: int | None, seed: int = 1) -> TrainedAdapter:
     adapter = Adapter(CONFIG, rngs=nnx.Rngs(seed))
-    return TrainedAdapter(jax.tree.map(jnp.asarray, adapter), exit_layer, "tiny adapter", target_fingerprint=None)
+    strong = jax.tree.map(lambda x: x * 6 if x.ndim > 1 else x, adapter)  # so that what its attention reads matters
+    return TrainedAdapter(strong, exit_layer, "tiny adapter", target_fingerprint=None)
