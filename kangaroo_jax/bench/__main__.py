@@ -5,7 +5,10 @@ import sys
 
 from kangaroo_jax import command_line
 
-_COMMANDS = {"peers": "the demo against plain decoding and Hugging Face transformers"}
+_COMMANDS = {
+    "peers": "the demo against plain decoding and Hugging Face transformers",
+    "roofline": "what each part costs, against the machine's limits",
+}
 
 
 def main() -> None:

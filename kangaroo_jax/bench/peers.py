@@ -1,27 +1,26 @@
-"""The demo on held-out prompts: Kangaroo, plain decoding, and transformers' greedy `generate` (torch), interleaved.
+"""The demo on held-out prompts: Kangaroo, plain decoding, and transformers' `generate` (torch) in three modes.
 
     python -m kangaroo_jax.bench peers
 
-Same weights, prompts, dtype (float32) and threads. Prints a line per prompt, the medians, and the plain step against
-the memory's measured bandwidth. Needs torch.
+The modes are greedy, early exit (`assistant_early_exit`, at the adapter's exit layer) and prompt lookup
+(`prompt_lookup_num_tokens`). Same weights, prompts, dtype (float32) and threads, interleaved. Prints a line per prompt,
+the medians, and the plain step against the machine's read bandwidth. Needs torch.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
-import jax
 from absl import flags
 
 from kangaroo_jax import DraftConfig, compilation_cache, demo, generate, generate_plain, load_adapter, load_target
-from kangaroo_jax.bench.prompts import held_out_prompts
-from kangaroo_jax.bench.roofline import cache_bytes, plain_step_seconds, read_bandwidth, step_bytes
+from kangaroo_jax.bench import machine, parts
+from kangaroo_jax.bench.prompts import held_out_prompts, held_out_tokens
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.decode.host_loop import Generation
@@ -49,14 +48,10 @@ def main() -> None:
     adapter = load_adapter(_ADAPTER.value, target)
     draft = DraftConfig(None, _MAX_DRAFT_LEN.value, _THRESHOLD.value)
     threads = os.cpu_count() or 1
-    versions = [f"{name} {importlib.import_module(name).__version__}" for name in ("jax", "torch", "transformers")]
-    device = jax.devices()[0].device_kind
-    print(
-        f"{_cpu_name()}, {threads} threads, JAX on {device}, Python {platform.python_version()}, {', '.join(versions)}"
-    )
+    print(machine.describe("torch", "transformers"))
     print(f"gamma {draft.max_draft_len}, eta {draft.threshold}, {_MAX_NEW_TOKENS.value} new tokens, float32, greedy")
     _compare(_methods(target, adapter, draft, threads), target)
-    _print_step(target)
+    _print_step(target, adapter)
 
 
 def _methods(target: Target, adapter: TrainedAdapter, draft: DraftConfig, threads: int) -> dict[str, Method]:
@@ -67,13 +62,14 @@ def _methods(target: Target, adapter: TrainedAdapter, draft: DraftConfig, thread
     return {
         "kangaroo": lambda ids: ours(generate(target, adapter, [ids], count, draft, eos_token_ids=())),
         "plain": lambda ids: ours(generate_plain(target, [ids], count, eos_token_ids=())),
-        "transformers": _transformers(target, threads),
+        **_transformers(target, adapter, threads),
     }
 
 
 def _compare(methods: dict[str, Method], target: Target) -> None:
     """Prints a row per prompt: the median speed of each method, and whether all tokens are the same."""
-    print(f"{'prompt':28}" + "".join(f"{name:>14}" for name in methods) + f"{'accept':>8}{'speed-up':>10}  identical")
+    print("tokens per second (accept: mean accept length; speed-up: Kangaroo over plain)")
+    print(f"{'prompt':24}" + "".join(f"{name:>14}" for name in methods) + f"{'accept':>8}{'speed-up':>10}  identical")
     rows, identical = [], 0
     for name, prompt in held_out_prompts(_PROMPTS.value).items():
         ids = target.tokenizer.encode(prompt, verbose=False)
@@ -89,17 +85,19 @@ def _compare(methods: dict[str, Method], target: Target) -> None:
         print(_row(name, rows[-1]) + f"  {'yes' if same else 'no'}", flush=True)
     medians = [statistics.median(column) for column in zip(*rows, strict=True)]
     print(_row("median", medians) + f"  {identical} of {len(rows)}")
-    for i, name in enumerate(("kangaroo", "plain")):
-        ratio = statistics.median(row[i] / row[2] for row in rows)
-        print(f"{name} over transformers, median: {ratio:.2f}")
+    names = list(methods)
+    for i, name in enumerate(names[:2]):
+        ratios = [statistics.median(row[i] / row[j] for row in rows) for j in range(2, len(names))]
+        over = ", ".join(f"{ratio:.2f} over {peer}" for ratio, peer in zip(ratios, names[2:], strict=True))
+        print(f"{name}, median of ratios: {over}")
 
 
 def _row(name: str, values: list[float]) -> str:
     *speeds, accept, speedup = values
-    return f"{name:28}" + "".join(f"{speed:8.1f} tok/s" for speed in speeds) + f"{accept:8.2f}{speedup:10.2f}"
+    return f"{name:24}" + "".join(f"{speed:14.1f}" for speed in speeds) + f"{accept:8.2f}{speedup:10.2f}"
 
 
-def _transformers(target: Target, threads: int) -> Method:
+def _transformers(target: Target, adapter: TrainedAdapter, threads: int) -> dict[str, Method]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -107,38 +105,39 @@ def _transformers(target: Target, threads: int) -> Method:
     model = AutoModelForCausalLM.from_pretrained(target.name, dtype=torch.float32)
     model.generation_config.eos_token_id = None
 
-    def run(ids: list[int]) -> tuple[list[int], float, float]:
-        prompt = torch.tensor([ids])
-        start = time.perf_counter()
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=_MAX_NEW_TOKENS.value,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        return out[0, len(ids) :].tolist(), time.perf_counter() - start, 1.0
+    def method(**mode: Any) -> Method:
+        def run(ids: list[int]) -> tuple[list[int], float, float]:
+            prompt = torch.tensor([ids])
+            start = time.perf_counter()
+            out = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=_MAX_NEW_TOKENS.value,
+                do_sample=False,
+                pad_token_id=0,
+                **mode,
+            )
+            return out[0, len(ids) :].tolist(), time.perf_counter() - start, 1.0
 
-    return run
+        return run
+
+    return {
+        "transformers": method(),
+        "early exit": method(assistant_early_exit=adapter.exit_layer),
+        "prompt lookup": method(prompt_lookup_num_tokens=10),
+    }
 
 
-def _print_step(target: Target) -> None:
-    weights = step_bytes(target)
-    bandwidth = read_bandwidth(weights)
-    print(f"\nread bandwidth of a {weights / 1e6:.1f} MB working set: {bandwidth / 1e9:.1f} GB/s")
-    print(f"{'plain step, 256 valid tokens':32}{'ms':>8}{'MB read':>10}{'GB/s':>8}{'of bandwidth':>14}")
+def _print_step(target: Target, adapter: TrainedAdapter) -> None:
+    """The plain step in caches of two sizes: if it copied its cache, the larger would show it."""
+    valid = 256
+    print(f"\n{f'plain step, {valid} valid tokens':32}{'ms':>8}{'MB read':>10}{'GB/s':>8}{'of read bandwidth':>20}")
     for capacity in (512, 4096):
-        seconds = plain_step_seconds(target, capacity, 256)
-        read = weights + cache_bytes(target, capacity)
+        tokens = held_out_tokens(target, valid)[None]
+        context = parts.Context(target.model, adapter.model, adapter.exit_layer or 1, tokens, capacity)
+        seconds, read = parts.plain_step_seconds(context), context.bytes.plain_step
+        bandwidth = machine.read_bandwidth(read, target.model.dtype)
         print(
             f"{f'cache of {capacity}':32}{seconds * 1e3:8.3f}{read / 1e6:10.1f}{read / seconds / 1e9:8.1f}"
-            f"{read / seconds / bandwidth:14.0%}"
+            f"{f'{read / seconds / bandwidth:.0%} of {bandwidth / 1e9:.1f}':>20}"
         )
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+from jaxtyping import Int
+
+from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.demo import corpus
 
 _CHARACTERS = 600
@@ -21,3 +25,10 @@ def held_out_prompts(count: int) -> dict[str, str]:
             continue
         prompts[name] = text[end + 1 - _CHARACTERS : end + 1]
     return prompts
+
+
+def held_out_tokens(target: Target, count: int = 8192) -> Int[np.ndarray, " count"]:
+    """The first `count` token ids of the held-out modules, one after the other."""
+    text = "".join(corpus.standard_library(held_out=True).values())
+    ids = target.tokenizer.encode(text[: 16 * count], verbose=False)
+    return np.asarray(ids[:count], np.int32)

@@ -1,99 +1,160 @@
-"""How near the plain step comes to the memory's limit, and what the cache's size does to it."""
+"""What each part of decoding costs, against the machine's limits, and the speed-up that follows.
+
+    python -m kangaroo_jax.bench roofline                            the demo
+    python -m kangaroo_jax.bench roofline --shape=llama7b            random weights of a known shape
+    python -m kangaroo_jax.bench roofline --model=... --adapter=... --contexts=512,2048 --batch_sizes=1,8
+
+Prints the measured limits, a table of the parts (plain step, shallow pass, draft step, verification by width,
+prefill), the speed-up by mean accept length that they imply, and whole rounds against the sum of their parts. With
+several contexts or batch sizes, a table of how the times grow.
+"""
 
 from __future__ import annotations
 
-import functools
-import statistics
-import time
-from collections.abc import Callable
+import itertools
+import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
-from kangaroo_jax.checkpoint.huggingface import Target
-from kangaroo_jax.decode.autoregressive import plain_round
-from kangaroo_jax.decode.prefill import prefill
-from kangaroo_jax.decode.state import DecodeState
+from kangaroo_jax import compilation_cache, demo, load_adapter, load_target
+from kangaroo_jax.bench import machine, parts
+from kangaroo_jax.bench.prompts import held_out_tokens
+from kangaroo_jax.bench.shapes import SHAPES, random_weights
+from kangaroo_jax.decode.generate import verification_widths
+from kangaroo_jax.errors import InputError
 
-_STEPS = 64  # plain steps in one timed call
+_MODEL = flags.DEFINE_string("model", None, "Target; the demo if neither this nor --shape is given.")
+_ADAPTER = flags.DEFINE_string("adapter", None, "Adapter of --model.")
+_SHAPE = flags.DEFINE_enum("shape", None, sorted(SHAPES), "Random weights of this shape in place of a model.")
+_EXIT_LAYER = flags.DEFINE_integer("exit_layer", 2, "Shallow layers of --shape; an adapter says its own.")
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights. float32 on CPU, else bfloat16.")
+_CONTEXTS = flags.DEFINE_list("contexts", ["256"], "Tokens before the measured position; the first is looked into.")
+_BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1"], "Sequences; the first is looked into.")
+_MAX_DRAFT_LEN = flags.DEFINE_integer("max_draft_len", 6, "gamma of the rounds.")
+_WIDTHS = flags.DEFINE_list("widths", ["1", "2", "3", "5", "7", "9", "13", "16"], "Verification widths.")
 
-
-def seconds_per_call(call: Callable[[], object], repeats: int = 7) -> float:
-    """Median wall-clock of a call, after one that is not counted."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def read_bandwidth(num_bytes: int) -> float:
-    """Bytes per second at which the default device reads a float32 working set of this size, by multiplying matrices
-    of it with a vector, repeatedly: the access pattern of a plain step without anything between the products."""
-    width = 1024
-    count = max(1, num_bytes // (4 * width * width))
-    matrices = [jax.random.normal(jax.random.key(i), (width, width)) / width**0.5 for i in range(count)]
-
-    @jax.jit
-    def sweep(x: jax.Array, matrices: list[jax.Array]) -> jax.Array:
-        def body(_: jax.Array, x: jax.Array) -> jax.Array:
-            for matrix in matrices:
-                x = x @ matrix
-            return x
-
-        return jax.lax.fori_loop(0, 20, body, x)
-
-    return 20 * count * 4 * width * width / seconds_per_call(lambda: sweep(jnp.ones((1, width)), matrices))
+_ROOM = 128  # positions in the caches beyond the context
 
 
-def step_bytes(target: Target) -> int:
-    """Weight bytes that a plain step reads: all but the embedding, of which it reads one row; a tied one is read as
-    the head."""
-    model = target.model
-    total = sum(x.nbytes for x in jax.tree.leaves(model))
-    return total if model.lm_head is None else total - model.embed_tokens[...].nbytes
+def main() -> None:
+    contexts, batches, widths = (_counts(flag) for flag in (_CONTEXTS, _BATCH_SIZES, _WIDTHS))
+    if _MAX_DRAFT_LEN.value < 1:
+        raise InputError(f"--max_draft_len: expected at least 1, found {_MAX_DRAFT_LEN.value}")
+    compilation_cache.enable()
+    make = _contexts()
+    first = make(batches[0], contexts[0])
+    print(machine.describe())
+    print(
+        f"{_name()}, {first.model.dtype}, exit layer {first.exit_layer} of {first.model.config.num_hidden_layers}, "
+        f"batch {batches[0]}, context {contexts[0]}, caches of {first.capacity}"
+    )
+    report(first, widths, _MAX_DRAFT_LEN.value)
+    if len(contexts) * len(batches) > 1:
+        print_growth(make, list(itertools.product(batches, contexts)), _MAX_DRAFT_LEN.value)
 
 
-def cache_bytes(target: Target, capacity: int) -> int:
-    """Cache bytes that a plain step's attention reads: the whole buffer, whatever part of it is valid."""
-    config = target.config
-    row = config.num_key_value_heads * config.head_dim * target.model.dtype.itemsize
-    return 2 * config.num_hidden_layers * capacity * row
+def _counts(flag: flags.FlagHolder[list[str]]) -> list[int]:
+    if not flag.value or not all(value.isdecimal() and int(value) > 0 for value in flag.value):
+        raise InputError(f"--{flag.name}: expected whole numbers above 0, found {','.join(flag.value)!r}")
+    return [int(value) for value in flag.value]
 
 
-def plain_step_seconds(target: Target, capacity: int, valid: int) -> float:
-    """Seconds of one plain step with `valid` tokens in caches with room for `capacity`, averaged over 64 steps in one
-    call."""
-    tokens = np.arange(valid, dtype=np.int32)[None] % target.config.vocab_size
-    no_eos = np.zeros((0,), np.int32)
-    start = prefill(
-        target.model,
-        None,
-        tokens,
-        np.asarray([valid], np.int32),
-        np.asarray([_STEPS + 2], np.int32),
-        no_eos,
-        exit_layer=1,
-        capacity=capacity,
-        room=_STEPS + 4,
+def _name() -> str:
+    return f"{_SHAPE.value} with random weights" if _SHAPE.value else _MODEL.value or "the demo"
+
+
+def _contexts():
+    """(batch, context) -> what is measured: the flags' target with that many tokens before the measured position."""
+    dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if _SHAPE.value:
+        if _MODEL.value or _ADAPTER.value:
+            raise InputError("--shape and --model were both given; give one")
+        model, adapter = random_weights(_SHAPE.value, dtype)
+        exit_layer, text = _EXIT_LAYER.value, np.arange(model.config.vocab_size, dtype=np.int32)
+        if not 1 <= exit_layer < model.config.num_hidden_layers:
+            raise InputError(f"--exit_layer: expected 1 to {model.config.num_hidden_layers - 1}, found {exit_layer}")
+    else:
+        if (_MODEL.value is None) != (_ADAPTER.value is None):
+            raise InputError("--model and --adapter belong together; give both, or neither for the demo")
+        target = load_target(_MODEL.value or str(demo.MODEL), dtype)
+        trained = load_adapter(_ADAPTER.value or str(demo.ADAPTER), target)
+        model, adapter, exit_layer = target.model, trained.model, trained.exit_layer or _EXIT_LAYER.value
+        text = held_out_tokens(target)
+
+    def make(batch: int, context: int) -> parts.Context:
+        tokens = np.resize(text, (batch, context)).astype(np.int32)
+        capacity = 128 * math.ceil((context + _ROOM) / 128)
+        return parts.Context(model, adapter, exit_layer, tokens, capacity)
+
+    return make
+
+
+def report(context: parts.Context, widths: list[int], max_draft_len: int) -> None:
+    """Limits, parts, implied speed-ups, and rounds against their parts."""
+    size, dtype, batch = context.bytes, context.model.dtype, len(context.tokens)
+    reading, copying = machine.read_bandwidth(size.plain_step, dtype), machine.copy_bandwidth(size.plain_step)
+    peak = machine.matmul_peak(dtype)
+    print(
+        f"\nlimits for a working set of {size.plain_step / 1e6:.1f} MB: read {reading / 1e9:.1f} GB/s, "
+        f"copy {copying / 1e9:.1f} GB/s; matrix products {peak / 1e9:.0f} GFLOP/s\n"
+    )
+    print(f"{'part':24}{'ms':>9}{'of plain':>10}{'MB read':>10}{'of plain':>10}{'GB/s':>8}{'of read':>9}{'of copy':>9}")
+
+    plain = parts.plain_step_seconds(context)
+
+    def row(name: str, seconds: float, num_bytes: int) -> None:
+        rate = num_bytes / seconds
+        print(
+            f"{name:24}{seconds * 1e3:9.3f}{seconds / plain:10.3f}{num_bytes / 1e6:10.1f}"
+            f"{num_bytes / size.plain_step:10.3f}{rate / 1e9:8.1f}{rate / reading:9.0%}{rate / copying:9.0%}",
+            flush=True,
+        )
+
+    row("plain step", plain, size.plain_step)
+    one, several = parts.draft_seconds(context, 1), parts.draft_seconds(context, max(2, max_draft_len))
+    draft_step = (several - one) / (max(2, max_draft_len) - 1)
+    shallow = one - draft_step
+    row("shallow pass", shallow, size.shallow)
+    row("draft step", draft_step, size.draft_step)
+    verification = {}
+    for width in sorted({*widths, max_draft_len + 1}):
+        verification[width] = parts.verification_seconds(context, width)
+        row(f"verification of {width}", verification[width], size.verification)
+    prefill, length = parts.prefill_seconds(context), context.tokens.shape[1]
+    products = 2 * batch * length * sum(x.size for x in jax.tree.leaves(list(context.model.layers)) if x.ndim > 1)
+    print(
+        f"{f'prefill of {length}':24}{prefill * 1e3:9.3f}{prefill / plain:10.3f}   "
+        f"{products / prefill / 1e9:.0f} GFLOP/s in the layers' products, {products / prefill / peak:.0%} of the peak"
     )
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def steps(model: object, state: DecodeState) -> DecodeState:
-        round_ = functools.partial(plain_round, model, None, eos_token_ids=no_eos, threshold=jnp.float32(0))
-        return jax.lax.fori_loop(0, _STEPS, lambda _, s: round_(s), state)
+    cost = (max_draft_len * draft_step + shallow + verification[max_draft_len + 1]) / plain
+    print(f"\na round of {max_draft_len} drafts costs {cost:.2f} plain steps; speed-up by mean accept length:")
+    lengths = np.arange(2, 2 * max_draft_len + 3) / 2
+    print("".join(f"{length:7.1f}" for length in lengths))
+    print("".join(f"{length / cost:7.2f}" for length in lengths))
 
-    def fresh() -> DecodeState:
-        return jax.block_until_ready(jax.tree.map(jnp.copy, start))
+    print(f"\n{'round':24}{'ms':>9}{'parts ms':>10}{'over':>8}")
+    for count in sorted({1, *(width - 1 for width in verification_widths(max_draft_len))}):
+        width = min(w for w in verification if w > count)
+        whole = parts.round_seconds(context, count)
+        total = count * draft_step + shallow + verification[width]
+        print(f"{f'of {count} drafts':24}{whole * 1e3:9.3f}{total * 1e3:10.3f}{whole / total - 1:8.0%}", flush=True)
 
-    jax.block_until_ready(steps(target.model, fresh()))
-    times = []
-    for _ in range(7):
-        state = fresh()
-        begin = time.perf_counter()
-        jax.block_until_ready(steps(target.model, state))
-        times.append((time.perf_counter() - begin) / _STEPS)
-    return statistics.median(times)
+
+def print_growth(make, settings: list[tuple[int, int]], max_draft_len: int) -> None:
+    """How the times grow with batch and context."""
+    print(
+        f"\n{'batch':>6}{'context':>9}{'plain step ms':>15}{'per token ms':>14}{'MB read':>9}{'GB/s':>7}"
+        f"{f'round of {max_draft_len} ms':>16}{'plain steps':>13}"
+    )
+    for batch, length in settings:
+        context = make(batch, length)
+        plain, whole = parts.plain_step_seconds(context), parts.round_seconds(context, max_draft_len)
+        read = context.bytes.plain_step
+        print(
+            f"{batch:6}{length:9}{plain * 1e3:15.3f}{plain / batch * 1e3:14.3f}{read / 1e6:9.1f}"
+            f"{read / plain / 1e9:7.1f}{whole * 1e3:16.3f}{whole / plain:13.2f}",
+            flush=True,
+        )

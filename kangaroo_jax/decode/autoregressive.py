@@ -14,7 +14,7 @@ from kangaroo_jax.decode.verify import commit, verify
 from kangaroo_jax.model.target import TargetModel, shallow_apply
 
 # Where plain decoding splits the layers; the result does not depend on it.
-_EXIT_LAYER = 1
+PLAIN_EXIT_LAYER = 1
 
 
 def generate_plain(
@@ -32,7 +32,7 @@ def generate_plain(
         None,
         prompts,
         plain_round,
-        exit_layer=_EXIT_LAYER,
+        exit_layer=PLAIN_EXIT_LAYER,
         overhang=1,
         threshold=0.0,
         max_new_tokens=max_new_tokens,
@@ -53,8 +53,17 @@ def plain_round(
     """A round with nothing drafted: shallow layers, deep layers, one token."""
     del adapter, threshold
     start = state.shallow.length
-    hidden, shallow = shallow_apply(target, state.token[:, None], start[:, None], state.shallow, exit_layer=_EXIT_LAYER)
+    hidden, shallow = shallow_apply(
+        target, state.token[:, None], start[:, None], state.shallow, exit_layer=PLAIN_EXIT_LAYER
+    )
     batch = start.shape[0]
-    nothing = Draft(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch,), jnp.int32), hidden, shallow, None)
-    tokens, deep = verify(target, state.deep, nothing, exit_layer=_EXIT_LAYER, widths=(1,))
+    nothing = Draft(
+        tokens=jnp.zeros((batch, 0), jnp.int32),
+        confidence=jnp.zeros((batch, 0)),
+        length=jnp.zeros((batch,), jnp.int32),
+        hidden=hidden,
+        shallow=shallow,
+        adapter=None,
+    )
+    tokens, deep = verify(target, state.deep, nothing, exit_layer=PLAIN_EXIT_LAYER, widths=(1,))
     return commit(state, nothing, deep, tokens, eos_token_ids)

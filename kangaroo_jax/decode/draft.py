@@ -58,6 +58,7 @@ def draft(
         next_hidden, shallow = shallow_step(tokens, drafted.shallow, active)
         drafted = Draft(
             tokens=jax.lax.dynamic_update_slice(drafted.tokens, tokens[:, None], (0, k)),
+            confidence=jax.lax.dynamic_update_slice(drafted.confidence, confidence[:, None], (0, k)),
             length=drafted.length + active,
             hidden=jax.lax.dynamic_update_slice(drafted.hidden, next_hidden, (0, k + 1, 0)),
             shallow=shallow,
@@ -70,6 +71,7 @@ def draft(
         hidden, shallow = shallow_step(state.token, state.shallow, active)
         drafted = Draft(
             tokens=jnp.zeros((batch, max_draft_len), jnp.int32),
+            confidence=jnp.zeros((batch, max_draft_len)),
             length=jnp.zeros((batch,), jnp.int32),
             hidden=jnp.zeros((batch, max_draft_len + 1, width), hidden.dtype).at[:, :1].set(hidden),
             shallow=shallow,

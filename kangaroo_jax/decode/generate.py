@@ -50,9 +50,7 @@ def generate(
         not the adapter's.
     """
     exit_layer = resolve_exit_layer(target, adapter, draft)
-    full = draft.max_draft_len + 1
-    # Beside reading the weights, positions are free on accelerators; on CPU they are not.
-    widths = (full,) if jax.default_backend() != "cpu" else tuple(sorted({w for w in (2, 3, 5) if w < full} | {full}))
+    widths = verification_widths(draft.max_draft_len)
     one_round = functools.partial(
         kangaroo_round, exit_layer=exit_layer, max_draft_len=draft.max_draft_len, widths=widths
     )
@@ -62,7 +60,7 @@ def generate(
         prompts,
         one_round,
         exit_layer=exit_layer,
-        overhang=full,
+        overhang=draft.max_draft_len + 1,
         threshold=draft.threshold,
         max_new_tokens=max_new_tokens,
         eos_token_ids=eos_token_ids,
@@ -70,6 +68,13 @@ def generate(
         stop=stop,
         on_text=on_text,
     )
+
+
+def verification_widths(max_draft_len: int) -> tuple[int, ...]:
+    """How many positions a verification pass may hold, ascending, for drafts of at most `max_draft_len` tokens."""
+    full = max_draft_len + 1
+    # Beside reading the weights, positions are free on accelerators; on CPU they are not.
+    return (full,) if jax.default_backend() != "cpu" else (*(w for w in (2, 3, 5, 7, 9, 13) if w < full), full)
 
 
 def kangaroo_round(

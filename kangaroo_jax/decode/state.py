@@ -45,6 +45,7 @@ class Draft:
     """What a round drafted, with the shallow hidden states that verification starts from."""
 
     tokens: Int[Array, "batch gamma"]  # beyond `length`, unused
+    confidence: Float[Array, "batch gamma"]  # top-1 draft probability of each
     length: Int[Array, " batch"]  # K, drafted tokens
     hidden: Float[Array, "batch gamma+1 hidden"]  # shallow hidden states of positions n .. n + K
     shallow: KVCache

@@ -1,0 +1,98 @@
+"""What a measurement ran on, and how fast that machine moves bytes and multiplies: the bounds parts are held to."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def describe(*packages: str) -> str:
+    """One line: processor or accelerator, threads, and the versions of Python, JAX and those of `packages` that are
+    installed."""
+    versions = [
+        f"{name} {importlib.import_module(name).__version__}"
+        for name in ("jax", *packages)
+        if importlib.util.find_spec(name) is not None
+    ]
+    device = jax.devices()[0]
+    name = _processor() if device.platform == "cpu" else device.device_kind
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {threads} threads, Python {platform.python_version()}, {', '.join(versions)}"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def memory_bytes() -> int:
+    """What the default device can hold."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def seconds_per_call(call: Callable[[], object], repeats: int = 7) -> float:
+    """Median wall-clock of a call, after one that is not counted."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def read_bandwidth(num_bytes: int, dtype: jnp.dtype) -> float:
+    """Bytes per second at which the default device reads a working set of this size, by multiplying matrices of it
+    with a vector, repeatedly: the access pattern of a plain step without anything between the products."""
+    width = 1024 if num_bytes < 2**28 else 4096
+    size = width * width * jnp.dtype(dtype).itemsize
+    count = max(1, num_bytes // size)
+    sweeps = max(2, 2**30 // (count * size))
+    matrices = [(jax.random.normal(jax.random.key(i), (width, width)) / width**0.5).astype(dtype) for i in range(count)]
+
+    @jax.jit
+    def sweep(x: jax.Array, matrices: list[jax.Array]) -> jax.Array:
+        def body(_: jax.Array, x: jax.Array) -> jax.Array:
+            for matrix in matrices:
+                x = x @ matrix
+            return x
+
+        return jax.lax.fori_loop(0, sweeps, body, x)
+
+    x = jnp.ones((1, width), dtype)
+    return sweeps * count * size / seconds_per_call(lambda: sweep(x, matrices))
+
+
+def copy_bandwidth(num_bytes: int) -> float:
+    """Bytes per second, read and written together, of elementwise passes over a float32 array of this size, in place
+    (a fresh result would measure the allocation of its pages)."""
+    passes, x = 8, jnp.ones((num_bytes // 4,), jnp.float32)
+    add = jax.jit(lambda x: jax.lax.fori_loop(0, passes, lambda _, x: x + 1, x), donate_argnums=0)
+    held = [x]
+
+    def call() -> jax.Array:
+        held[0] = add(held[0])
+        return held[0]
+
+    return passes * 2 * num_bytes / seconds_per_call(call)
+
+
+def matmul_peak(dtype: jnp.dtype) -> float:
+    """Floating-point operations per second of a large square matrix product."""
+    width = 1024 if jax.default_backend() == "cpu" else 8192
+    x = jax.random.normal(jax.random.key(0), (width, width)).astype(dtype)
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision=precision))
+    return 2 * width**3 / seconds_per_call(lambda: product(x))
