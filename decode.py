@@ -44,8 +44,10 @@ _PROMPT = flags.DEFINE_string("prompt", None, "The prompt.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File that holds the prompt (UTF-8); - is standard input.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Most tokens to generate.")
 _EXIT_LAYER = flags.DEFINE_integer("exit_layer", None, "Shallow layers. What the adapter was trained for if absent.")
-_MAX_DRAFT_LEN = flags.DEFINE_integer("max_draft_len", None, "Most tokens drafted in a round (6).")
-_THRESHOLD = flags.DEFINE_float("threshold", None, "Confidence below which drafting stops (0.6; the demo: 0.3).")
+_MAX_DRAFT_LEN = flags.DEFINE_integer(
+    "max_draft_len", None, "Most tokens drafted in a round. What the adapter's decode.json says if absent, else 6."
+)
+_THRESHOLD = flags.DEFINE_float("threshold", None, "Confidence below which drafting stops. As above, else 0.6.")
 _STOP = flags.DEFINE_multi_string("stop", [], "String that ends the text; may be given several times.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"], "Of the weights. float32 for the demo and on CPU, else bfloat16."
@@ -129,9 +131,9 @@ def print_table(columns: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    draft = demo.DRAFT if _MODEL.value is None else DraftConfig()
     given = {"exit_layer": _EXIT_LAYER.value, "max_draft_len": _MAX_DRAFT_LEN.value, "threshold": _THRESHOLD.value}
-    draft = dataclasses.replace(draft, **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    DraftConfig(**given)  # a flag out of range is named before anything is loaded
     prompt = read_prompt()
     model, adapter_path = _MODEL.value, _ADAPTER.value
     if model is not None and adapter_path is None:
@@ -143,6 +145,7 @@ def main() -> None:
     compilation_cache.enable()
     target = load_target(model or str(demo.MODEL), dtype)
     adapter = load_adapter(adapter_path or str(demo.ADAPTER), target)
+    draft = dataclasses.replace(adapter.draft, **given)
 
     # The prompt goes before the first piece of text, when all input has been found good.
     pieces = itertools.chain([prompt], itertools.repeat(""))

@@ -8,6 +8,7 @@ from kangaroo_jax import command_line
 _COMMANDS = {
     "peers": "the demo against plain decoding and Hugging Face transformers",
     "roofline": "what each part costs, against the machine's limits",
+    "tune": "the best gamma and eta for an adapter on this machine",
 }
 
 

@@ -9,6 +9,7 @@ the medians, and the plain step against the machine's read bandwidth. Needs torc
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import statistics
@@ -18,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from kangaroo_jax import DraftConfig, compilation_cache, demo, generate, generate_plain, load_adapter, load_target
+from kangaroo_jax import compilation_cache, demo, generate, generate_plain, load_adapter, load_target
 from kangaroo_jax.bench import machine, parts
 from kangaroo_jax.bench.prompts import held_out_prompts, held_out_tokens
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
@@ -31,8 +32,8 @@ _ADAPTER = flags.DEFINE_string("adapter", str(demo.ADAPTER), "Adapter.")
 _PROMPTS = flags.DEFINE_integer("prompts", 10, "Held-out prompts.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per prompt; EOS does not end them.")
 _RUNS = flags.DEFINE_integer("runs", 5, "Timed runs of each method per prompt, interleaved; the median counts.")
-_MAX_DRAFT_LEN = flags.DEFINE_integer("max_draft_len", demo.DRAFT.max_draft_len, "gamma.")
-_THRESHOLD = flags.DEFINE_float("threshold", demo.DRAFT.threshold, "eta.")
+_MAX_DRAFT_LEN = flags.DEFINE_integer("max_draft_len", None, "gamma; what the adapter's decode.json says if absent.")
+_THRESHOLD = flags.DEFINE_float("threshold", None, "eta; as above.")
 
 # Prompt ids -> new ids, seconds without compilation, mean accept length.
 Method = Callable[[list[int]], tuple[list[int], float, float]]
@@ -46,7 +47,8 @@ def main() -> None:
     compilation_cache.enable()
     target = load_target(_MODEL.value, "float32")
     adapter = load_adapter(_ADAPTER.value, target)
-    draft = DraftConfig(None, _MAX_DRAFT_LEN.value, _THRESHOLD.value)
+    given = {"max_draft_len": _MAX_DRAFT_LEN.value, "threshold": _THRESHOLD.value}
+    draft = dataclasses.replace(adapter.draft, **{name: value for name, value in given.items() if value is not None})
     threads = os.cpu_count() or 1
     print(machine.describe("torch", "transformers"))
     print(f"gamma {draft.max_draft_len}, eta {draft.threshold}, {_MAX_NEW_TOKENS.value} new tokens, float32, greedy")

@@ -1,12 +1,16 @@
-"""Prompts from modules that the demo never saw."""
+"""Prompts to measure with: from modules that the demo never saw, or from a file."""
 
 from __future__ import annotations
+
+import json
+import pathlib
 
 import numpy as np
 from jaxtyping import Int
 
 from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.demo import corpus
+from kangaroo_jax.errors import InputError
 
 _CHARACTERS = 600
 
@@ -32,3 +36,29 @@ def held_out_tokens(target: Target, count: int = 8192) -> Int[np.ndarray, " coun
     text = "".join(corpus.standard_library(held_out=True).values())
     ids = target.tokenizer.encode(text[: 16 * count], verbose=False)
     return np.asarray(ids[:count], np.int32)
+
+
+def read_prompts(path: str) -> list[str]:
+    """The "prompt" of each line of a JSON Lines file.
+
+    Raises:
+      InputError: naming the file, and the line that is wrong.
+    """
+    try:
+        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, TypeError, KeyError):
+            prompt = None
+        if not isinstance(prompt, str) or not prompt:
+            raise InputError(f'{path}:{number}: expected an object with a text under "prompt"')
+        prompts.append(prompt)
+    if not prompts:
+        raise InputError(f'{path}: no prompts; expected lines like {{"prompt": "..."}}')
+    return prompts

@@ -8,6 +8,7 @@ never touches. The target's weights are in none of them.
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -19,10 +20,11 @@ from jaxtyping import Array, PyTree
 
 from kangaroo_jax.checkpoint.huggingface import Target, parameter_paths
 from kangaroo_jax.checkpoint.upstream import load_upstream
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.config import DraftConfig, ModelConfig
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.adapter import Adapter, abstract_adapter
 
+DRAFT_SETTINGS = "decode.json"  # beside an adapter: how to draft with it
 _FORMAT = "kangaroo_jax adapter"
 _VERSION = 1
 _TARGET_SHAPE = (
@@ -44,12 +46,14 @@ class TrainedAdapter:
       exit_layer: number of shallow layers it was trained for; None where the checkpoint does not say (the authors').
       name: the folder it came from.
       target_fingerprint: of the target it was trained for; None where the checkpoint does not say.
+      draft: how to draft with it: what its decode.json says, else the paper's settings.
     """
 
     model: Adapter
     exit_layer: int | None
     name: str
     target_fingerprint: str | None
+    draft: DraftConfig = DraftConfig()  # noqa: RUF009 - frozen
 
 
 def named_leaves(tree: PyTree) -> dict[str, Array]:
@@ -141,7 +145,8 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
             f"--config.target={target.name} --config.output={path}"
         )
     if (folder / "pytorch_model.bin").exists():
-        return TrainedAdapter(load_upstream(folder, target, target.model.dtype), None, str(path), None)
+        model = load_upstream(folder, target, target.model.dtype)
+        return TrainedAdapter(model, None, str(path), None, read_draft_settings(folder))
     step = folder if (folder / "adapter").is_dir() else newest_step(folder)
     if step is None:
         found = ", ".join(sorted(x.name for x in folder.iterdir())[:5]) or "an empty folder"
@@ -149,7 +154,41 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
             f"{folder}: not an adapter checkpoint; expected 'adapter' and 'metadata', numbered steps of a run, "
             f"or the authors' config.json and pytorch_model.bin; found {found}"
         )
-    return _load(step, target, str(path))
+    return dataclasses.replace(_load(step, target, str(path)), draft=read_draft_settings(folder))
+
+
+def read_draft_settings(folder: pathlib.Path) -> DraftConfig:
+    """What decode.json in an adapter's folder says; the paper's settings where there is none.
+
+    Raises:
+      InputError: for a file that is not an object of `max_draft_len` and `threshold`, or values out of range.
+    """
+    path = folder / DRAFT_SETTINGS
+    if not path.exists():
+        return DraftConfig()
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        return DraftConfig(None, settings.pop("max_draft_len"), settings.pop("threshold"), **settings)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(
+            f"{path}: expected an object with max_draft_len and threshold alone; "
+            "write it anew with `python -m kangaroo_jax.bench tune`, or remove it"
+        ) from None
+
+
+def write_draft_settings(folder: str | pathlib.Path, draft: DraftConfig) -> pathlib.Path:
+    """Writes decode.json into an adapter's folder, whole or not at all; returns its path."""
+    path = pathlib.Path(folder).expanduser().resolve() / DRAFT_SETTINGS
+    settings = {"max_draft_len": draft.max_draft_len, "threshold": draft.threshold}
+    scratch = path.with_suffix(".tmp")
+    try:
+        scratch.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    return path
 
 
 def newest_step(run: pathlib.Path) -> pathlib.Path | None:

@@ -108,12 +108,15 @@ def run(
 
     start = time.perf_counter()
     first = functools.partial(prefill, exit_layer=exit_layer, capacity=capacity, room=room)
-    program, compiling = _compiled(first, (), target.model, adapter, tokens, lengths, max_output, eos)
-    state = jax.block_until_ready(program())
-    prefill_seconds, prefill_compiling = time.perf_counter() - start - compiling, compiling
+    inputs = (target.model, adapter, tokens, lengths, max_output, eos)
+    program, prefill_compiling = _compiled(first, (), *inputs)
+    state = jax.block_until_ready(program(*inputs))
+    prefill_seconds = time.perf_counter() - start - prefill_compiling
 
-    start, compiling = time.perf_counter(), 0.0
+    start = time.perf_counter()
     advance = functools.partial(advance_rounds, one_round)
+    rest = (eos, np.float32(threshold))
+    program, compiling = _compiled(advance, (2,), target.model, adapter, state, np.int32(0), *rest)
     while True:
         num_output, finished = jax.device_get((state.num_output, state.finished))
         if streams is not None:
@@ -129,9 +132,7 @@ def run(
         if finished.all():
             break
         goal = np.int32(num_output[~finished].min() + CHUNK)
-        program, seconds = _compiled(advance, (2,), target.model, adapter, state, goal, eos, np.float32(threshold))
-        compiling += seconds
-        state = program()
+        state = program(target.model, adapter, state, goal, *rest)
     decode_seconds = time.perf_counter() - start - compiling
     return _result(state, streams, Seconds(prefill_seconds, decode_seconds, prefill_compiling + compiling))
 
@@ -158,16 +159,16 @@ _programs: dict[Any, Any] = {}
 
 def _compiled(
     function: functools.partial, donated: tuple[int, ...], *args: Any
-) -> tuple[Callable[[], DecodeState], float]:
-    """A call of `function`, compiled ahead for these shapes so that compilation is timed apart, and the seconds that
+) -> tuple[Callable[..., DecodeState], float]:
+    """`function`, compiled ahead for arguments like these so that compilation is timed apart, and the seconds that
     compiling took: 0 where it was compiled before."""
     leaves, structure = jax.tree.flatten(args)
     key = (_identity(function), structure, tuple((x.shape, str(x.dtype)) for x in leaves))
     start = time.perf_counter()
     if key not in _programs:
         _programs[key] = jax.jit(function, donate_argnums=donated).lower(*args).compile()
-        return functools.partial(_programs[key], *args), time.perf_counter() - start
-    return functools.partial(_programs[key], *args), 0.0
+        return _programs[key], time.perf_counter() - start
+    return _programs[key], 0.0
 
 
 def _identity(value: Any) -> Any:

@@ -2,12 +2,8 @@
 
 import pathlib
 
-from kangaroo_jax.config import DraftConfig
-
 MODEL = pathlib.Path(__file__).parent / "model"
 ADAPTER = pathlib.Path(__file__).parent / "adapter"
-# The fastest of a few on held-out prompts, on a CPU; the adapter is less sure of itself than the paper's.
-DRAFT = DraftConfig(max_draft_len=6, threshold=0.3)
 PROMPT = '''\
 class Queue:
     """A first-in, first-out queue."""
