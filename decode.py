@@ -34,6 +34,7 @@ from kangaroo_jax import (
     generate_plain,
     load_adapter,
     load_target,
+    profiling,
 )
 
 _MODEL = flags.DEFINE_string("model", None, "Target: a folder in Hugging Face format, or a hub id. The demo if absent.")
@@ -134,6 +135,7 @@ def main() -> None:
     given = {"exit_layer": _EXIT_LAYER.value, "max_draft_len": _MAX_DRAFT_LEN.value, "threshold": _THRESHOLD.value}
     given = {name: value for name, value in given.items() if value is not None}
     DraftConfig(**given)  # a flag out of range is named before anything is loaded
+    profiling.check(command_line.PROFILE.value)
     prompt = read_prompt()
     model, adapter_path = _MODEL.value, _ADAPTER.value
     if model is not None and adapter_path is None:
@@ -159,8 +161,11 @@ def main() -> None:
         **common,
     )
     print(next(pieces) + "\n")
+    ours = functools.partial(generate, target, adapter, [prompt], draft=draft, **common)
+    if command_line.PROFILE.value is not None:  # a run of its own: the one above may have compiled
+        with profiling.trace(command_line.PROFILE.value):
+            ours()
     if _COMPARE.value:
-        ours = functools.partial(generate, target, adapter, [prompt], draft=draft, **common)
         reference = functools.partial(generate_plain, target, [prompt], **common)
         (kangaroo, kangaroo_seconds), (plain, plain_seconds) = measure([ours, reference], repeats=3)
         result = summary(kangaroo, kangaroo_seconds)

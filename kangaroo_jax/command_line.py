@@ -10,6 +10,8 @@ from absl import app, flags, logging
 
 from kangaroo_jax.errors import InputError
 
+PROFILE = flags.DEFINE_string("profile", None, "Folder to write a trace of the device's work into (Perfetto, XProf).")
+
 
 def fail(command: str, message: object) -> NoReturn:
     """Prints one line on standard error and exits with code 2."""

@@ -1,6 +1,7 @@
 """decode.py as a user runs it: exit codes, one-line errors, the shape of its output."""
 
 import concurrent.futures
+import gzip
 import json
 import pathlib
 import subprocess
@@ -51,7 +52,19 @@ def test_prompt_from_standard_input_equals_prompt_flag():
     assert texts[0] == texts[1]
 
 
+def test_profile_holds_the_named_scopes(tmp_path):
+    done = decode(f"--profile={tmp_path}", "--max_new_tokens=8", "--prompt=class Stack:\n")
+    assert done.returncode == 0, done.stderr.decode()
+    (trace,) = tmp_path.rglob("perfetto_trace.json.gz")
+    assert str(trace) in done.stdout.decode()
+    assert gzip.decompress(trace.read_bytes()).count(b'"ph"') > 100
+    (xplane,) = tmp_path.rglob("*.xplane.pb")
+    for scope in (b"draft/", b"verify/", b"commit/", b"shallow/", b"adapter/", b"head/", b"deep/"):
+        assert scope in xplane.read_bytes(), scope
+
+
 MISTAKES = [
+    (["--profile=/dev/null/x", "--prompt=x"], "--profile=/dev/null/x: cannot be made a folder"),
     (["--model=/no/such/folder", "--adapter=x", "--prompt=x"], "/no/such/folder: no such folder"),
     (["--model=some-model", "--prompt=x"], "python train.py --config="),
     (["--prompt="], "prompt 0 is empty"),

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from kangaroo_jax import command_line
+from kangaroo_jax import command_line, profiling
 
 _COMMANDS = {
     "peers": "the demo against plain decoding and Hugging Face transformers",
@@ -18,7 +18,14 @@ def main() -> None:
         known = "; ".join(f"{name}: {what}" for name, what in _COMMANDS.items())
         command_line.fail("bench", f"expected a command, found {command!r} ({known})")
     name = f"bench {command}"
-    command_line.run(name, importlib.import_module(f"kangaroo_jax.bench.{command}").main, [name, *sys.argv[2:]])
+    work = importlib.import_module(f"kangaroo_jax.bench.{command}").main
+
+    def traced() -> None:
+        profiling.check(command_line.PROFILE.value)
+        with profiling.trace(command_line.PROFILE.value):
+            work()
+
+    command_line.run(name, traced, [name, *sys.argv[2:]])
 
 
 if __name__ == "__main__":

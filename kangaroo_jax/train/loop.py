@@ -6,6 +6,7 @@ configuration again goes on from the newest checkpoint, with the same results as
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import pathlib
@@ -24,12 +25,16 @@ import tensorboardX
 from jaxtyping import Array
 from tqdm import tqdm
 
+from kangaroo_jax import profiling
 from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
 from kangaroo_jax.checkpoint.huggingface import Target, load_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.target import TargetModel
 from kangaroo_jax.train import data
 from kangaroo_jax.train.objective import adapter_loss
+
+# Steps that --profile traces, counted from where the run starts: the first compiles.
+_PROFILED = range(2, 5)
 
 Parameters = dict[str, Array]  # dotted path -> float32 array
 
@@ -64,11 +69,12 @@ _CHOICES = {"dtype": ("float32", "bfloat16"), "optimizer.schedule": ("constant",
 _FIXED = ("exit_layer", "dtype", "seed", "batch_size", "sequence_length", "optimizer.")
 
 
-def train(config: ml_collections.ConfigDict) -> dict[str, float]:
+def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict[str, float]:
     """Trains an adapter, or goes on with a run that was interrupted.
 
     Args:
       config: see configs/demo.py for its keys.
+      profile: folder for a trace of a few steps.
 
     Returns:
       The held-out `loss` (nats), `expected_acceptance` and `top1_agreement` at the last step.
@@ -120,7 +126,7 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     run = _Run(settings, target, batches, evaluation, training)
     if newest is not None:
         run.restore(newest)
-    return run.run(output)
+    return run.run(output, profile)
 
 
 def check_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -237,7 +243,7 @@ class _Run:
         self.step = position["step"]
         self.batches.set_state(position["input"])
 
-    def run(self, output: pathlib.Path) -> dict[str, float]:
+    def run(self, output: pathlib.Path, profile: str | None) -> dict[str, float]:
         settings, steps = self.settings, self.settings["steps"]
         options = ocp.CheckpointManagerOptions(max_to_keep=settings["keep_checkpoints"], cleanup_tmp_directories=True)
         manager = ocp.CheckpointManager(output, options=options, item_handlers=adapter_checkpoint.item_handlers())
@@ -247,17 +253,23 @@ class _Run:
         # A file or a pipe gets a line now and then instead of a moving bar.
         interval = 0.5 if sys.stderr.isatty() else 30.0
         bar = tqdm(total=steps, initial=self.step, unit="step", mininterval=interval, dynamic_ncols=True)
-        with manager, writer, bar:
+        with manager, writer, bar, contextlib.ExitStack() as tracing:
             if self.step == 0:
                 self._evaluate(writer)
             pending, since = [], time.monotonic()
+            first = self.step
             while self.step < steps:
+                if self.step == first + _PROFILED.start:
+                    tracing.enter_context(profiling.trace(profile))
                 self.parameters, self.state, metrics = self._train_step(
                     self.parameters, self.state, self.target.model, next(self.batches)
                 )
                 self.step += 1
                 bar.update()
                 pending.append(metrics)
+                if self.step == first + _PROFILED.stop or self.step == steps:
+                    jax.block_until_ready(metrics)
+                    tracing.close()
                 saves = self.step % settings["save_every"] == 0 or self.step == steps
                 # A checkpoint records its own held-out figures.
                 evaluates = saves or self.step % settings["evaluate_every"] == 0

@@ -1,0 +1,37 @@
+"""A trace of the device's work, for Perfetto or XProf."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+
+import jax
+
+from kangaroo_jax.errors import InputError
+
+
+def check(folder: str | None) -> None:
+    """Raises `InputError` if `folder` cannot be one: before the work, not after it."""
+    if folder is not None:
+        try:
+            pathlib.Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--profile={folder}: cannot be made a folder ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def trace(folder: str | None) -> Iterator[None]:
+    """Traces what runs inside into `folder`, and says where; None traces nothing.
+
+    What runs inside should have been compiled before. XProf shows each operation under its named scopes (draft,
+    verify, commit, shallow, adapter, head, deep, prefill); Perfetto's view names them on accelerators alone.
+    """
+    if folder is None:
+        yield
+        return
+    path = pathlib.Path(folder).expanduser()
+    with jax.profiler.trace(str(path), create_perfetto_trace=True):
+        yield
+    newest = max(path.rglob("perfetto_trace.json.gz"), key=lambda file: file.stat().st_mtime)
+    print(f"profile: {newest}, for https://ui.perfetto.dev; {path} is a log folder for XProf")
