@@ -5,7 +5,10 @@ import sys
 
 from kangaroo_jax import command_line
 
-_COMMANDS = {"peers": "the demo against plain decoding and Hugging Face transformers"}
+_COMMANDS = {
+    "peers": "the demo against plain decoding and Hugging Face transformers",
+    "spec_bench": "Spec-Bench's questions, with Kangaroo and plainly",
+}
 
 
 def main() -> None:
