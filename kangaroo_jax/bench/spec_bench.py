@@ -120,8 +120,6 @@ def _settings(
     template = target.tokenizer.chat_template
     return {
         "model": "kangaroo_jax-demo" if _MODEL.value is None else pathlib.Path(_MODEL.value).resolve().name,
-        "model_fingerprint": target.fingerprint,
-        "adapter_fingerprint": _digest(*(np.asarray(x).tobytes() for x in jax.tree.leaves(adapter.model))),
         "chat_template": _digest(str(template).encode()) if template else None,
         "dtype": dtype,
         **dataclasses.asdict(draft),
@@ -129,6 +127,8 @@ def _settings(
         "runs": _RUNS.value,
         "questions": _digest(repr(questions).encode()),
         "device": jax.devices()[0].device_kind,
+        "model_fingerprint": target.fingerprint,
+        "adapter_fingerprint": _digest(*(np.asarray(x).tobytes() for x in jax.tree.leaves(adapter.model))),
     }
 
 
