@@ -61,6 +61,7 @@ class Run:
             f"--model={self.model}",
             f"--adapter={self.adapter}",
             f"--max_new_tokens={MAX_NEW_TOKENS}",
+            "--max_draft_len=2",  # fewer programs to compile than 6
             "--threshold=0.1",
             "--dtype=float32",
             *flags,
