@@ -1,0 +1,205 @@
+"""A folder of Spec-Bench answers: `kangaroo.jsonl` and `plain.jsonl` in exactly Spec-Bench's format, and beside them
+`details.jsonl` (what that format has no field for) and `settings.json` (what they were made with).
+
+A question counts as done when its line in `details.jsonl`, the last of the three to be written, is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import time
+import uuid
+from typing import Any
+
+from kangaroo_jax.bench.questions import task_of
+from kangaroo_jax.errors import InputError
+
+METHODS = ("kangaroo", "plain")
+_DETAILS = "details.jsonl"
+_SETTINGS = "settings.json"
+_FILES = (*(f"{method}.jsonl" for method in METHODS), _DETAILS)
+_MEND = "remove the line, or give another --output_dir"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One method's answer to one question, by Spec-Bench's names.
+
+    Attributes:
+      turns: the answers' texts.
+      decoding_steps: rounds of each turn. The first token of a turn, which prefill gives, is not a round.
+      new_tokens: of each turn, EOS included.
+      wall_time: seconds of each turn, prefill and decoding.
+      accept_lengths: tokens committed by each round, of all turns in one list.
+    """
+
+    turns: list[str]
+    decoding_steps: list[int]
+    new_tokens: list[int]
+    wall_time: list[float]
+    accept_lengths: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Details:
+    """What Spec-Bench's format has no field for, of one question.
+
+    Attributes:
+      skipped: why the question was not answered; None if it was, and the lists below are empty if it was not.
+      prompt_tokens: of each turn, by method.
+      max_new_tokens: what each turn's answer was allowed: what was asked for, or less where the context ends.
+      cut: for each turn, whether the end of the context, not EOS or the limit asked for, ended an answer.
+      draft_lengths: tokens drafted by each of Kangaroo's rounds, of all turns in one list.
+      seconds: of each timed run of each turn, by method.
+      compile_seconds: of all runs together; part of no other time.
+    """
+
+    skipped: str | None
+    prompt_tokens: dict[str, list[int]]
+    max_new_tokens: list[int]
+    cut: list[bool]
+    draft_lengths: list[int]
+    seconds: dict[str, list[list[float]]]
+    compile_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of one question. `answers` has an entry per method, and none if the question was skipped."""
+
+    question_id: int | str
+    category: str
+    answers: dict[str, Answer]
+    details: Details
+
+
+def prepare(folder: str | pathlib.Path, settings: dict[str, Any]) -> set[int | str]:
+    """Makes the folder ready for more answers: new, or with what a killed run left half written taken away.
+
+    Args:
+      folder: created if it is not there.
+      settings: what the answers are made with, JSON values.
+
+    Returns:
+      The ids of the questions that are done.
+
+    Raises:
+      InputError: for answers made with other settings, files that are not such answers, or a folder that cannot be
+        written to. Nothing is changed then.
+    """
+    folder = pathlib.Path(folder)
+    try:
+        found = [name for name in _FILES if (folder / name).exists()]
+        if (folder / _SETTINGS).exists():
+            _check_settings(folder / _SETTINGS, settings)
+        elif found:
+            raise InputError(f"{folder / found[0]}: there already, without a {_SETTINGS}; give another --output_dir")
+        lines = {name: _whole_lines(folder / name) for name in _FILES}
+        answered = set.intersection(*(set(lines[f"{method}.jsonl"]) for method in METHODS))
+        done = {key for key, line in lines[_DETAILS].items() if json.loads(line)["skipped"] or key in answered}
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / _SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
+        for name in found:
+            _replace(folder / name, b"".join(line for key, line in lines[name].items() if key in done))
+    except OSError as error:
+        raise InputError(f"{error.filename or folder}: {error.strerror}; give another --output_dir") from None
+    return done
+
+
+def append(folder: str | pathlib.Path, result: Result, model_ids: dict[str, str]) -> None:
+    """Adds one question's lines; `model_ids` gives Spec-Bench's model_id by method."""
+    folder = pathlib.Path(folder)
+    key = {"question_id": result.question_id, "category": result.category}
+    for method, answer in result.answers.items():
+        line = key | {
+            "answer_id": uuid.uuid4().hex,
+            "model_id": model_ids[method],
+            "choices": [{"index": 0, **dataclasses.asdict(answer)}],
+            "tstamp": time.time(),
+        }
+        _append_line(folder / f"{method}.jsonl", line)
+    _append_line(folder / _DETAILS, key | dataclasses.asdict(result.details))
+
+
+def read(folder: str | pathlib.Path) -> list[Result]:
+    """All results of a folder that `prepare` has seen, in the order they were made.
+
+    Raises:
+      InputError: naming file and question, for a line without the fields above.
+    """
+    folder = pathlib.Path(folder)
+    lines = {name: _whole_lines(folder / name) for name in _FILES}
+    return [_result(folder, {name: lines[name].get(key) for name in _FILES}) for key in lines[_DETAILS]]
+
+
+def _result(folder: pathlib.Path, lines: dict[str, bytes | None]) -> Result:
+    details = json.loads(lines[_DETAILS])
+    question_id, category = details.pop("question_id"), details.pop("category")
+    name = _DETAILS
+    try:
+        task_of(category)
+        details = Details(**details)
+        answers = {}
+        for method in METHODS if details.skipped is None else ():
+            name = f"{method}.jsonl"
+            choice = json.loads(lines[name])["choices"][0]
+            answers[method] = Answer(**{field.name: choice[field.name] for field in dataclasses.fields(Answer)})
+            sum(answers[method].wall_time) + sum(answers[method].accept_lengths)
+    except (KeyError, IndexError, TypeError) as error:
+        raise InputError(
+            f"{folder / name}: question {question_id!r} is not as this command writes it ({error}); {_MEND}"
+        ) from None
+    return Result(question_id, category, answers, details)
+
+
+def _check_settings(path: pathlib.Path, settings: dict[str, Any]) -> None:
+    try:
+        made_with = json.loads(path.read_bytes())
+    except ValueError:
+        made_with = None
+    if not isinstance(made_with, dict):
+        raise InputError(f"{path}: expected a JSON object of settings; give another --output_dir")
+    for name in settings | made_with:
+        if (old := made_with.get(name)) != (new := settings.get(name)):
+            raise InputError(
+                f"{path.parent}: its answers were made with {name} {old!r}, not {new!r}; "
+                "give another --output_dir, or what they were made with"
+            )
+
+
+def _whole_lines(path: pathlib.Path) -> dict[int | str, bytes]:
+    """question_id -> line; without a last one that has no line break, which a kill has left half written."""
+    if not path.exists():
+        return {}
+    *lines, _ = path.read_bytes().split(b"\n")
+    found: dict[int | str, bytes] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            raw = json.loads(line)
+            key = raw["question_id"]
+            if path.name == _DETAILS:
+                _ = raw["skipped"], raw["category"]
+            new = key not in found
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path} line {number}: not an answer as this command writes it; {_MEND}") from None
+        if not new:
+            raise InputError(f"{path} line {number}: question {key!r} is answered twice; {_MEND}")
+        found[key] = line + b"\n"
+    return found
+
+
+def _append_line(path: pathlib.Path, line: dict[str, Any]) -> None:
+    with open(path, "ab") as file:
+        file.write(json.dumps(line).encode() + b"\n")
+
+
+def _replace(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file so that it is the old or the new one whenever the process dies."""
+    if path.exists() and path.read_bytes() == content:
+        return
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -1,0 +1,66 @@
+"""Charts of a Spec-Bench run, as PNG files. The one module that needs matplotlib."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from kangaroo_jax.bench.summary import DraftPosition, TaskSummary
+
+_COLOUR = "#2f6f8f"
+_DOTS_PER_INCH = 150
+
+
+def save_speedups(rows: Sequence[TaskSummary], path: str | pathlib.Path) -> None:
+    """A bar per row: Kangaroo's speed over plain decoding's. Rows without an answer are left out."""
+    rows = [row for row in rows if row.questions]
+    figure, axes = _chart("Speed-up over plain decoding", f"task (questions: {rows[-1].questions})", "speed-up")
+    bars = axes.bar([row.task.replace(" ", "\n") for row in rows], [row.speedup for row in rows], color=_COLOUR)
+    axes.bar_label(bars, fmt="%.2f", padding=2)
+    axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
+    axes.tick_params(axis="x", labelsize=8)
+    axes.margins(y=0.12)
+    figure.savefig(path)
+
+
+def save_accept_lengths(counts: Mapping[int, int], path: str | pathlib.Path) -> None:
+    """A histogram of tokens per round, from accept length -> rounds."""
+    total = sum(counts.values())
+    mean = sum(length * count for length, count in counts.items()) / total
+    figure, axes = _chart(f"Tokens per round (mean {mean:.2f})", "accept length", f"share of {total:,} rounds")
+    bars = axes.bar(list(counts), [count / total for count in counts.values()], color=_COLOUR)
+    axes.set_xticks(list(counts))
+    _percent(axes, bars)
+    figure.savefig(path)
+
+
+def save_acceptance(positions: Sequence[DraftPosition], path: str | pathlib.Path) -> None:
+    """A bar per draft position: how often its token was accepted, given that it was verified."""
+    figure, axes = _chart(
+        "Acceptance by draft position", "position in the draft\n(times verified)", "accepted, of those verified"
+    )
+    places = [position.position for position in positions]
+    bars = axes.bar(places, [position.acceptance for position in positions], color=_COLOUR)
+    axes.set_xticks(places, [f"{position.position}\n({position.verified:,})" for position in positions])
+    _percent(axes, bars)
+    figure.savefig(path)
+
+
+def _chart(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    # A Figure of its own, without pyplot, needs no display.
+    figure = Figure(figsize=(7, 4), dpi=_DOTS_PER_INCH, layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _percent(axes: Axes, bars: BarContainer) -> None:
+    axes.bar_label(bars, fmt=lambda share: f"{share:.0%}", padding=2)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.margins(y=0.12)
