@@ -32,7 +32,6 @@ from kangaroo_jax.decode.prefill import prefill
 from kangaroo_jax.model import cache
 from kangaroo_jax.model.adapter import Adapter
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
-from tests.decode.models import tiny_target
 
 FALSE_ALARM = 1e-4
 SAMPLES = 200_000
@@ -211,8 +210,8 @@ SETTINGS = [
     (1.3, 1.0, 0, 2, 0.6, 4),
     (1.3, 0.9, 0, 3, 1.0, 4000),
     (0.7, 0.8, 0, 3, 0.0, 4000),
-    (1.3, 1.0, 4, 4, 0.0, 4),
-    (0.7, 1.0, 4, 4, 0.6, 4),
+    (1.3, 1.0, 4, 4, 0.0, 4000),
+    (0.7, 1.0, 4, 4, 0.6, 4000),
     (1.0, 1.0, 0, 5, 1.0, 4000),
     (1.0, 1.0, 0, 5, 0.6, 4000),
     (1.0, 0.9, 9, 0, 0.0, 4),  # plain decoding
@@ -337,7 +336,7 @@ def test_greedy_decoding_has_no_sampler():
 
 def test_seeds_that_are_not_one_per_prompt_are_named():
     with pytest.raises(InputError, match="seed must be one integer or one per prompt, found 3 for 2"):
-        generate_plain(tiny_target(), [[1], [2]], sampling=SamplingConfig(1.0, seed=[1, 2, 3]))
+        generate_plain(small_pair()[0], [[1], [2]], sampling=SamplingConfig(1.0, seed=[1, 2, 3]))
 
 
 # --- The parts.
