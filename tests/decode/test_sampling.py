@@ -336,7 +336,7 @@ def test_greedy_decoding_has_no_sampler():
 
 def test_seeds_that_are_not_one_per_prompt_are_named():
     with pytest.raises(InputError, match="seed must be one integer or one per prompt, found 3 for 2"):
-        generate_plain(small_pair()[0], [[1], [2]], sampling=SamplingConfig(1.0, seed=[1, 2, 3]))
+        generate_plain(small_pair()[0], [[1], [2]], 4, sampling=SamplingConfig(1.0, seed=[1, 2, 3]))
 
 
 # --- The parts.
