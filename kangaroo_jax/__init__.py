@@ -2,10 +2,19 @@
 
 from kangaroo_jax.checkpoint.adapter import load_adapter
 from kangaroo_jax.checkpoint.huggingface import load_target
-from kangaroo_jax.config import DraftConfig
+from kangaroo_jax.config import DraftConfig, SamplingConfig
 from kangaroo_jax.decode.autoregressive import generate_plain
 from kangaroo_jax.decode.generate import generate
 from kangaroo_jax.decode.host_loop import Generation
 from kangaroo_jax.errors import InputError
 
-__all__ = ["DraftConfig", "Generation", "InputError", "generate", "generate_plain", "load_adapter", "load_target"]
+__all__ = [
+    "DraftConfig",
+    "Generation",
+    "InputError",
+    "SamplingConfig",
+    "generate",
+    "generate_plain",
+    "load_adapter",
+    "load_target",
+]

@@ -1,13 +1,14 @@
 """Settings as frozen dataclasses, validated on construction.
 
-`ModelConfig` describes a target and is read from a Hugging Face `config.json`; `DraftConfig` says how to draft.
+`ModelConfig` describes a target and is read from a Hugging Face `config.json`; `DraftConfig` says how to draft,
+`SamplingConfig` how to choose tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kangaroo_jax.errors import InputError
@@ -21,8 +22,12 @@ def _check_count(name: str, value: Any) -> None:
         raise InputError(f"{name} must be a positive integer, found {value!r}")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _check_positive(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not _is_number(value) or not 0 < value < math.inf:
         raise InputError(f"{name} must be a finite number above 0, found {value!r}")
 
 
@@ -288,6 +293,42 @@ class DraftConfig:
         if self.exit_layer is not None:
             _check_count("exit_layer", self.exit_layer)
         _check_count("max_draft_len", self.max_draft_len)
-        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
-        if not number or not 0.0 <= self.threshold <= 1.0:
+        if not _is_number(self.threshold) or not 0.0 <= self.threshold <= 1.0:
             raise InputError(f"threshold must be between 0 and 1, found {self.threshold!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are chosen from the target's distribution. The default is greedy decoding.
+
+    The same prompt and seed give the same text whatever else is in the batch; so prompts that are equal, with one
+    seed, give equal texts. For several samples of one prompt, give it several times, with a seed for each.
+
+    Attributes:
+      temperature: logits are divided by it; 0 is greedy, and the other settings then have no effect.
+      top_p: the fewest most probable tokens that have this much probability together are kept; 1 keeps all.
+      top_k: this many most probable tokens are kept; 0 keeps all. Comes before top_p, as in transformers.
+      seed: one for all prompts, or a sequence of one per prompt; 0 to 2**32 - 1.
+
+    Raises:
+      InputError: for a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | Sequence[int] = 0
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature must be a finite number, 0 or above, found {self.temperature!r}")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, found {self.top_p!r}")
+        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 0:
+            raise InputError(f"top_k must be an integer, 0 or above, found {self.top_k!r}")
+        several = isinstance(self.seed, Sequence) and not isinstance(self.seed, str)
+        for seed in self.seed if several else (self.seed,):
+            if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+                raise InputError(f"seed must be an integer from 0 to 2**32 - 1, found {seed!r}")
+        if several:
+            object.__setattr__(self, "seed", tuple(self.seed))  # hashable, whatever sequence was given

@@ -11,7 +11,7 @@ import math
 import pytest
 import transformers
 
-from kangaroo_jax.config import DraftConfig, ModelConfig, RopeScaling
+from kangaroo_jax.config import DraftConfig, ModelConfig, RopeScaling, SamplingConfig
 from kangaroo_jax.errors import InputError
 
 NAN = float("nan")
@@ -222,4 +222,41 @@ def test_draft_defaults_are_the_paper_s() -> None:
 def test_wrong_draft_setting_is_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(InputError) as caught:
         DraftConfig(**settings)
+    assert str(caught.value) == message
+
+
+def test_sampling_defaults_are_greedy() -> None:
+    assert SamplingConfig() == SamplingConfig(temperature=0.0, top_p=1.0, top_k=0, seed=0)
+    assert SamplingConfig(1, 1, 5, 2**32 - 1) == SamplingConfig(1.0, 1.0, 5, 2**32 - 1)
+    assert hash(SamplingConfig(seed=[1, 2])) == hash(SamplingConfig(seed=(1, 2)))
+    assert SamplingConfig(seed=range(3)).seed == (0, 1, 2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SamplingConfig().temperature = 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must be a finite number, 0 or above, found -0.1"),
+        ({"temperature": NAN}, "temperature must be a finite number, 0 or above, found nan"),
+        ({"temperature": math.inf}, "temperature must be a finite number, 0 or above, found inf"),
+        ({"temperature": None}, "temperature must be a finite number, 0 or above, found None"),
+        ({"temperature": True}, "temperature must be a finite number, 0 or above, found True"),
+        ({"top_p": 0}, "top_p must be above 0 and at most 1, found 0"),
+        ({"top_p": 1.01}, "top_p must be above 0 and at most 1, found 1.01"),
+        ({"top_p": NAN}, "top_p must be above 0 and at most 1, found nan"),
+        ({"top_p": "0.9"}, "top_p must be above 0 and at most 1, found '0.9'"),
+        ({"top_k": -1}, "top_k must be an integer, 0 or above, found -1"),
+        ({"top_k": 2.0}, "top_k must be an integer, 0 or above, found 2.0"),
+        ({"top_k": True}, "top_k must be an integer, 0 or above, found True"),
+        ({"seed": -1}, "seed must be an integer from 0 to 2**32 - 1, found -1"),
+        ({"seed": 2**32}, f"seed must be an integer from 0 to 2**32 - 1, found {2**32}"),
+        ({"seed": 0.5}, "seed must be an integer from 0 to 2**32 - 1, found 0.5"),
+        ({"seed": "7"}, "seed must be an integer from 0 to 2**32 - 1, found '7'"),
+        ({"seed": [1, None]}, "seed must be an integer from 0 to 2**32 - 1, found None"),
+    ],
+)
+def test_wrong_sampling_setting_is_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        SamplingConfig(**settings)
     assert str(caught.value) == message

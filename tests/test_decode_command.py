@@ -44,6 +44,20 @@ def test_compare_prints_text_table_and_json():
     assert abs(result["mean_accept_length"] - 23 / result["rounds"]) < 1e-3
 
 
+def test_compare_of_samples_does_not_speak_of_identical_tokens():
+    flags = ("--compare", "--json", "--max_new_tokens=24", "--prompt=import os\n", "--temperature=0.8", "--top_p=0.95")
+    done = decode(*flags, "--seed=3")
+    assert done.returncode == 0, done.stderr.decode()
+    out = done.stdout.decode()
+    *shown, last = out.splitlines()
+    assert "identical" not in "".join(shown)
+    assert "the texts are not expected to be the same" in out
+    result = json.loads(last)
+    assert result["identical"] is None
+    assert result["sampling"] == {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "seed": 3}
+    assert result["text"] in out
+
+
 def test_prompt_from_standard_input_equals_prompt_flag():
     flags = ("--max_new_tokens=8", "--json")
     piped = decode(*flags, input=b"class Stack:\n", stdin=None)
@@ -75,6 +89,11 @@ MISTAKES = [
     (["--exit_layer=0"], "exit_layer must be"),
     (["--max_draft_len=0"], "max_draft_len must be"),
     (["--threshold=1.5"], "threshold must be"),
+    (["--temperature=-1"], "temperature must be"),
+    (["--temperature=1", "--top_p=0"], "top_p must be"),
+    (["--temperature=1", "--top_k=-1"], "top_k must be"),
+    (["--temperature=1", "--seed=-1"], "seed must be"),
+    (["--top_p=0.9"], "without a --temperature above 0"),
     (["--max_new_tokens=5000"], "exceed the context of 1024"),
     (["--adapter=/no/such/adapter"], "/no/such/adapter"),
     (["a prompt without its flag"], "unexpected argument 'a prompt without its flag'"),

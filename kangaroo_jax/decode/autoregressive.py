@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.config import SamplingConfig
 from kangaroo_jax.decode.host_loop import Generation, run
 from kangaroo_jax.decode.state import DecodeState, Draft
 from kangaroo_jax.decode.verify import commit, verify
@@ -21,12 +22,13 @@ def generate_plain(
     target: Target,
     prompts: Sequence[str] | Sequence[Sequence[int]],
     max_new_tokens: int = 128,
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
     eos_token_ids: Sequence[int] | None = None,
     max_length: int | None = None,
     stop: Sequence[str] = (),
     on_text: Callable[[int, str], None] | None = None,
 ) -> Generation:
-    """Greedy decoding, one token per pass. Arguments, result and errors as for `generate`."""
+    """Greedy decoding or sampling, one token per pass. Arguments, result and errors as for `generate`."""
     return run(
         target,
         None,
@@ -35,6 +37,7 @@ def generate_plain(
         exit_layer=PLAIN_EXIT_LAYER,
         overhang=1,
         threshold=0.0,
+        sampling=sampling,
         max_new_tokens=max_new_tokens,
         eos_token_ids=eos_token_ids,
         max_length=max_length,
@@ -64,6 +67,9 @@ def plain_round(
         hidden=hidden,
         shallow=shallow,
         adapter=None,
+        probs=None if state.sampler is None else jnp.zeros((batch, 0, target.config.vocab_size)),
     )
-    tokens, deep = verify(target, state.deep, nothing, exit_layer=PLAIN_EXIT_LAYER, widths=(1,))
-    return commit(state, nothing, deep, tokens, eos_token_ids)
+    tokens, accepted, deep = verify(
+        target, state.deep, nothing, state.sampler, exit_layer=PLAIN_EXIT_LAYER, widths=(1,)
+    )
+    return commit(state, nothing, deep, tokens, accepted, eos_token_ids)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kangaroo_jax.decode.pick import pick_token
+from kangaroo_jax.decode.sampling import DRAFT
 from kangaroo_jax.decode.state import DecodeState, Draft
 from kangaroo_jax.model.adapter import Adapter, adapter_apply
 from kangaroo_jax.model.cache import KVCache
@@ -21,9 +23,12 @@ def draft(
     exit_layer: int,
     max_draft_len: int,
 ) -> Draft:
-    """Drafts 1 to `max_draft_len` tokens per sequence greedily (paper, section 3.2).
+    """Drafts 1 to `max_draft_len` tokens per sequence (paper, section 3.2), greedily or sampled.
 
-    A token whose top-1 draft probability is below `threshold` is kept, and is the sequence's last. A sequence that
+    A token whose top-1 draft probability is below `threshold` is kept, and is the sequence's last. Sampling does not
+    change what is compared with `threshold`: the top-1 probability before temperature, top-k and top-p, so that a
+    threshold means what it means in greedy decoding, and it depends on the tokens before the drafted one alone, as
+    exact sampling needs. A sequence that
     has stopped idles, its lengths unchanged, until the slowest of the batch stops. K drafted tokens cost K passes of
     adapter and LM head and K + 1 of the shallow layers.
 
@@ -54,11 +59,12 @@ def draft(
         top = jnp.max(logits, axis=-1)
         # The top-1 probability: softmax at the maximum.
         confidence = 1.0 / jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
-        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        tokens, probs = pick_token(logits, state.sampler, state.shallow.length + 1 + k, DRAFT)
         next_hidden, shallow = shallow_step(tokens, drafted.shallow, active)
         drafted = Draft(
             tokens=jax.lax.dynamic_update_slice(drafted.tokens, tokens[:, None], (0, k)),
             confidence=jax.lax.dynamic_update_slice(drafted.confidence, confidence[:, None], (0, k)),
+            probs=None if probs is None else jax.lax.dynamic_update_slice(drafted.probs, probs[:, None], (0, k, 0)),
             length=drafted.length + active,
             hidden=jax.lax.dynamic_update_slice(drafted.hidden, next_hidden, (0, k + 1, 0)),
             shallow=shallow,
@@ -76,6 +82,7 @@ def draft(
             hidden=jnp.zeros((batch, max_draft_len + 1, width), hidden.dtype).at[:, :1].set(hidden),
             shallow=shallow,
             adapter=state.adapter,
+            probs=None if state.sampler is None else jnp.zeros((batch, max_draft_len, target.config.vocab_size)),
         )
         # After a fully accepted draft the adapter has not seen position n - 1. Feeding it together with n costs no
         # extra pass over the weights, and where it has been seen the same entry is written again.

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter, check_exit_layer
 from kangaroo_jax.checkpoint.huggingface import Target
-from kangaroo_jax.config import DraftConfig
+from kangaroo_jax.config import DraftConfig, SamplingConfig
 from kangaroo_jax.decode.draft import draft as draft_tokens
 from kangaroo_jax.decode.host_loop import Generation, run
 from kangaroo_jax.decode.state import DecodeState
@@ -26,12 +26,16 @@ def generate(
     prompts: Sequence[str] | Sequence[Sequence[int]],
     max_new_tokens: int = 128,
     draft: DraftConfig = DraftConfig(),  # noqa: B008 - frozen
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
     eos_token_ids: Sequence[int] | None = None,
     max_length: int | None = None,
     stop: Sequence[str] = (),
     on_text: Callable[[int, str], None] | None = None,
 ) -> Generation:
-    """Greedy Kangaroo decoding: the tokens `generate_plain` gives, sooner (paper, section 3).
+    """Kangaroo decoding (paper, section 3): the tokens `generate_plain` gives, sooner.
+
+    With a temperature, tokens from the distribution that `generate_plain` draws from: both draw each token from the
+    target's distribution, with different random numbers, so their texts differ.
 
     Args:
       target: from `load_target`.
@@ -39,6 +43,7 @@ def generate(
       prompts: strings, or lists of token ids.
       max_new_tokens: exactly this many unless a sequence ends earlier.
       draft: exit layer, gamma, eta.
+      sampling: temperature, top-p, top-k, seed; greedy by default.
       eos_token_ids: tokens that end a sequence, kept in its tokens; None means the target's own.
       max_length: most tokens of prompt and answer together; None means the target's max_position_embeddings.
       stop: strings that end a sequence; its text ends before the first of them, its tokens with the token that
@@ -47,7 +52,7 @@ def generate(
 
     Raises:
       InputError: for an empty or too long prompt, ids outside the vocabulary, an exit layer that is out of range or
-        not the adapter's.
+        not the adapter's, seeds that are not one per prompt.
     """
     exit_layer = resolve_exit_layer(target, adapter, draft)
     widths = verification_widths(draft.max_draft_len)
@@ -62,6 +67,7 @@ def generate(
         exit_layer=exit_layer,
         overhang=draft.max_draft_len + 1,
         threshold=draft.threshold,
+        sampling=sampling,
         max_new_tokens=max_new_tokens,
         eos_token_ids=eos_token_ids,
         max_length=max_length,
@@ -90,8 +96,8 @@ def kangaroo_round(
 ) -> DecodeState:
     """One draft, one verification, one commit."""
     drafted = draft_tokens(target, adapter, state, threshold, exit_layer=exit_layer, max_draft_len=max_draft_len)
-    tokens, deep = verify(target, state.deep, drafted, exit_layer=exit_layer, widths=widths)
-    return commit(state, drafted, deep, tokens, eos_token_ids)
+    tokens, accepted, deep = verify(target, state.deep, drafted, state.sampler, exit_layer=exit_layer, widths=widths)
+    return commit(state, drafted, deep, tokens, accepted, eos_token_ids)
 
 
 def resolve_exit_layer(target: Target, adapter: TrainedAdapter, draft: DraftConfig) -> int:

@@ -14,8 +14,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.config import SamplingConfig
 from kangaroo_jax.decode.prefill import bucket, prefill
 from kangaroo_jax.decode.prompts import encode_prompts
+from kangaroo_jax.decode.sampling import Sampler
 from kangaroo_jax.decode.state import DecodeState
 from kangaroo_jax.decode.stream import TextStream
 from kangaroo_jax.errors import InputError
@@ -77,6 +79,7 @@ def run(
     exit_layer: int,
     overhang: int,
     threshold: float,
+    sampling: SamplingConfig,
     max_new_tokens: int,
     eos_token_ids: Sequence[int] | None,
     max_length: int | None,
@@ -103,12 +106,13 @@ def run(
         row[: len(ids)] = ids
     room = bucket(max_new_tokens + overhang, _CACHE_STEP)
     capacity = bucket(max(tokens.shape[1], int(lengths.max()) + max_new_tokens + overhang), _CACHE_STEP)
+    sampler = Sampler.create(sampling, prompt_ids)
     max_output = np.full(len(prompt_ids), max_new_tokens, np.int32)
     streams = [TextStream(target.tokenizer, stop) for _ in prompt_ids] if target.tokenizer is not None else None
 
     start = time.perf_counter()
     first = functools.partial(prefill, exit_layer=exit_layer, capacity=capacity, room=room)
-    inputs = (target.model, adapter, tokens, lengths, max_output, eos)
+    inputs = (target.model, adapter, tokens, lengths, max_output, eos, sampler)
     program, prefill_compiling = _compiled(first, (), *inputs)
     state = jax.block_until_ready(program(*inputs))
     prefill_seconds = time.perf_counter() - start - prefill_compiling

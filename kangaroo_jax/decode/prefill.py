@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from kangaroo_jax.decode.pick import pick_token
+from kangaroo_jax.decode.sampling import TARGET, Sampler
 from kangaroo_jax.decode.state import DecodeState, RoundStats
 from kangaroo_jax.model.adapter import Adapter, adapter_apply
 from kangaroo_jax.model.cache import KVCache
@@ -24,6 +26,7 @@ def prefill(
     lengths: Int[Array, " batch"],
     max_output: Int[Array, " batch"],
     eos_token_ids: Int[Array, " eos"],
+    sampler: Sampler | None = None,
     *,
     exit_layer: int,
     capacity: int,
@@ -38,6 +41,7 @@ def prefill(
       lengths: of the prompts, at least 1.
       max_output: most new tokens per sequence, at least 1.
       eos_token_ids: tokens that end a sequence.
+      sampler: None for greedy decoding.
       exit_layer: l, static.
       capacity: of the caches, static: prompt, new tokens and a round beyond them.
       room: of the output buffers, static: new tokens and a round beyond them.
@@ -60,7 +64,7 @@ def prefill(
             adapter_cache = adapter_cache.grown(config, capacity).replace(length=lengths - 1)
         last = (lengths - 1)[:, None, None]
         logits = lm_head(target, jnp.take_along_axis(normed, last, axis=1)[:, 0])
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token, _ = pick_token(logits, sampler, lengths, TARGET)
         ended = jnp.any(token[:, None] == eos_token_ids, axis=-1)
         return DecodeState(
             token=token,
@@ -73,4 +77,5 @@ def prefill(
             max_output=max_output,
             finished=ended | (max_output <= 1),
             stats=RoundStats.empty(batch, room),
+            sampler=sampler,
         )

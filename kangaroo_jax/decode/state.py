@@ -6,6 +6,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kangaroo_jax.decode.sampling import Sampler
 from kangaroo_jax.model.cache import KVCache
 
 
@@ -38,6 +39,7 @@ class DecodeState:
     max_output: Int[Array, " batch"]  # at most this many new tokens
     finished: Bool[Array, " batch"]  # hit EOS or max_output; such a sequence idles
     stats: RoundStats
+    sampler: Sampler | None  # None in greedy decoding
 
 
 @flax.struct.dataclass
@@ -50,3 +52,6 @@ class Draft:
     hidden: Float[Array, "batch gamma+1 hidden"]  # shallow hidden states of positions n .. n + K
     shallow: KVCache
     adapter: KVCache | None
+    # The distributions that the tokens were drawn from; None in greedy decoding. For a vocabulary of 128,000 and
+    # gamma 6 they take 3 MB per sequence, written and read once a round: little beside a draft step's weights.
+    probs: Float[Array, "batch gamma vocab"] | None

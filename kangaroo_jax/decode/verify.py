@@ -6,50 +6,60 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from kangaroo_jax.decode.pick import pick_verified
+from kangaroo_jax.decode.sampling import Sampler
 from kangaroo_jax.decode.state import DecodeState, Draft
 from kangaroo_jax.model.cache import KVCache
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head
 
 
 def verify(
-    target: TargetModel, deep: KVCache, draft: Draft, *, exit_layer: int, widths: tuple[int, ...]
-) -> tuple[Int[Array, "batch gamma+1"], KVCache]:
-    """The target's own next token after each drafted position (paper, section 3.2).
+    target: TargetModel,
+    deep: KVCache,
+    draft: Draft,
+    sampler: Sampler | None,
+    *,
+    exit_layer: int,
+    widths: tuple[int, ...],
+) -> tuple[Int[Array, "batch gamma+1"], Int[Array, " batch"], KVCache]:
+    """The target's judgement of the draft, from one pass over all its positions (paper, section 3.2).
 
     Args:
       target: the model.
       deep: the deep layers' cache, holding positions before the draft's first.
       draft: the draft; `draft.hidden` is where the pass starts.
+      sampler: None for greedy decoding.
       exit_layer: l, static.
       widths: how many positions a pass may hold, ascending, ending with gamma + 1; the smallest that holds the
         longest draft of the batch is run. One width where compute is free beside reading the weights, several where
         it is not.
 
     Returns:
-      Greedy tokens (meaningless beyond a sequence's draft length + 1), and the cache with lengths not yet settled.
+      Tokens (meaningless beyond the accepted drafts + 1), the number of accepted drafts, and the cache with lengths
+      not yet settled.
     """
     batch, full, _ = draft.hidden.shape
 
-    def run(width: int, cache: KVCache) -> tuple[Array, KVCache]:
+    def run(width: int, cache: KVCache) -> tuple[Array, Array, KVCache]:
         positions = cache.length[:, None] + jnp.arange(width)
         normed, cache = deep_apply(target, draft.hidden[:, :width], positions, cache, exit_layer=exit_layer)
-        tokens = jnp.argmax(lm_head(target, normed), axis=-1).astype(jnp.int32)
-        return jnp.pad(tokens, ((0, 0), (0, full - width))), cache.replace(length=deep.length)
+        tokens, accepted = pick_verified(lm_head(target, normed), draft, sampler, deep.length + 1)
+        return jnp.pad(tokens, ((0, 0), (0, full - width))), accepted, cache.replace(length=deep.length)
 
     with jax.named_scope("verify"):
         if len(widths) == 1:
             return run(widths[0], deep)
         choice = jnp.searchsorted(jnp.asarray(widths), jnp.max(draft.length) + 1)
-        carry = (jnp.bool_(False), jnp.zeros((batch, full), jnp.int32), deep)
+        carry = (jnp.bool_(False), jnp.zeros((batch, full), jnp.int32), jnp.zeros((batch,), jnp.int32), deep)
         # Loops of one turn or none, in place of a lax.switch: XLA copies the whole cache through a conditional's
         # branches, and updates it in place in a loop.
         for i, width in enumerate(widths):
             carry = jax.lax.while_loop(
                 lambda carry, i=i: (choice == i) & ~carry[0],
-                lambda carry, width=width: (jnp.bool_(True), *run(width, carry[2])),
+                lambda carry, width=width: (jnp.bool_(True), *run(width, carry[3])),
                 carry,
             )
-        return carry[1], carry[2]
+        return carry[1:]
 
 
 def commit(
@@ -57,10 +67,11 @@ def commit(
     draft: Draft,
     deep: KVCache,
     target_tokens: Int[Array, "batch gamma+1"],
+    accepted: Int[Array, " batch"],
     eos_token_ids: Int[Array, " eos"],
 ) -> DecodeState:
-    """Accepts the longest prefix of the draft that the target agrees with, plus the target's next token, cut after the
-    first EOS and at the sequence's last allowed token.
+    """Commits the accepted drafts and the target's next token, cut after the first EOS and at the sequence's last
+    allowed token.
 
     Rejected positions are rolled back by setting the caches' lengths.
 
@@ -69,14 +80,12 @@ def commit(
       draft: the round's draft.
       deep: the deep layers' cache from `verify`.
       target_tokens: from `verify`.
+      accepted: from `verify`.
       eos_token_ids: tokens that end a sequence; may be empty.
     """
     with jax.named_scope("commit"):
-        width = target_tokens.shape[1]
-        index = jnp.arange(width)
-        agrees = (draft.tokens == target_tokens[:, :-1]) & (index[:-1] < draft.length[:, None])
-        count = 1 + jnp.sum(jnp.cumprod(agrees, axis=1), axis=1, dtype=jnp.int32)
-        count = jnp.minimum(count, state.max_output - state.num_output)
+        index = jnp.arange(target_tokens.shape[1])
+        count = jnp.minimum(accepted + 1, state.max_output - state.num_output)
         ends = jnp.any(target_tokens[:, :, None] == eos_token_ids, axis=-1) & (index < count[:, None])
         count = jnp.where(jnp.any(ends, axis=1), 1 + jnp.argmax(ends, axis=1).astype(jnp.int32), count)
         count = jnp.where(state.finished, 0, count)

@@ -1,0 +1,430 @@
+"""Sampling: Kangaroo's tokens are distributed as the target's own.
+
+Truth: a model with a vocabulary of 16, whose distribution over the first three tokens after a prompt is enumerated:
+the target run on all 256 beginnings without a cache, its logits shaped by the numpy implementation below. Counts of
+samples are compared with it by chi-square. A correct sampler fails one such test with probability 1e-4, so one of all
+of them with less than 0.003; seeds are fixed, so a run on one platform always gives the same answer.
+
+Samples are independent sequences with a seed each, decoded by the compiled functions that `generate` runs, with many
+small batches side by side under `jax.vmap`; another test ties this to `generate` itself.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from flax import nnx
+
+from kangaroo_jax import DraftConfig, InputError, SamplingConfig, generate, generate_plain
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter
+from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.decode import sampling, verify
+from kangaroo_jax.decode.autoregressive import plain_round
+from kangaroo_jax.decode.generate import kangaroo_round
+from kangaroo_jax.decode.host_loop import advance_rounds
+from kangaroo_jax.decode.prefill import prefill
+from kangaroo_jax.model import cache
+from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
+
+FALSE_ALARM = 1e-4
+SAMPLES = 200_000
+NEW = 3  # tokens whose joint distribution is enumerated
+EXIT_LAYER = 1
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=16,
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=8,
+    max_position_embeddings=64,
+)
+PROMPTS = ([3, 14, 1], [7, 7], [0, 5, 10, 15], [9])
+NO_EOS = np.full(4, -1, np.int32)
+
+
+@functools.cache
+def small_models():
+    """A target whose distributions are neither flat nor sure, and an adapter whose differ clearly from them."""
+    target = TargetModel(CONFIG, rngs=nnx.Rngs(0))
+    target = jax.tree.map(lambda x: x * 20 if x.ndim > 1 else x, target)
+    target.lm_head[...] *= 2.2  # so that the draft model is sure at times
+    for projection in (target.layers[1].self_attn.o_proj, target.layers[1].mlp.down_proj):
+        projection[...] *= 0.6  # so that drafts are accepted at times
+    adapter = Adapter(CONFIG, rngs=nnx.Rngs(1))
+    return target, jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, adapter)
+
+
+def shaped(logits, config):
+    """Temperature, top-k, top-p in float64, as their definitions say, by sorting. No two logits here are equal."""
+    logits = logits.astype(np.float64) / config.temperature
+    order = np.argsort(-logits, axis=-1)
+    probs = np.exp(np.take_along_axis(logits, order, -1) - logits.max(-1, keepdims=True))
+    if config.top_k:
+        probs[..., config.top_k :] = 0
+    probs /= probs.sum(-1, keepdims=True)
+    if config.top_p < 1:
+        probs[np.cumsum(probs, axis=-1) - probs >= config.top_p] = 0  # those before it are enough
+        probs /= probs.sum(-1, keepdims=True)
+    result = np.zeros_like(probs)
+    np.put_along_axis(result, order, probs, -1)
+    return result
+
+
+@functools.cache
+def target_logits(prompt, length):
+    """The target's logits for each of the next tokens, after every possible beginning: [16**(length-1), length, 16]."""
+    beginnings = np.asarray(list(itertools.product(range(16), repeat=length - 1)), np.int32)
+    tokens = np.concatenate([np.tile(np.asarray(prompt, np.int32), (len(beginnings), 1)), beginnings], axis=1)
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+
+    @jax.jit
+    def forward(target, tokens):
+        hidden, _ = shallow_apply(target, tokens, positions, exit_layer=EXIT_LAYER)
+        hidden, _ = deep_apply(target, hidden, positions, exit_layer=EXIT_LAYER)
+        return lm_head(target, hidden[:, -length:])
+
+    return np.asarray(forward(small_models()[0], tokens))
+
+
+def exact(prompt, config, length=NEW):
+    """The joint distribution of the first `length` tokens: [16] * length."""
+    probs = shaped(target_logits(tuple(prompt), length), config)
+    beginnings = np.asarray(list(itertools.product(range(16), repeat=length - 1)))
+    joint = np.ones(16 ** (length - 1))
+    for place in range(length - 1):
+        joint *= probs[np.arange(len(joint)), place, beginnings[:, place]]
+    return (joint[:, None] * probs[:, -1]).reshape([16] * length)
+
+
+@functools.cache
+def program(gamma, batch, widths, new, accepts, residual):
+    """From keys and settings to tokens and statistics, in batches of `batch`; gamma 0 is plain decoding. `accepts` and
+    `residual` are the rule's functions, which become part of what is compiled."""
+    prompts = batch_prompts(batch)
+    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((batch, lengths.max()), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    if gamma:
+        one_round = functools.partial(kangaroo_round, exit_layer=EXIT_LAYER, max_draft_len=gamma, widths=widths)
+    else:
+        one_round = plain_round
+    room = new + gamma + 1
+    most = np.full(batch, new, np.int32)
+    shapes = {"exit_layer": EXIT_LAYER, "capacity": int(lengths.max()) + room, "room": room}
+
+    def one_batch(target, adapter, sampler, eta, keys):
+        sampler = sampler.replace(keys=keys)
+        state = prefill(target, adapter, tokens, lengths, most, NO_EOS, sampler, **shapes)
+        state = advance_rounds(one_round, target, adapter, state, new, NO_EOS, eta)
+        return state.output[:, :new], state.stats
+
+    def run(target, adapter, sampler, eta):
+        # A few thousand sequences at a time, so that their caches stay near the core.
+        keys = sampler.keys.reshape(-1, max(1, 4000 // batch), batch)
+        return jax.lax.map(jax.vmap(functools.partial(one_batch, target, adapter, sampler, eta)), keys)
+
+    # Half the time goes into compiling.
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 1})
+
+
+def write_by_selection(buffer, new, start, axis):
+    """What `cache.write` does, for a batch too large for its one update per sequence."""
+    start = jnp.repeat(start, buffer.shape[0] // len(start))
+    slots = jax.lax.broadcasted_iota(jnp.int32, buffer.shape, axis)
+    for i in range(new.shape[axis]):
+        here = slots == start.reshape([-1] + [1] * (buffer.ndim - 1)) + i
+        buffer = jnp.where(here, jax.lax.slice_in_dim(new, i, i + 1, axis=axis), buffer)
+    return buffer
+
+
+def draw(config, gamma, eta, batch, widths=None, count=SAMPLES, new=NEW):
+    """Tokens [count, new] of `count` sequences with a seed each; and the numbers of tokens that each round drafted and
+    committed."""
+    target, adapter = small_models()
+    run = program(gamma, batch, widths or (gamma + 1,), new, sampling.accepts, sampling.residual)
+    prompts = [prompt for _ in range(count // batch) for prompt in batch_prompts(batch)]
+    sampler = sampling.Sampler.create(dataclasses.replace(config, seed=range(count)), prompts)
+    with pytest.MonkeyPatch.context() as patch:
+        if batch > 4:
+            patch.setattr(cache, "write", write_by_selection)
+            patch.setattr(verify, "_write_rows", functools.partial(write_by_selection, axis=1))
+        tokens, stats = jax.device_get(run(target, adapter if gamma else None, sampler, np.float32(eta)))
+    used = np.arange(stats.draft_lengths.shape[-1]) < stats.rounds[..., None]
+    return tokens.reshape(count, new), stats.draft_lengths[used], stats.accept_lengths[used]
+
+
+def batch_prompts(batch):
+    return [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
+
+
+def chi_square(counts, probs):
+    """The statistic and its degrees of freedom; cells with fewer than 10 expected are one cell."""
+    assert counts[probs == 0].sum() == 0, "a token that is filtered out was drawn"
+    expected = probs * counts.sum()
+    rare = expected < 10
+    observed = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    if expected[-1] < 10:  # too few even together: into the cell before
+        observed, expected = (np.append(x[:-2], x[-2:].sum()) for x in (observed, expected))
+    return ((observed - expected) ** 2 / expected).sum(), len(expected) - 1
+
+
+def p_value(tokens, batch, distribution, places=slice(0, NEW)):
+    """The probability that right samples are as far from the enumerated distributions as these, or farther.
+
+    Args:
+      tokens: from `draw`.
+      batch: as it was for `draw`.
+      distribution: from a prompt to the exact distribution of the tokens at `places`.
+    """
+    statistic, freedom = 0.0, 0
+    prompts = PROMPTS[:batch]
+    for i, prompt in enumerate(prompts):
+        expected = distribution(prompt)
+        cells = np.ravel_multi_index(tokens[i :: len(prompts), places].T, expected.shape)
+        one, cells = chi_square(np.bincount(cells, minlength=expected.size), expected.ravel())
+        statistic, freedom = statistic + one, freedom + cells
+    result = scipy.stats.chi2.sf(statistic, freedom)
+    print(f"chi-square {statistic:.0f} with {freedom} degrees of freedom, p = {result:.3g}")
+    return result
+
+
+# Every gamma with two of the three etas, every eta with every temperature; batches of one, of four different prompts,
+# and of thousands; each filter alone, both and none. Settings of one gamma share a compiled program.
+SETTINGS = [
+    # temperature, top_p, top_k, gamma, eta, batch
+    (1.0, 0.8, 9, 1, 0.0, 1),
+    (0.7, 0.95, 9, 1, 1.0, 1),
+    (1.0, 1.0, 0, 2, 0.0, 4),
+    (1.3, 1.0, 0, 2, 0.6, 4),
+    (1.3, 0.9, 0, 3, 1.0, 4000),
+    (0.7, 0.8, 0, 3, 0.0, 4000),
+    (1.3, 1.0, 4, 4, 0.0, 4000),
+    (0.7, 1.0, 4, 4, 0.6, 4000),
+    (1.0, 1.0, 0, 5, 1.0, 4000),
+    (1.0, 1.0, 0, 5, 0.6, 4000),
+    (1.0, 0.9, 9, 0, 0.0, 4),  # plain decoding
+]
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "top_k", "gamma", "eta", "batch"), SETTINGS)
+def test_tokens_are_distributed_as_the_target_s(temperature, top_p, top_k, gamma, eta, batch):
+    config = SamplingConfig(temperature, top_p, top_k)
+    # With gamma 2, further tokens: those after a draft accepted whole, and rounds that begin after one.
+    new = 5 if gamma == 2 else NEW
+    tokens, drafted, committed = draw(config, gamma, eta, batch, new=new)
+    assert p_value(tokens, batch, lambda prompt: exact(prompt, config)) > FALSE_ALARM
+    if gamma == 2:
+        first = tokens[::4]  # enough to enumerate one prompt's
+        assert p_value(first, 1, lambda prompt: exact(prompt, config, 5).sum((0, 1, 2)), slice(3, 5)) > FALSE_ALARM
+        assert set(committed) == {1, 2, 3}
+    # The cases must be worth testing: drafts both accepted and refused, of several lengths.
+    if gamma:
+        assert 0.1 < (committed == 1).mean() < 0.9
+        assert set(drafted) == {0.0: {gamma}, 0.6: set(range(1, gamma + 1)), 1.0: {1}}[eta]
+
+
+def accept_always(p, q, uniform):
+    return jnp.full(uniform.shape, True)
+
+
+def target_itself(p, q):
+    return p
+
+
+@pytest.mark.parametrize(("name", "rule"), [("accepts", accept_always), ("residual", target_itself)])
+def test_a_wrong_rule_is_found(monkeypatch, name, rule):
+    monkeypatch.setattr(sampling, name, rule)
+    config = SamplingConfig(1.0)
+    tokens, _, _ = draw(config, 1, 0.0, 4000)
+    assert p_value(tokens, 4, lambda prompt: exact(prompt, config)) < FALSE_ALARM
+
+
+def test_chi_square_is_calibrated():
+    # Samples drawn from the enumeration itself: p-values are uniform, and a slightly different distribution is found.
+    rng = np.random.default_rng(0)
+    probs = exact(PROMPTS[0], SamplingConfig(1.0)).ravel()
+    probs /= probs.sum()
+
+    def p_of(distribution):
+        statistic, freedom = chi_square(rng.multinomial(SAMPLES, distribution), probs)
+        return scipy.stats.chi2.sf(statistic, freedom)
+
+    p_values = [p_of(probs) for _ in range(200)]
+    assert scipy.stats.kstest(p_values, "uniform").pvalue > 1e-3
+    assert p_of(0.95 * probs + 0.05 * np.roll(probs, 1)) < FALSE_ALARM
+
+
+# --- The public calls.
+
+
+@functools.cache
+def small_pair():
+    target, adapter = small_models()
+    return Target(target, None, "small", "small", ()), TrainedAdapter(adapter, EXIT_LAYER, "small adapter", None)
+
+
+DRAFT = DraftConfig(EXIT_LAYER, 2, 0.6)
+
+
+def test_generate_gives_the_tokens_whose_distribution_is_tested():
+    config = SamplingConfig(1.3)
+    tokens, _, _ = draw(config, 2, 0.6, 4, new=5)
+    for i in (0, 4, 8):
+        seeded = dataclasses.replace(config, seed=range(i, i + 4))
+        out = generate(*small_pair(), list(PROMPTS), 40, DRAFT, seeded, eos_token_ids=())
+        assert [sequence[:5] for sequence in out.tokens] == tokens[i : i + 4].tolist()
+
+
+def ways():
+    """Kangaroo and plain decoding of prompts with a `SamplingConfig`, until token 11 or for 40 tokens."""
+    target, adapter = small_pair()
+    return (
+        lambda prompts, config: generate(target, adapter, prompts, 40, DRAFT, config, eos_token_ids=[11]),
+        lambda prompts, config: generate_plain(target, prompts, 40, config, eos_token_ids=[11]),
+    )
+
+
+@pytest.mark.parametrize("way", [0, 1], ids=["kangaroo", "plain"])
+def test_the_same_seed_gives_the_same_text_whatever_the_batch(way):
+    call, config = ways()[way], SamplingConfig(0.9, seed=5)
+    prompts = [[1, 2, 3], [7], [5] * 17, [7]]
+    together = call(prompts, config)
+    assert together.tokens[1] == together.tokens[3]  # equal prompts, one seed
+    assert call(prompts[::-1], config).tokens == together.tokens[::-1]
+    for i, prompt in enumerate(prompts[:3]):
+        alone = call([prompt], config)
+        assert alone.tokens[0] == together.tokens[i]
+        assert alone.accept_lengths[0] == together.accept_lengths[i]
+        assert alone.draft_lengths[0] == together.draft_lengths[i]
+    several = call(prompts, dataclasses.replace(config, seed=[5, 5, 6, 8]))
+    assert [a == b for a, b in zip(several.tokens, together.tokens, strict=True)] == [True, True, False, False]
+    sequences = together.tokens + several.tokens
+    assert any(11 in sequence for sequence in sequences)
+    for sequence in sequences:
+        assert 11 not in sequence[:-1]
+        assert len(sequence) == 40 or sequence[-1] == 11
+
+
+def test_small_temperatures_are_greedy_rounds():
+    # Drafts, confidences and all: a threshold does not change its meaning with the temperature.
+    prompts = [[1, 2, 3], [7], [5] * 17, [7]]
+    kangaroo, plain = ways()
+    greedy = kangaroo(prompts, SamplingConfig())
+    for temperature in (1e-6, 1e-45):
+        out = kangaroo(prompts, SamplingConfig(temperature))
+        assert out.tokens == greedy.tokens
+        assert out.accept_lengths == greedy.accept_lengths
+        assert out.draft_lengths == greedy.draft_lengths
+        assert plain(prompts, SamplingConfig(temperature)).tokens == greedy.tokens
+
+
+def test_greedy_decoding_has_no_sampler():
+    assert sampling.Sampler.create(SamplingConfig(0.0, 0.5, 3, seed=9), [[1]]) is None
+
+
+def test_seeds_that_are_not_one_per_prompt_are_named():
+    with pytest.raises(InputError, match="seed must be one integer or one per prompt, found 3 for 2"):
+        generate_plain(small_pair()[0], [[1], [2]], 4, sampling=SamplingConfig(1.0, seed=[1, 2, 3]))
+
+
+# --- The parts.
+
+
+def sampler_of(*settings):
+    return sampling.Sampler.create(SamplingConfig(*settings), [[0]])
+
+
+SHAPES = list(itertools.product((0.3, 1.0, 2.5), (1.0, 0.95, 0.5, 0.01), (0, 1, 7, 300, 1000)))
+
+
+@pytest.mark.parametrize("settings", SHAPES, ids=str)
+def test_distributions_equal_transformers(settings):
+    torch = pytest.importorskip("torch", reason="compares with transformers' logits warpers, which need torch")
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    temperature, top_p, top_k = settings
+    logits = np.random.default_rng(0).normal(0, 3, (20, 300)).astype(np.float32)
+    # The order that transformers' `generate` builds them in, each where it is not off.
+    warpers = [TemperatureLogitsWarper(temperature)]
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    theirs = torch.from_numpy(logits)
+    for warper in warpers:
+        theirs = warper(None, theirs)
+    theirs = theirs.softmax(-1).numpy()
+    ours = np.asarray(sampling.probabilities(jnp.asarray(logits), sampler_of(*settings)))
+    np.testing.assert_array_equal(ours > 0, theirs > 0)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    np.testing.assert_allclose(ours, shaped(logits, SamplingConfig(*settings)), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("probs", "settings", "kept"),
+    [
+        ([0.5, 0.25, 0.125, 0.125], (1.0, 0.75, 0), 2),  # exactly reached
+        ([0.5, 0.25, 0.125, 0.125], (1.0, 0.751, 0), 4),
+        ([0.4, 0.3, 0.2, 0.1], (1.0, 0.71, 0), 3),
+        ([0.4, 0.3, 0.2, 0.1], (1e-45, 1.0, 0), 1),
+        ([0.4, 0.3, 0.2, 0.1], (5.0, 1.0, 1), 1),
+        ([0.25, 0.25, 0.25, 0.25], (1.0, 0.3, 0), 4),  # ties with the last of the nucleus
+        ([0.25, 0.25, 0.25, 0.25], (1.0, 1.0, 1), 4),  # ties with the k-th
+        ([0.5, 0.2, 0.2, 0.1], (1.0, 0.6, 0), 3),
+        ([0.5, 0.2, 0.2, 0.1], (1.0, 1.0, 2), 3),
+        ([0.5, 0.2, 0.2, 0.1], (1.0, 0.5, 2), 1),
+        ([0.1, 0.9, 0.0, 0.0], (1.0, 1e-30, 0), 1),
+        ([0.1, 0.9, 0.0, 0.0], (1.0, 0.999999, 3), 2),
+    ],
+)
+def test_filters_at_their_edges(probs, settings, kept):
+    with np.errstate(divide="ignore"):
+        logits = np.log(np.asarray([probs], np.float32))
+    ours = np.asarray(sampling.probabilities(jnp.asarray(logits), sampler_of(*settings)))[0]
+    assert (ours > 0).sum() == kept
+    np.testing.assert_allclose(ours.sum(), 1, rtol=1e-6)
+
+
+def test_acceptance_at_its_edges():
+    p = jnp.asarray([0.0, 0.0, 0.5, 0.2, 0.2, 1.0])
+    q = jnp.asarray([0.5, 0.5, 0.5, 0.4, 0.4, 1e-30])
+    uniform = jnp.asarray([0.0, 0.9, 0.9999999, 0.49, 0.51, 0.9999999])
+    assert sampling.accepts(p, q, uniform).tolist() == [False, False, True, True, False, True]
+
+
+def test_residual_is_a_distribution_even_without_excess():
+    p = jnp.asarray([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5], [0.6, 0.4, 0.0]])
+    q = jnp.asarray([[0.5, 0.5, 0.0], [0.7, 0.3, 0.0], [0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(sampling.residual(p, q), [[0.5, 0.5, 0], [0, 0, 1], [0.6, 0.4, 0]], rtol=1e-6)
+
+
+def test_random_numbers_for_different_purposes_are_independent():
+    keys = sampling.Sampler.create(SamplingConfig(1.0, seed=range(20_000)), [[0]] * 20_000).keys
+    places = jnp.full(20_000, 9)
+    flat = jnp.full((20_000, 64), 1 / 64)
+    columns = [sampling.sample(keys, places, purpose, flat) for purpose in (sampling.DRAFT, sampling.TARGET)]
+    columns += [sampling.sample(keys, places + 1, sampling.DRAFT, flat)]
+    columns += [sampling.uniforms(keys, places[:, None])[:, 0]]
+    correlation = np.corrcoef(np.asarray(columns, np.float64))
+    assert np.abs(correlation - np.eye(4)).max() < 0.04  # more than 5 standard errors
+
+
+def test_unlikely_tokens_are_drawn_as_often_as_they_should_be():
+    # 2**16 tokens of 1e-8 each, together 6.6e-4, beside one of the rest: noise from 23 bits would hardly draw them.
+    count, tail = 4000, 2**16
+    weights = jnp.full((1, tail + 1), 1e-8).at[0, 0].set(1 - tail * 1e-8)
+    keys = sampling.Sampler.create(SamplingConfig(1.0, seed=range(count)), [[0]] * count).keys
+    draw_one = jax.jit(lambda key: sampling.sample(key[None], jnp.zeros(1, jnp.int32), sampling.DRAFT, weights)[0])
+    drawn = np.asarray(jax.lax.map(draw_one, keys)) > 0
+    expected = count * tail * 1e-8
+    assert abs(drawn.sum() - expected) < 4 * expected**0.5
