@@ -19,7 +19,7 @@ from kangaroo_jax import command_line, compilation_cache, demo, generate_plain, 
 from kangaroo_jax.demo import corpus
 
 _OUTPUT = flags.DEFINE_string("output", "continuations.jsonl", "File to write.")
-_COUNT = flags.DEFINE_integer("count", 1408, "Continuations; a multiple of the batch of 16.")
+_COUNT = flags.DEFINE_integer("count", 6016, "Continuations; a multiple of the batch of 16.")
 
 _BATCH = 16
 _PROMPT_TOKENS = 64

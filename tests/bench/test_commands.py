@@ -1,0 +1,72 @@
+"""The bench commands as a user runs them: what they print, and one line for what is wrong."""
+
+import concurrent.futures
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def bench(*words):
+    command = [sys.executable, "-m", "kangaroo_jax.bench", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+MISTAKES = [
+    ([], "bench: error: expected a command, found ''"),
+    (["rooflin"], "bench: error: expected a command, found 'rooflin'"),
+    (["roofline", "--shape=llama9b"], "llama7b"),
+    (["roofline", "--contexts=many"], "--contexts: expected whole numbers above 0, found 'many'"),
+    (["roofline", "--max_draft_len=0"], "--max_draft_len: expected at least 1, found 0"),
+    (["roofline", "--model=x"], "--model and --adapter belong together"),
+    (["roofline", "--shape=llama13b", "--dtype=float32"], "but the device holds"),
+    (["tune", "--prompts=/no/such/file"], "/no/such/file: cannot be read"),
+    (["tune", "--prompts={bad}"], "bad.jsonl:2: expected an object with a text"),
+    (["tune", "--adapter=/no/such/folder"], "/no/such/folder: no such adapter checkpoint"),
+    (["peers", "--model=/no/such/folder"], "no such folder"),
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Two at a time: most of each is Python's imports."""
+    bad = tmp_path_factory.mktemp("prompts") / "bad.jsonl"
+    bad.write_text(json.dumps({"prompt": "x"}) + "\n" + json.dumps({"text": "x"}) + "\n")
+    lines = [[word.format(bad=bad) for word in words] for words, _ in MISTAKES]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda words: bench(*words), lines))
+
+
+@pytest.mark.parametrize("i", range(len(MISTAKES)), ids=[" ".join(words) or "none" for words, _ in MISTAKES])
+def test_mistakes_are_one_line_and_exit_code_2(results, i):
+    done = results[i]
+    if "peers" in MISTAKES[i][0] and "torch is not installed" in done.stderr:
+        pytest.skip("torch is not installed")
+    assert done.returncode == 2, done.stderr
+    assert MISTAKES[i][1] in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_roofline_prints_every_part_and_sums_that_add_up():
+    done = bench("roofline", "--contexts=16", "--max_draft_len=2", "--widths=3")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    rows = {name: line[24:].split() for name in PARTS for line in lines if line[:24].strip() == name}
+    assert set(rows) == set(PARTS)
+    milliseconds = {name: float(row[0]) for name, row in rows.items()}
+    assert all(value > 0 for name, value in milliseconds.items() if name != "shallow pass")  # that is a difference
+    plain = milliseconds["plain step"]
+    assert float(rows["verification of 3"][1]) == pytest.approx(milliseconds["verification of 3"] / plain, abs=0.01)
+    cost = 2 * milliseconds["draft step"] + milliseconds["shallow pass"] + milliseconds["verification of 3"]
+    printed = float(re.search(r"a round of 2 drafts costs (\S+) plain steps", done.stdout)[1])
+    assert printed == pytest.approx(cost / plain, abs=0.02)
+    parts = next(float(line.split()[4]) for line in lines if line.startswith("of 2 drafts"))
+    assert parts == pytest.approx(cost, abs=0.01)
+
+
+PARTS = ("plain step", "shallow pass", "draft step", "verification of 3", "prefill of 16")
