@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from kangaroo_jax import compilation_cache, demo, load_adapter, load_target
 from kangaroo_jax.bench import machine, parts
 from kangaroo_jax.bench.prompts import held_out_tokens
 from kangaroo_jax.bench.shapes import SHAPES, random_weights
+from kangaroo_jax.checkpoint.adapter import check_exit_layer
 from kangaroo_jax.decode.generate import verification_widths
 from kangaroo_jax.errors import InputError
 
@@ -34,6 +36,8 @@ _CONTEXTS = flags.DEFINE_list("contexts", ["256"], "Tokens before the measured p
 _BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1"], "Sequences; the first is looked into.")
 _MAX_DRAFT_LEN = flags.DEFINE_integer("max_draft_len", 6, "gamma of the rounds.")
 _WIDTHS = flags.DEFINE_list("widths", ["1", "2", "3", "5", "7", "9", "13", "16"], "Verification widths.")
+
+Make = Callable[[int, int], parts.Context]
 
 _ROOM = 128  # positions in the caches beyond the context
 
@@ -65,23 +69,24 @@ def _name() -> str:
     return f"{_SHAPE.value} with random weights" if _SHAPE.value else _MODEL.value or "the demo"
 
 
-def _contexts():
+def _contexts() -> Make:
     """(batch, context) -> what is measured: the flags' target with that many tokens before the measured position."""
     dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if _SHAPE.value:
         if _MODEL.value or _ADAPTER.value:
             raise InputError("--shape and --model were both given; give one")
+        exit_layer, config = _EXIT_LAYER.value, SHAPES[_SHAPE.value]
+        check_exit_layer(exit_layer, config)
         model, adapter = random_weights(_SHAPE.value, dtype)
-        exit_layer, text = _EXIT_LAYER.value, np.arange(model.config.vocab_size, dtype=np.int32)
-        if not 1 <= exit_layer < model.config.num_hidden_layers:
-            raise InputError(f"--exit_layer: expected 1 to {model.config.num_hidden_layers - 1}, found {exit_layer}")
+        text = np.arange(config.vocab_size, dtype=np.int32)
     else:
         if (_MODEL.value is None) != (_ADAPTER.value is None):
             raise InputError("--model and --adapter belong together; give both, or neither for the demo")
         target = load_target(_MODEL.value or str(demo.MODEL), dtype)
         trained = load_adapter(_ADAPTER.value or str(demo.ADAPTER), target)
         model, adapter, exit_layer = target.model, trained.model, trained.exit_layer or _EXIT_LAYER.value
-        text = held_out_tokens(target)
+        vocabulary = np.arange(target.config.vocab_size, dtype=np.int32)
+        text = vocabulary if target.tokenizer is None else held_out_tokens(target)
 
     def make(batch: int, context: int) -> parts.Context:
         tokens = np.resize(text, (batch, context)).astype(np.int32)
@@ -143,7 +148,7 @@ def report(context: parts.Context, widths: list[int], max_draft_len: int) -> Non
         print(f"{f'of {count} drafts':24}{whole * 1e3:9.3f}{total * 1e3:10.3f}{whole / total - 1:8.0%}", flush=True)
 
 
-def print_growth(make, settings: list[tuple[int, int]], max_draft_len: int) -> None:
+def print_growth(make: Make, settings: list[tuple[int, int]], max_draft_len: int) -> None:
     """How the times grow with batch and context."""
     print(
         f"\n{'batch':>6}{'context':>9}{'plain step ms':>15}{'per token ms':>14}{'MB read':>9}{'GB/s':>7}"

@@ -26,7 +26,8 @@ from kangaroo_jax.bench.acceptance import Chains, record
 from kangaroo_jax.bench.prompts import held_out_prompts, read_prompts
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter, write_draft_settings
 from kangaroo_jax.checkpoint.huggingface import Target
-from kangaroo_jax.decode.generate import verification_widths
+from kangaroo_jax.decode.generate import resolve_exit_layer, verification_widths
+from kangaroo_jax.errors import InputError
 
 _MODEL = flags.DEFINE_string("model", None, "Target; the demo if absent.")
 _ADAPTER = flags.DEFINE_multi_string("adapter", [], "Adapter of --model; may be given several times.")
@@ -90,6 +91,8 @@ def main() -> None:
     target = load_target(_MODEL.value or str(demo.MODEL), dtype)
     paths = _ADAPTER.value or [str(demo.ADAPTER)]
     adapters = [load_adapter(path, target) for path in paths]
+    if target.tokenizer is None:
+        raise InputError(f"{target.name}: has no tokenizer; put its tokenizer files beside the weights")
     # The peers benchmark has the first ten of the held-out modules.
     texts = read_prompts(_PROMPTS.value) if _PROMPTS.value else list(held_out_prompts(100).values())[10:]
     prompts = [target.tokenizer.encode(text, verbose=False) for text in texts]
@@ -106,7 +109,7 @@ def main() -> None:
 
 def _tune(target: Target, adapter: TrainedAdapter, prompts: list[list[int]]) -> tuple[DraftConfig, float]:
     """The best settings for one adapter, and their measured speed-up."""
-    exit_layer = adapter.exit_layer or 2
+    exit_layer = resolve_exit_layer(target, adapter, DraftConfig())
     print(f"\n{adapter.name}, exit layer {exit_layer}")
     count = _MAX_NEW_TOKENS.value
     chains = [

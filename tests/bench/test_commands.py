@@ -25,6 +25,7 @@ MISTAKES = [
     (["roofline", "--max_draft_len=0"], "--max_draft_len: expected at least 1, found 0"),
     (["roofline", "--model=x"], "--model and --adapter belong together"),
     (["roofline", "--shape=llama13b", "--dtype=float32"], "but the device holds"),
+    (["roofline", "--shape=llama7b", "--exit_layer=32"], "exit_layer: expected 1 to 31"),
     (["tune", "--prompts=/no/such/file"], "/no/such/file: cannot be read"),
     (["tune", "--prompts={bad}"], "bad.jsonl:2: expected an object with a text"),
     (["tune", "--adapter=/no/such/folder"], "/no/such/folder: no such adapter checkpoint"),
