@@ -29,9 +29,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.loss_chunk = 64  # positions of each sequence whose logits exist at once
 
     config.data = ml_collections.ConfigDict()
-    config.data.files = "stdlib"  # or paths and globs of text and JSONL files, separated by commas
+    config.data.files = "stdlib"  # or paths, globs and gs:// paths of text, JSON and JSONL files, separated by commas
     config.data.evaluation_files = ""  # empty: the standard library's held-out modules
-    config.data.held_out = 0.02  # for other files without evaluation files
+    config.data.held_out = 0.02  # share of the records, for other files without evaluation files
+    config.data.template = ""  # chat template: empty for the tokenizer's own, or vicuna_v1.1, llama-2, llama-3
+    config.data.cache = ""  # folder for the token ids; empty: ~/.cache/kangaroo_jax/data
+    config.data.max_bad_share = 0.01  # more bad records than this share of all are refused, fewer are skipped
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 1e-3
@@ -42,7 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.log_every = 10  # steps; TensorBoard
     config.evaluate_every = 100
-    config.evaluation_windows = 64
+    config.evaluation_windows = 64  # packed rows
     config.save_every = 100
     config.keep_checkpoints = 2
     return config

@@ -26,9 +26,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.loss_chunk = 128  # positions of each sequence whose logits exist at once
 
     config.data = ml_collections.ConfigDict()
-    config.data.files = "data/*.jsonl"  # your text: paths and globs, separated by commas
-    config.data.evaluation_files = ""
+    # Conversations (ShareGPT, OpenAI messages) and texts: paths, globs and gs:// paths, separated by commas.
+    config.data.files = "data/*.jsonl"
+    config.data.evaluation_files = ""  # empty: a share of the records, held out
     config.data.held_out = 0.005
+    # Chat template. Vicuna's tokenizer has none; others: llama-2, llama-3, or empty for the tokenizer's own.
+    config.data.template = "vicuna_v1.1"
+    config.data.cache = ""  # folder for the token ids; empty: ~/.cache/kangaroo_jax/data. On a cluster, a shared one
+    config.data.max_bad_share = 0.01  # more bad records than this share of all are refused, fewer are skipped
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 5e-5
@@ -39,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.log_every = 10
     config.evaluate_every = 2000
-    config.evaluation_windows = 64
+    config.evaluation_windows = 64  # packed rows
     config.save_every = 2000
     config.keep_checkpoints = 3
     return config

@@ -30,7 +30,15 @@ from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
 from kangaroo_jax.checkpoint.huggingface import Target, load_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.target import TargetModel
-from kangaroo_jax.train import data
+from kangaroo_jax.train import chat
+from kangaroo_jax.train.input import (
+    DataConfig,
+    check_files,
+    device_part,
+    evaluation_batches,
+    load_rows,
+    training_batches,
+)
 from kangaroo_jax.train.objective import adapter_loss
 
 # Steps that --profile traces, counted from where the run starts: the first compiles.
@@ -51,6 +59,9 @@ _SETTINGS: dict[str, type] = {
     "data.files": str,
     "data.evaluation_files": str,
     "data.held_out": float,
+    "data.template": str,
+    "data.cache": str,
+    "data.max_bad_share": float,
     "optimizer.learning_rate": float,
     "optimizer.warmup_steps": int,
     "optimizer.schedule": str,
@@ -62,9 +73,13 @@ _SETTINGS: dict[str, type] = {
     "save_every": int,
     "keep_checkpoints": int,
 }
-_MAY_BE_ZERO = {"seed", "optimizer.warmup_steps", "optimizer.weight_decay"}
+_MAY_BE_ZERO = {"seed", "data.max_bad_share", "optimizer.warmup_steps", "optimizer.weight_decay"}
 # float16 is for decoding only: the gradients of a mean over a batch underflow in it.
-_CHOICES = {"dtype": ("float32", "bfloat16"), "optimizer.schedule": ("constant", "cosine")}
+_CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "optimizer.schedule": ("constant", "cosine"),
+    "data.template": (*chat.NAMED, ""),
+}
 # What a run's results follow from, with the target and the data, which have fingerprints.
 _FIXED = ("exit_layer", "dtype", "seed", "batch_size", "sequence_length", "optimizer.")
 
@@ -84,7 +99,10 @@ def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict
         or a loss that is no longer finite. Nothing is written before all of the input has been read.
     """
     settings = check_config(config)
-    data.check_files(settings["data.files"], settings["data.evaluation_files"])
+    data = DataConfig(
+        **{name.removeprefix("data."): value for name, value in settings.items() if name.startswith("data.")}
+    )
+    check_files(data)
     target = load_target(settings["target"], settings["dtype"])
     adapter_checkpoint.check_exit_layer(settings["exit_layer"], target.config)
     context = target.config.max_position_embeddings
@@ -104,21 +122,15 @@ def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict
             print(f"{output}: complete, {newest.name} steps; {_describe(stored['training']['held_out'])}")
             return stored["training"]["held_out"]
 
-    windows, held_out = data.load_windows(
-        settings["data.files"],
-        settings["data.evaluation_files"],
-        settings["data.held_out"],
-        target,
-        settings["sequence_length"],
-    )
-    if stored is not None and stored["training"]["data_fingerprint"] != windows.fingerprint:
+    rows, held_out = load_rows(data, target, settings["sequence_length"], settings["seed"])
+    if stored is not None and stored["training"]["data_fingerprint"] != rows.fingerprint:
         raise InputError(
-            f"{newest}: trained on other text; expected data with fingerprint {windows.fingerprint}, found "
+            f"{newest}: trained on other data; expected data with fingerprint {rows.fingerprint}, found "
             f"{stored['training']['data_fingerprint']}; give the same files, or another output"
         )
-    batches = data.training_batches(windows, settings["batch_size"], settings["seed"])
-    evaluation = data.evaluation_batches(held_out, settings["batch_size"], settings["evaluation_windows"])
-    training = {"settings": settings, "data_fingerprint": windows.fingerprint}
+    batches = training_batches(rows, settings["batch_size"], settings["seed"])
+    evaluation = evaluation_batches(held_out, settings["batch_size"], settings["evaluation_windows"])
+    training = {"settings": settings, "data_fingerprint": rows.fingerprint}
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -262,7 +274,7 @@ class _Run:
                 if self.step == first + _PROFILED.start:
                     tracing.enter_context(profiling.trace(profile))
                 self.parameters, self.state, metrics = self._train_step(
-                    self.parameters, self.state, self.target.model, next(self.batches)
+                    self.parameters, self.state, self.target.model, device_part(next(self.batches))
                 )
                 self.step += 1
                 bar.update()
@@ -276,7 +288,7 @@ class _Run:
                 if self.step % settings["log_every"] == 0 or evaluates:
                     means = self._means(pending)
                     seconds = time.monotonic() - since
-                    means["tokens_per_second"] = sum(batch["positions"] for batch in pending) / seconds
+                    means["tokens_per_second"] = sum(batch["tokens"] for batch in pending) / seconds
                     for name, value in means.items():
                         writer.add_scalar(f"train/{name}", value, self.step)
                     bar.set_postfix_str(
@@ -297,7 +309,7 @@ class _Run:
         """Means over the steps since the last report, whose metrics are fetched here."""
         pending[:] = [{name: float(x) for name, x in metrics.items()} for metrics in jax.device_get(pending)]
         means = {name: sum(batch[name] for batch in pending) / len(pending) for name in pending[0]}
-        del means["positions"]
+        del means["positions"], means["tokens"]
         if not math.isfinite(means["loss"]) or not math.isfinite(means["gradient_norm"]):
             raise InputError(
                 f"the loss or its gradient is not finite between steps {self.step - len(pending) + 1} and {self.step} "
@@ -308,7 +320,7 @@ class _Run:
 
     def _evaluate(self, writer: tensorboardX.SummaryWriter) -> None:
         results = jax.device_get(
-            [self._evaluate_batch(self.parameters, self.target.model, batch) for batch in self.evaluation]
+            [self._evaluate_batch(self.parameters, self.target.model, device_part(batch)) for batch in self.evaluation]
         )
         weights = [float(batch.pop("positions")) for batch in results]
         self.training["held_out"] = {
@@ -349,6 +361,8 @@ def _compiled(
             model,
             batch["tokens"],
             batch["loss_mask"],
+            batch["segment_ids"],
+            batch["positions"],
             exit_layer=settings["exit_layer"],
             chunk=settings["loss_chunk"],
         )
@@ -358,6 +372,7 @@ def _compiled(
         (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(parameters, model, batch)
         updates, state = optimizer.update(gradients, state, parameters)
         metrics["gradient_norm"] = optax.tree.norm(gradients)
+        metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0)
         return optax.apply_updates(parameters, updates), state, metrics
 
     @jax.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kangaroo_jax.model.adapter import Adapter, adapter_apply
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
@@ -84,11 +84,19 @@ def distillation(
     return means["loss"], means | {"positions": positions}
 
 
+def segment_mask(segment_ids: Int[Array, "batch time"]) -> Bool[Array, "batch time time"]:
+    """Causal attention within segments: a query sees the positions of its own segment up to its own."""
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return same & jnp.tril(jnp.ones(same.shape[1:], bool))
+
+
 def adapter_loss(
     adapter: Adapter,
     target: TargetModel,
     tokens: Int[Array, "batch time"],
     loss_mask: Float[Array, "batch time"],
+    segment_ids: Int[Array, "batch time"],
+    positions: Int[Array, "batch time"],
     *,
     exit_layer: int,
     chunk: int,
@@ -99,8 +107,10 @@ def adapter_loss(
       adapter: the only argument to differentiate. Its weights may be float32 masters; they are cast to the
         target's dtype here.
       target: the frozen target.
-      tokens: token ids; each row starts at position 0.
+      tokens: token ids, several examples packed into a row.
       loss_mask: weight of each position.
+      segment_ids: which example of its row each position belongs to; examples do not see each other.
+      positions: of each token in its example.
       exit_layer: number of shallow layers, static.
       chunk: positions of each sequence whose logits exist at once, static.
 
@@ -109,8 +119,8 @@ def adapter_loss(
     """
     target = jax.lax.stop_gradient(target)
     adapter = jax.tree.map(lambda x: x.astype(target.dtype), adapter)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    shallow, _ = shallow_apply(target, tokens, positions, exit_layer=exit_layer)
-    teacher, _ = deep_apply(target, shallow, positions, exit_layer=exit_layer)
-    draft, _ = adapter_apply(adapter, shallow, positions)
+    mask = segment_mask(segment_ids)
+    shallow, _ = shallow_apply(target, tokens, positions, exit_layer=exit_layer, mask=mask)
+    teacher, _ = deep_apply(target, shallow, positions, exit_layer=exit_layer, mask=mask)
+    draft, _ = adapter_apply(adapter, shallow, positions, mask=mask)
     return distillation(target, teacher, draft, loss_mask, chunk=chunk)

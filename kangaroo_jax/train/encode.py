@@ -1,0 +1,186 @@
+"""Records as token ids, and which positions count in the loss.
+
+Teacher and draft model are compared at a position, over the token that comes next. A position counts where that next
+token is the assistant's: from the last token of the turn's header to the last of the answer, so that what is learned
+is the answer and the token that ends the turn (`</s>`, `<|eot_id|>`), which a draft has to get right as well. All of a
+text counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import tokenizers
+import transformers
+from jaxtyping import Bool, Int
+
+from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.errors import InputError
+from kangaroo_jax.train import chat
+from kangaroo_jax.train.records import BadRecord, Conversation, Place, Source, Text
+
+_VERSION = 1  # of what this module and the two it stands on make of a record; another one makes cached tokens stale
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A record's token ids, and the positions that count in the loss: those whose next token is to be learned."""
+
+    ids: Int[np.ndarray, " tokens"]
+    counts: Bool[np.ndarray, " tokens"]
+
+
+class Encoder:
+    """Makes tokens of records with a target's tokenizer.
+
+    Args:
+      target: its tokenizer is used, and its EOS ids.
+      template: name of a chat template in `chat.NAMED`; empty for the tokenizer's own.
+
+    Raises:
+      InputError: for a target without a tokenizer or without an EOS token.
+    """
+
+    def __init__(self, target: Target, template: str):
+        tokenizer = target.tokenizer
+        if tokenizer is None:
+            raise InputError(
+                f"{target.name}: has no tokenizer, which training needs; expected tokenizer.json or tokenizer.model "
+                "beside its config.json"
+            )
+        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ends += target.eos_token_ids
+        if not ends:
+            raise InputError(
+                f"{target.name}: neither the tokenizer nor config.json names an EOS token; set eos_token_id"
+            )
+        self._target, self._tokenizer, self._template, self._end = target, tokenizer, template, ends[0]
+        special = (id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self._turn_ends = {*ends, *special}
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies what a record is turned into: tokenizer, template and the libraries that apply them."""
+        tokenizer = self._tokenizer
+        vocabulary = (
+            tokenizer.backend_tokenizer.to_str()
+            if tokenizer.is_fast
+            else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        )
+        parts = [
+            str(_VERSION),
+            transformers.__version__,
+            tokenizers.__version__,
+            type(tokenizer).__name__,
+            vocabulary,
+            chat.fingerprint(tokenizer, self._template),
+            str(self._end),
+            str(sorted(self._turn_ends)),
+        ]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def encode(
+        self, places: Sequence[Place], contents: Sequence[Conversation | Text], sources: Sequence[Source]
+    ) -> list[Tokens | BadRecord]:
+        """Tokens of records, or why a record has none; a fast tokenizer works through them in parallel.
+
+        Raises:
+          InputError: for a conversation where there is no chat template or no fast tokenizer, or for token ids that
+            the target does not have.
+        """
+        made: list[Tokens | BadRecord | None] = [None] * len(contents)
+        # The tokenizer takes many texts at a time, but with or without special tokens for all of them.
+        whole: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
+        spans: dict[int, list[chat.Span]] = {}
+        for i, content in enumerate(contents):
+            if isinstance(content, Text):
+                whole[content.begins].append((i, content.text))
+                continue
+            self._check_chat(places[i], sources)
+            try:
+                if self._marked:
+                    ids, mask = chat.tokens_and_mask(content.turns, self._tokenizer)
+                    made[i] = self._chat_tokens(ids, np.asarray(mask, bool))
+                else:
+                    rendered = chat.render(content.turns, self._tokenizer, self._template)
+                    whole[rendered.bare].append((i, rendered.text))
+                    spans[i] = rendered.spans
+            except BadRecord as error:
+                made[i] = error
+        for special, texts in whole.items():
+            if not texts:
+                continue
+            # verbose: the tokenizer would warn of every record that is longer than the context
+            out = self._tokenizer([text for _, text in texts], add_special_tokens=special, verbose=False)
+            for row, (i, text) in enumerate(texts):
+                ids = out["input_ids"][row]
+                if i not in spans:
+                    made[i] = self._text_tokens(ids, contents[i].ends)
+                    continue
+                try:
+                    made[i] = self._chat_tokens(ids, _covering(out.encodings[row].offsets, spans[i], len(text)))
+                except BadRecord as error:
+                    made[i] = error
+        for tokens in made:
+            if isinstance(tokens, Tokens) and tokens.ids.max(initial=0) >= self._target.config.vocab_size:
+                raise InputError(
+                    f"{self._target.name}: the tokenizer made token id {tokens.ids.max()}, but the target's vocabulary "
+                    f"has {self._target.config.vocab_size}; expected the tokenizer that belongs to the weights"
+                )
+        return made
+
+    def _is_space(self, token: int) -> bool:
+        return token not in self._turn_ends and not self._tokenizer.decode([token]).strip()
+
+    def _check_chat(self, place: Place, sources: Sequence[Source]) -> None:
+        names = ", ".join(chat.NAMED)
+        if not self._template and not self._tokenizer.chat_template:
+            raise InputError(
+                f"{place.describe(sources)}: a conversation, but the tokenizer of {self._target.name} has no chat "
+                f"template; set data.template to the one that the target was tuned with ({names})"
+            )
+        if not self._tokenizer.is_fast:
+            raise InputError(
+                f"{place.describe(sources)}: a conversation, but the tokenizer of {self._target.name} is not a fast "
+                "one and cannot say which tokens the assistant's are; expected tokenizer.json beside its config.json"
+            )
+
+    @functools.cached_property
+    def _marked(self) -> bool:
+        return not self._template and chat.marks_generation(self._tokenizer)
+
+    def _text_tokens(self, ids: list[int], ends: bool) -> Tokens:
+        """All positions count but that of EOS, which nothing follows."""
+        ids = np.asarray([*ids, self._end] if ends else ids, np.int32)
+        counts = np.ones(ids.shape, bool)
+        counts[len(ids) - ends :] = False
+        return Tokens(ids, counts)
+
+    def _chat_tokens(self, ids: list[int], written: Bool[np.ndarray, " tokens"]) -> Tokens:
+        """`written`: the tokens with any of the assistant's text in them. Raises `BadRecord` if there are none."""
+        written = written.copy()
+        if not written.any():
+            raise BadRecord("the chat template leaves out the assistant's turns")
+        for end in np.flatnonzero(written[:-1] & ~written[1:]) + 1:
+            stop = int(end)
+            # Llama-2 puts a space before its </s>.
+            while stop < len(ids) and self._is_space(ids[stop]):
+                stop += 1
+            if stop < len(ids) and ids[stop] in self._turn_ends:
+                written[end : stop + 1] = True
+        return Tokens(np.asarray(ids, np.int32), np.append(written[1:], False))
+
+
+def _covering(offsets: Sequence[chat.Span], spans: Sequence[chat.Span], length: int) -> Bool[np.ndarray, " tokens"]:
+    """The tokens that hold any character of `spans`. One emoji may be several tokens, all of them with its offset."""
+    inside = np.zeros(length + 1, np.int32)
+    for start, end in spans:
+        inside[start + 1 : end + 1] = 1
+    before = np.cumsum(inside)  # characters of the spans before each place
+    starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
+    return before[ends] > before[starts]

@@ -1,0 +1,216 @@
+"""Batches: packed rows of tokens, in an order that the seed alone decides.
+
+A batch is a dict of arrays [batch, time]: `tokens`; `loss_mask`, the weight of each position in the loss;
+`segment_ids`, from 1 in each row, 0 where there is padding: positions attend within their segment alone; `positions`,
+from 0 in each segment. And `row_ids` [batch], which `Rows.record_ids` takes, for messages: it stays on the host.
+
+The order is one of global batches, of which each process takes its rows. So the batches do not depend on the number of
+processes, and neither does the state of the iterator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+
+import grain
+import numpy as np
+
+from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.errors import InputError
+from kangaroo_jax.train.cache import TokenCache, cache_folder, open_cache
+from kangaroo_jax.train.encode import Encoder
+from kangaroo_jax.train.packing import pack
+from kangaroo_jax.train.records import STANDARD_LIBRARY, find_sources
+
+Batch = dict[str, np.ndarray]
+
+_VERSION = 1  # of what rows are made of a cache; another one means other batches
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The settings under `config.data`.
+
+    Attributes:
+      files: paths, globs or gs:// paths separated by commas, or "stdlib" for the Python standard library's sources.
+      evaluation_files: the same for held-out data. Empty: the standard library's held-out modules for "stdlib", else a
+        share `held_out` of the records of `files`.
+      held_out: share of the records to keep for evaluation where there are no evaluation files.
+      template: name of a chat template; empty for the tokenizer's own.
+      cache: folder for the tokens; empty for the user's cache folder.
+      max_bad_share: the most bad records, as a share of all, that are skipped.
+    """
+
+    files: str
+    evaluation_files: str
+    held_out: float
+    template: str
+    cache: str
+    max_bad_share: float
+
+
+class Rows:
+    """Packed rows of the given records of a cache, to be read at random.
+
+    Args:
+      cache: the tokens.
+      records: indices of the records to use.
+      sequence_length: tokens in a row.
+    """
+
+    def __init__(self, cache: TokenCache, records: np.ndarray, sequence_length: int):
+        self.sequence_length = sequence_length
+        self._cache, self._starts = cache, cache.starts
+        self._packing = pack(records, cache.lengths[records], self._starts[records], cache.counted, sequence_length)
+        digest = hashlib.sha256(f"{_VERSION} {sequence_length} {cache.fingerprint}".encode())
+        digest.update(records.astype("<i8").tobytes())
+        # Identifies the rows: a resumed run must see what it saw before.
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self._packing)
+
+    @property
+    def padding(self) -> float:
+        """Share of positions that hold no token."""
+        return self._packing.padding(self.sequence_length)
+
+    def __getitem__(self, row: int) -> Batch:
+        """One row, without the batch axis; row -1 is padding alone."""
+        packing, counted = self._packing, self._cache.counted
+        tokens, segment_ids, positions = np.zeros((3, self.sequence_length), np.int32)
+        loss_mask = np.zeros(self.sequence_length, np.float32)
+        at, pieces = 0, range(packing.row_starts[row], packing.row_starts[row + 1]) if row >= 0 else ()
+        for segment, piece in enumerate(pieces, 1):
+            record, offset, length = packing.records[piece], packing.offsets[piece], packing.lengths[piece]
+            tokens[at : at + length] = self._cache.tokens(record)[offset : offset + length]
+            segment_ids[at : at + length] = segment
+            positions[at : at + length] = np.arange(length)
+            first = self._starts[record] + offset
+            run = np.searchsorted(counted[:, 1], first, side="right")
+            while run < len(counted) and counted[run, 0] < first + length:
+                start, end = counted[run] - first
+                loss_mask[at + max(start, 0) : at + min(end, length)] = 1
+                run += 1
+            at += length
+        return {
+            "tokens": tokens,
+            "loss_mask": loss_mask,
+            "segment_ids": segment_ids,
+            "positions": positions,
+            "row_ids": np.asarray(row, np.int64),
+        }
+
+    def batch(self, rows: Iterable[int]) -> Batch:
+        """Rows side by side."""
+        parts = [self[int(row)] for row in rows]
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    def record_ids(self, row_ids: Iterable[int]) -> list[str]:
+        """File and line of each record in the given rows (a batch's `row_ids`), each once, in order."""
+        starts = self._packing.row_starts
+        pieces = (self._packing.records[starts[row] : starts[row + 1]] for row in row_ids if row >= 0)
+        return list(dict.fromkeys(self._cache.describe(record) for records in pieces for record in records))
+
+
+def check_files(data: DataConfig) -> None:
+    """Raises `InputError` for paths or globs that match nothing or a cache that cannot be; reads no file."""
+    cache_folder(data.cache)
+    for files in (data.files, data.evaluation_files or STANDARD_LIBRARY):
+        if files.strip() != STANDARD_LIBRARY:
+            find_sources(files)
+
+
+def load_rows(
+    data: DataConfig, target: Target, sequence_length: int, seed: int, quiet: bool = False
+) -> tuple[Rows, Rows]:
+    """Training and held-out rows, of different records.
+
+    Args:
+      data: which data, and how to read it.
+      target: its tokenizer is used.
+      sequence_length: tokens in a row.
+      seed: decides which records are held out.
+      quiet: print nothing and draw no progress.
+
+    Raises:
+      InputError: for files that are missing or malformed, or too few records to hold some out.
+    """
+    folder, encoder = cache_folder(data.cache), Encoder(target, data.template)
+
+    def cached(files: str, held_out: bool) -> TokenCache:
+        return open_cache(folder, find_sources(files, held_out), encoder, data.max_bad_share, quiet)
+
+    training = cached(data.files, held_out=False)
+    everything = np.arange(len(training))
+    if data.evaluation_files or data.files.strip() == STANDARD_LIBRARY:
+        evaluation = cached(data.evaluation_files or STANDARD_LIBRARY, held_out=True)
+        held_out = Rows(evaluation, np.arange(len(evaluation)), sequence_length)
+        return Rows(training, everything, sequence_length), held_out
+    if len(training) < 2:
+        raise InputError(
+            "data.files: one record, of which none can be held out; expected at least 2, or data.evaluation_files"
+        )
+    shuffled = np.random.default_rng(seed).permutation(everything)
+    count = max(1, round(data.held_out * len(training)))
+    kept = np.sort(shuffled[:count])
+    return Rows(training, np.setdiff1d(everything, kept), sequence_length), Rows(training, kept, sequence_length)
+
+
+def training_batches(
+    rows: Rows, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """Endless batches in an order shuffled anew each epoch. `get_state` and `set_state` of the iterator save and
+    restore the position exactly; the state is the same on every process, whatever their number.
+
+    Args:
+      rows: the training rows.
+      batch_size: rows of a global batch; a multiple of `process_count`.
+      seed: of the order.
+      process_index: which of the processes this is; it gets rows process_index * n .. (process_index + 1) * n - 1 of
+        each global batch, n = batch_size / process_count.
+      process_count: number of processes.
+
+    Raises:
+      InputError: for fewer rows than one batch, or a batch that cannot be divided among the processes.
+    """
+    mine = _share(batch_size, process_index, process_count)
+    if len(rows) < batch_size:
+        raise InputError(
+            f"data.files: too little data for one batch; expected at least {batch_size} rows of "
+            f"{rows.sequence_length} tokens, found {len(rows)}; give more data or a smaller batch_size"
+        )
+    order = grain.MapDataset.range(len(rows)).shuffle(seed).repeat().batch(batch_size, drop_remainder=True)
+    dataset = order.map(lambda batch: rows.batch(batch[mine]))
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def evaluation_batches(
+    rows: Rows, batch_size: int, most: int, process_index: int = 0, process_count: int = 1
+) -> list[Batch]:
+    """At most `most` rows, evenly spread over `rows`, always the same. The last batch is filled up with rows of
+    padding. Each process gets its part of each batch, as for `training_batches`.
+
+    Raises:
+      InputError: for no rows at all, or a batch that cannot be divided among the processes.
+    """
+    mine = _share(batch_size, process_index, process_count)
+    if not len(rows):
+        raise InputError("data.evaluation_files: nothing held out that counts in the loss; give more data")
+    count = min(most, len(rows))
+    chosen = np.append(np.arange(count) * len(rows) // count, np.full(-count % batch_size, -1))
+    return [rows.batch(batch[mine]) for batch in chosen.reshape(-1, batch_size)]
+
+
+def device_part(batch: Batch) -> Batch:
+    """What the training step takes of a batch: all but `row_ids`."""
+    return {name: array for name, array in batch.items() if name != "row_ids"}
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+    if batch_size % process_count:
+        raise InputError(f"batch_size: expected a multiple of the {process_count} processes, found {batch_size}")
+    each = batch_size // process_count
+    return slice(process_index * each, (process_index + 1) * each)

@@ -1,0 +1,383 @@
+"""Records from data files: conversations and texts, checked, each with the place it came from.
+
+A file is read by its ending: .json, .jsonl and .ndjson hold records, one JSON list of them or one a line; any other
+file is one text. A record is a conversation under "conversations" (ShareGPT: `from`, `value`) or "messages" (OpenAI:
+`role`, `content`), or a "text".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import glob
+import io
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+from etils import epath
+
+from kangaroo_jax.demo import corpus
+from kangaroo_jax.errors import InputError
+
+STANDARD_LIBRARY = "stdlib"
+_RECORD_FILES = (".json", ".jsonl", ".ndjson")
+# A row of a batch is read from whole records; a text of a gigabyte must not be one.
+_TEXT_CHARACTERS = 32_768
+
+_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant", "model"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "function"), "tool"),
+}
+
+
+class BadRecord(Exception):
+    """A record that cannot be trained on; the message is why. It is skipped, counted and listed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A file of data, or the text of one.
+
+    Attributes:
+      name: what messages call it.
+      path: where its bytes are; None for `text`.
+      text: its contents, where they are not in a file.
+    """
+
+    name: str
+    path: epath.Path | None = None
+    text: str = ""
+
+    @property
+    def holds_records(self) -> bool:
+        return self.name.lower().endswith(_RECORD_FILES)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Its bytes; `InputError` for what goes wrong while they are read."""
+        if self.path is None:
+            yield io.BytesIO(self.text.encode())
+            return
+        with _readable(self.name), self.path.open("rb") as file:
+            yield file
+
+
+class Place(NamedTuple):
+    """Where a record is: index of its source, its line (from 1), and its number in a JSON list (from 0; else -1)."""
+
+    source: int
+    line: int
+    item: int = -1
+
+    def describe(self, sources: Sequence[Source]) -> str:
+        return f"{sources[self.source].name}:{self.line}" + (f" (item {self.item})" if self.item >= 0 else "")
+
+
+class Turn(NamedTuple):
+    role: str  # system, user, assistant or tool
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    turns: tuple[Turn, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A text, or a part of a long one: `begins` and `ends` say which of its ends are the text's own."""
+
+    text: str
+    begins: bool = True
+    ends: bool = True
+
+
+class Entry(NamedTuple):
+    """What a place holds: something to learn from, None for nothing (an empty text, a conversation without an answer),
+    or why it cannot be used. `read` is the share of the source's bytes read so far."""
+
+    place: Place
+    content: Conversation | Text | BadRecord | None
+    read: float
+
+
+def find_sources(files: str, held_out: bool = False) -> list[Source]:
+    """The files that `files` stands for, sorted within each pattern, each file once.
+
+    Args:
+      files: paths, globs or gs:// paths separated by commas, or "stdlib" for the Python standard library's sources.
+      held_out: of the standard library, the modules kept for evaluation.
+
+    Raises:
+      InputError: for no patterns, or one that matches no file.
+    """
+    if files.strip() == STANDARD_LIBRARY:
+        texts = corpus.standard_library(held_out)
+        return [Source(f"{STANDARD_LIBRARY}/{name}", text=text) for name, text in texts.items()]
+    patterns = [pattern.strip() for pattern in files.split(",") if pattern.strip()]
+    if not patterns:
+        raise InputError("data.files: empty; expected paths or globs of text or JSON files, separated by commas")
+    sources = {}
+    for pattern in patterns:
+        matches = _matches(pattern)
+        if not matches:
+            raise InputError(f"{pattern}: no such file; expected paths or globs of text or JSON files")
+        sources |= {str(path): Source(str(path), path) for path in matches}
+    return list(sources.values())
+
+
+def _matches(pattern: str) -> list[epath.Path]:
+    with _readable(pattern):
+        if "://" not in pattern:
+            found = [epath.Path(match) for match in glob.glob(str(epath.Path(pattern).expanduser()), recursive=True)]
+        elif not glob.has_magic(pattern):
+            found = [epath.Path(pattern)]
+        else:
+            parts = pattern.split("/")
+            first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+            found = list(epath.Path("/".join(parts[:first])).glob("/".join(parts[first:])))
+        return sorted(path for path in found if path.is_file())
+
+
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Makes what a file system says about `name` one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ImportError as error:  # fsspec without the package for this kind of storage
+        raise InputError(f"{name}: {error} (for gs://: pip install gcsfs)") from None
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:
+        if "://" not in name:
+            raise
+        # A bucket's client has exceptions of its own for a wrong name, no permission, no network.
+        raise InputError(f"{name}: cannot be read ({type(error).__name__}: {error})") from None
+
+
+def read_records(sources: Sequence[Source]) -> Iterator[Entry]:
+    """All records of `sources`, good and bad, in order.
+
+    Raises:
+      InputError: for a file that cannot be read, or a JSON list that is broken: what follows cannot be told apart.
+    """
+    for index, source in enumerate(sources):
+        with source.open() as file:
+            if not source.holds_records:
+                yield from _text_file(file.read(), index)
+                continue
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            if _first_character(file) == b"[":
+                file.seek(0)
+                yield from _json_list(file.read(), index, source.name)
+            else:
+                file.seek(0)
+                yield from _json_lines(file, index, size)
+
+
+def _first_character(file: BinaryIO) -> bytes:
+    for line in file:
+        if stripped := line.removeprefix(b"\xef\xbb\xbf").strip():
+            return stripped[:1]
+    return b""
+
+
+def _text_file(data: bytes, source: int) -> Iterator[Entry]:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 text ({error.reason} at byte {error.start})"
+        yield Entry(Place(source, data.count(b"\n", 0, error.start) + 1), BadRecord(reason), 1.0)
+        return
+    yield from _text_entries(io.StringIO(text, newline=None).read(), Place(source, 1), 1.0, lines=True)
+
+
+def _text_entries(text: str, place: Place, read: float, lines: bool = False) -> Iterator[Entry]:
+    """A text as one entry, or as several where it is long, cut at line ends. `lines`: count them in the places."""
+    if not text.strip():
+        yield Entry(place, None, read)
+        return
+    start = 0
+    while start < len(text):
+        end = len(text)
+        if end - start > _TEXT_CHARACTERS:
+            end = text.rfind("\n", start, start + _TEXT_CHARACTERS) + 1 or start + _TEXT_CHARACTERS
+        yield Entry(place, Text(text[start:end], begins=start == 0, ends=end == len(text)), read)
+        if lines:
+            place = place._replace(line=place.line + text.count("\n", start, end))
+        start = end
+
+
+def _json_lines(file: BinaryIO, source: int, size: int) -> Iterator[Entry]:
+    done = 0
+    for number, line in enumerate(file, 1):
+        done += len(line)
+        place, read = Place(source, number), done / size
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if not line.strip():
+            continue
+        try:
+            value, duplicate = _Parser().parse(line.decode("utf-8").strip(" \t\r\n"))
+            content = _content(value, duplicate)
+        except UnicodeDecodeError as error:
+            content = BadRecord(f"not UTF-8 text ({error.reason} at byte {error.start} of the line)")
+        except json.JSONDecodeError as error:
+            content = BadRecord(f"not valid JSON ({error.msg} at column {error.colno}); expected one object a line")
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets as deep
+            content = BadRecord(f"not valid JSON ({error})")
+        except BadRecord as error:
+            content = error
+        yield from _entries(place, content, read)
+
+
+def _json_list(data: bytes, source: int, name: str) -> Iterator[Entry]:
+    """The items one at a time: the whole list as Python objects would take several times the file's size."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{name}:{line}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    del data
+    parser, line, item = _Parser(), 1, 0
+    counted = 0  # lines are counted up to here
+
+    def skip(at: int) -> int:
+        return json.decoder.WHITESPACE.match(text, at).end()
+
+    def broken(at: int, reason: str) -> InputError:
+        at = min(at, len(text))
+        place = f"{name}:{line + text.count(chr(10), counted, at)}"
+        return InputError(
+            f"{place}: not valid JSON ({reason} at column {at - text.rfind(chr(10), 0, at)}, in or after item {item}); "
+            "a list cannot be read on from there: mend it, or write one object a line"
+        )
+
+    position = skip(skip(0) + 1)
+    while not text.startswith("]", position):
+        line, counted = line + text.count("\n", counted, position), position
+        place = Place(source, line, item)
+        try:
+            (value, duplicate), end = parser.parse_at(text, position)
+        except json.JSONDecodeError as error:
+            raise broken(error.pos, error.msg) from None
+        except (ValueError, RecursionError) as error:
+            raise broken(position, str(error)) from None
+        try:
+            content = _content(value, duplicate)
+        except BadRecord as error:
+            content = error
+        yield from _entries(place, content, end / len(text))
+        position = skip(end)
+        if text.startswith(",", position):
+            position = skip(position + 1)
+            if text.startswith("]", position):
+                raise broken(position, "a comma before the end of the list")
+        elif not text.startswith("]", position):
+            raise broken(position, "expected ',' or ']'")
+        item += 1
+    if (end := skip(position + 1)) != len(text):
+        raise broken(end, "text after the list")
+
+
+class _Parser:
+    """JSON that notes a key given twice, of which Python's parser would silently take the last."""
+
+    def __init__(self):
+        self._duplicate: str | None = None
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            keys = [key for key, _ in pairs]
+            self._duplicate = next(key for key in keys if keys.count(key) > 1)
+        return made
+
+    def parse(self, text: str) -> tuple[Any, str | None]:
+        """The value, and a key that one of its objects has twice."""
+        self._duplicate = None
+        return self._decoder.decode(text), self._duplicate
+
+    def parse_at(self, text: str, position: int) -> tuple[tuple[Any, str | None], int]:
+        """The same for the value that starts at `position`, and where it ends."""
+        self._duplicate = None
+        value, end = self._decoder.raw_decode(text, position)
+        return (value, self._duplicate), end
+
+
+def _entries(place: Place, content: Conversation | str | BadRecord | None, read: float) -> Iterator[Entry]:
+    if isinstance(content, str):
+        yield from _text_entries(content, place, read)
+    else:
+        yield Entry(place, content, read)
+
+
+def _content(record: Any, duplicate: str | None) -> Conversation | str | None:
+    """What a record holds; raises `BadRecord`."""
+    if duplicate is not None:
+        raise BadRecord(f'the key "{duplicate}" is there twice')
+    if isinstance(record, dict):
+        for key, role, text in (("conversations", "from", "value"), ("messages", "role", "content")):
+            if key in record:
+                return _conversation(record[key], key, role, text)
+        if isinstance(record.get("text"), str):
+            return _unicode(record["text"], '"text"')
+    found = f"keys {', '.join(sorted(record)) or 'none'}" if isinstance(record, dict) else type(record).__name__
+    raise BadRecord(f'expected an object with "conversations", "messages" or a string under "text", found {found}')
+
+
+def _conversation(turns: Any, key: str, role_key: str, text_key: str) -> Conversation | None:
+    if not isinstance(turns, list):
+        raise BadRecord(f'expected a list under "{key}", found {type(turns).__name__}')
+    read = []
+    for number, turn in enumerate(turns):
+        where = f"turn {number} of {key}"
+        if not isinstance(turn, dict):
+            raise BadRecord(f"{where}: expected an object, found {type(turn).__name__}")
+        role = turn.get(role_key)
+        if not isinstance(role, str) or role.lower() not in _ROLES:
+            raise BadRecord(f'{where}: expected a role under "{role_key}" ({", ".join(_ROLES)}), found {role!r}')
+        if turn.get("tool_calls") or turn.get("function_call"):
+            raise BadRecord(f"{where}: a tool call; only text can be trained on")
+        text = turn.get(text_key)
+        if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in text):
+            text = "".join(str(part.get("text", "")) for part in text)  # OpenAI's content parts
+        if not isinstance(text, str):
+            raise BadRecord(f'{where}: expected a string under "{text_key}", found {type(text).__name__}')
+        read.append(Turn(_ROLES[role.lower()], _unicode(text, where)))
+    return Conversation(turns) if (turns := tidy(read)) else None
+
+
+def tidy(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """The turns that there is something to learn from, in the shape that chat templates expect.
+
+    Empty turns are left out, as are the assistant's before the first of a user (they answer nothing) and all after
+    the assistant's last. Consecutive turns of one role become one, with a blank line between.
+    """
+    kept: list[Turn] = []
+    asked = False
+    for turn in turns:
+        asked = asked or turn.role == "user"
+        if not turn.text.strip() or (turn.role == "assistant" and not asked):
+            continue
+        if kept and kept[-1].role == turn.role:
+            kept[-1] = Turn(turn.role, f"{kept[-1].text}\n\n{turn.text}")
+        else:
+            kept.append(turn)
+    while kept and kept[-1].role != "assistant":
+        kept.pop()
+    return tuple(kept)
+
+
+def _unicode(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half an emoji, written as an escape
+        raise BadRecord(f"{where} is not valid Unicode (character {error.start})") from None
+    return text
