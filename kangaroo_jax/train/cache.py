@@ -34,7 +34,7 @@ from kangaroo_jax.train.records import BadRecord, Entry, Place, Source, read_rec
 _VERSION = 1
 _AT_ONCE = 256  # records; the tokenizer works through them in parallel
 _LISTED = 10  # bad records that are printed
-_TOKENS, _INDEX, _BAD, _MANIFEST = "tokens.array_record", "index.npz", "bad_records.txt", "manifest.json"
+_TOKENS, _INDEX, _BAD, _MANIFEST = "tokens.array_record", "index.npz", "bad_records.txt", "manifest"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +148,15 @@ def _locked(path: pathlib.Path, quiet: bool) -> Iterator[None]:
 def _manifest(path: pathlib.Path) -> dict[str, Any] | None:
     """The manifest of a cache whose files are what it says, or None."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
+        checksum, _, text = (path / _MANIFEST).read_text().partition("\n")
+        if checksum != _sha256(text):
+            return None
+        manifest = json.loads(text)
         for name, expected in manifest["files"].items():
             with (path / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                     return None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return None
     return manifest
 
@@ -172,7 +175,8 @@ def _make(
         _check_bad(manifest, max_bad_share, sources)
         for name in manifest["files"]:
             _to_disk(unfinished / name)
-        (unfinished / _MANIFEST).write_text(json.dumps(manifest))
+        text = json.dumps(manifest)
+        (unfinished / _MANIFEST).write_text(f"{_sha256(text)}\n{text}")
         _to_disk(unfinished / _MANIFEST)
         try:
             unfinished.rename(path)
@@ -182,6 +186,10 @@ def _make(
         return manifest
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _to_disk(path: pathlib.Path) -> None:
