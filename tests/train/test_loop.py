@@ -51,6 +51,7 @@ def settings(tmp_path_factory, target_folder):
         "loss_chunk": 16,
         "data.files": str(text / "a*.py"),
         "data.evaluation_files": str(text / "textwrap.py"),
+        "data.cache": str(tmp_path_factory.mktemp("cache")),
         "optimizer.warmup_steps": 3,
         "optimizer.learning_rate": 3e-3,
         "evaluate_every": 100,
@@ -186,7 +187,7 @@ def test_other_text_or_another_target_does_not_go_on_with_a_run(run, settings, t
     unfinished = tmp_path / "unfinished"
     shutil.copytree(run[0] / "10", unfinished / "10")
     files = settings["data.evaluation_files"]
-    with pytest.raises(InputError, match="trained on other text"):
+    with pytest.raises(InputError, match="trained on other data"):
         train(configured(settings, output=str(unfinished), **{"data.files": files}))
     other = str(ROOT / "tests" / "fixtures" / "golden" / "tiny-mha")
     with pytest.raises(InputError, match="trained for another target"):
@@ -205,6 +206,8 @@ def test_other_text_or_another_target_does_not_go_on_with_a_run(run, settings, t
         ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate: expected a number"),
         ("sequence_length", 4096, "sequence_length: expected at most 512, the context of"),
         ("data.files", "", "data.files: empty"),
+        ("data.template", "vicuna", r"data\.template: expected vicuna_v1.1 or llama-2 or llama-3 or , found 'vicuna'"),
+        ("data.cache", "gs://bucket/cache", r"data\.cache: expected a folder, found gs://bucket/cache"),
         ("data.files", "/missing/*.txt", r"/missing/\*.txt: no such file"),
         ("target", "/missing", "/missing: no such folder"),
     ],

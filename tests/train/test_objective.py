@@ -103,12 +103,18 @@ def test_whole_logits_never_exist(target, hidden):
     assert f"f32[4,{BATCH},4,{VOCABULARY}]" not in program  # all chunks, kept for the backward pass
 
 
+def batch_of_one_example_a_row():
+    """Random tokens, all of which count: tokens, loss mask, segment ids and positions."""
+    tokens = np.random.default_rng(1).integers(0, VOCABULARY, (BATCH, TIME))
+    return tokens, np.ones((BATCH, TIME), np.float32), np.ones_like(tokens), np.tile(np.arange(TIME), (BATCH, 1))
+
+
 def test_gradient_flows_to_the_adapter_alone(target):
     adapter = Adapter(target.config, rngs=nnx.Rngs(1))
-    tokens = jnp.asarray(np.random.default_rng(1).integers(0, VOCABULARY, (BATCH, TIME)))
+    batch = batch_of_one_example_a_row()
 
     def objective(models):
-        return adapter_loss(*models, tokens, jnp.ones((BATCH, TIME)), exit_layer=1, chunk=8)[0]
+        return adapter_loss(*models, *batch, exit_layer=1, chunk=8)[0]
 
     of_adapter, of_target = jax.jit(jax.grad(objective))((adapter, target))
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(of_adapter))
@@ -118,10 +124,10 @@ def test_gradient_flows_to_the_adapter_alone(target):
 def test_float32_masters_train_a_bfloat16_target(target):
     lower = jax.tree.map(lambda x: x.astype(jnp.bfloat16), target)
     adapter = Adapter(target.config, rngs=nnx.Rngs(1))
-    tokens = jnp.asarray(np.random.default_rng(1).integers(0, VOCABULARY, (BATCH, TIME)))
+    batch = batch_of_one_example_a_row()
 
     def objective(adapter):
-        return adapter_loss(adapter, lower, tokens, jnp.ones((BATCH, TIME)), exit_layer=1, chunk=8)[0]
+        return adapter_loss(adapter, lower, *batch, exit_layer=1, chunk=8)[0]
 
     gradient = jax.jit(jax.grad(objective))(adapter)
     assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
