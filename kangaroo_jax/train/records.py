@@ -363,9 +363,9 @@ def tidy(turns: Sequence[Turn]) -> tuple[Turn, ...]:
     kept: list[Turn] = []
     asked = False
     for turn in turns:
-        asked = asked or turn.role == "user"
         if not turn.text.strip() or (turn.role == "assistant" and not asked):
             continue
+        asked = asked or turn.role == "user"
         if kept and kept[-1].role == turn.role:
             kept[-1] = Turn(turn.role, f"{kept[-1].text}\n\n{turn.text}")
         else:

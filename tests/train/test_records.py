@@ -65,6 +65,7 @@ def test_bom_and_crlf_in_the_file_do_not_reach_the_text(tmp_path, name):
         ("u:a g: u:b g:c", "u:a\n\nb g:c"),  # an empty answer: both questions are asked at once
         ("u:a u:b g:c g:d u:e g:f", "u:a\n\nb g:c\n\nd u:e g:f"),
         ("g:unasked u:a g:b", "u:a g:b"),
+        ("u: g:unasked u:a g:b", "u:a g:b"),
         ("s:rules g:unasked u:a g:b u:unanswered", "s:rules u:a g:b"),
         ("u:a g: ", ""),
         ("", ""),
