@@ -105,17 +105,25 @@ def open_cache(
     """
     key = _key(sources, encoder)
     path = folder / key
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{key}.lock", quiet):
-            manifest = _manifest(path)
-            if made := manifest is None:
-                if path.exists():
-                    _say(quiet, f"{path}: damaged; making it again")
-                    shutil.rmtree(path)
-                manifest = _make(path, sources, encoder, max_bad_share, quiet)
-    except OSError as error:
-        raise InputError(f"data.cache: {folder} cannot be written ({error.strerror}); name another folder") from None
+    manifest, made = _manifest(path), False  # looked for first: a folder that is complete may be read-only
+    if manifest is None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder / f"{key}.lock", quiet) as held:
+                manifest = _manifest(path)  # another process may have made it meanwhile
+                if made := manifest is None:
+                    if path.exists():
+                        _say(quiet, f"{path}: damaged; making it again")
+                        shutil.rmtree(path, ignore_errors=True)
+                    if held:
+                        # What killed processes of this machine left behind is nobody's.
+                        for left in folder.glob(f"{key}.{socket.gethostname()}.*.tmp"):
+                            shutil.rmtree(left, ignore_errors=True)
+                    manifest = _make(path, sources, encoder, max_bad_share, quiet)
+        except OSError as error:
+            raise InputError(
+                f"data.cache: {folder} cannot be written ({error.strerror}); name another folder"
+            ) from None
     _check_bad(manifest, max_bad_share, sources)
     _report(manifest, path, sources, made, quiet)
     with np.load(path / _INDEX) as index:
@@ -134,15 +142,18 @@ def _key(sources: Sequence[Source], encoder: Encoder) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path, quiet: bool) -> Iterator[None]:
-    """Holds a lock that ends with the process, however it ends."""
+def _locked(path: pathlib.Path, quiet: bool) -> Iterator[bool]:
+    """Holds a lock that ends with the process, however it ends; False where the file system has none."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             _say(quiet, f"{path.parent}: waiting for another process that makes the tokens")
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        except OSError:  # some Lustre mounts; each process makes the cache, and the first that is done wins
+            yield False
+            return
+        yield True
 
 
 def _manifest(path: pathlib.Path) -> dict[str, Any] | None:
@@ -165,9 +176,7 @@ def _make(
     path: pathlib.Path, sources: Sequence[Source], encoder: Encoder, max_bad_share: float, quiet: bool
 ) -> dict[str, Any]:
     """Makes the cache in a folder beside `path` and renames it when all is on disk."""
-    # Under the lock, what a killed process of this machine left behind is nobody's.
-    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     unfinished.mkdir()
     try:
         manifest = _write(unfinished, sources, encoder, quiet)
@@ -181,7 +190,7 @@ def _make(
         try:
             unfinished.rename(path)
         except OSError:
-            if _manifest(path) is None:  # else another machine that shares the folder was first
+            if _manifest(path) is None:  # else another process, on a machine that shares the folder, was first
                 raise
         return manifest
     finally:

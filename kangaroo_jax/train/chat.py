@@ -98,7 +98,9 @@ def fingerprint(tokenizer: Any, name: str) -> str:
 
 def marks_generation(tokenizer: Any) -> bool:
     """Whether the tokenizer's template says itself, with {% generation %}, what the assistant writes."""
-    return bool(_GENERATION.search(tokenizer.get_chat_template()))
+    template = tokenizer.chat_template
+    template = template.get("default", "") if isinstance(template, dict) else template
+    return bool(_GENERATION.search(template))
 
 
 def render(turns: Sequence[Turn], tokenizer: Any, name: str) -> Rendered:

@@ -1,10 +1,13 @@
 """The token cache: used again when it can be, never when it cannot, whole or not there, whatever happens meanwhile."""
 
+import errno
+import fcntl
 import json
 import os
 import pathlib
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.train import cache as cache_module
 from kangaroo_jax.train.cache import cache_folder, open_cache
 from kangaroo_jax.train.encode import Encoder
 from kangaroo_jax.train.records import find_sources
@@ -183,6 +187,30 @@ def test_processes_that_start_together_make_it_once(tmp_path, data, encoder, mon
     assert len({cache.fingerprint for cache in results}) == 1
     assert len(results) == 3
     assert len(encoded) == 599
+
+
+def test_without_locks_the_first_that_is_done_wins(tmp_path, data, encoder, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    read, folder = cache_module.read_records, tmp_path / "cache"
+
+    def overtaken(sources):
+        yield from read(sources)
+        monkeypatch.setattr(cache_module, "read_records", read)
+        monkeypatch.setattr(socket, "gethostname", lambda: "another")
+        faster.append(open_(folder, data, encoder))
+        inode.append(only_made(folder).stat().st_ino)
+
+    def only_made(folder):
+        return next(path for path in folder.iterdir() if not path.suffix)
+
+    faster, inode = [], []
+    monkeypatch.setattr(cache_module, "read_records", overtaken)
+    slower = open_(folder, data, encoder)
+    assert contents(slower) == contents(faster[0])
+    assert only(folder).stat().st_ino == inode[0]
 
 
 def test_bad_records_are_listed_and_skipped_up_to_a_share(tmp_path, data, encoder, capsys):

@@ -7,6 +7,7 @@ expected acceptance.
 import contextlib
 import importlib.util
 import io
+import json
 import pathlib
 import re
 import shutil
@@ -192,6 +193,31 @@ def test_other_text_or_another_target_does_not_go_on_with_a_run(run, settings, t
     other = str(ROOT / "tests" / "fixtures" / "golden" / "tiny-mha")
     with pytest.raises(InputError, match="trained for another target"):
         train(configured(settings, output=str(unfinished), target=other))
+
+
+def test_conversations_are_trained_on_in_their_template(settings, tmp_path):
+    turns = [("human", "why?"), ("gpt", "because"), ("human", "and?"), ("gpt", "so " * 40)]
+    record = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    (tmp_path / "chats.json").write_text(json.dumps([record] * 40))
+    output = tmp_path / "run"
+    overrides = {
+        "output": str(output),
+        "steps": 2,
+        "save_every": 2,
+        "optimizer.warmup_steps": 1,
+        "optimizer.schedule": "constant",
+        "data.files": str(tmp_path / "chats.json"),
+        "data.evaluation_files": "",
+        "data.held_out": 0.1,
+    }
+    with pytest.raises(InputError, match=r"chats\.json:1 \(item 0\): a conversation, but .*; set data\.template"):
+        train(configured(settings | overrides))
+    assert not output.exists()
+    result = train(configured(settings | overrides, **{"data.template": "vicuna_v1.1"}))
+    assert 0 < result["expected_acceptance"] < 1
+    assert checkpoint(output / "2")["position"]["step"] == 2
+    with pytest.raises(InputError, match="trained on other data"):
+        train(configured(settings | overrides, **{"data.template": "llama-3", "steps": 4}))
 
 
 @pytest.mark.parametrize(
