@@ -11,12 +11,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Sequence
 
 import numpy as np
-import tokenizers
-import transformers
 from jaxtyping import Bool, Int
 
 from kangaroo_jax.checkpoint.huggingface import Target
@@ -74,8 +73,8 @@ class Encoder:
         )
         parts = [
             str(_VERSION),
-            transformers.__version__,
-            tokenizers.__version__,
+            importlib.metadata.version("transformers"),
+            importlib.metadata.version("tokenizers"),
             type(tokenizer).__name__,
             vocabulary,
             chat.fingerprint(tokenizer, self._template),

@@ -37,7 +37,8 @@ class DataConfig:
       files: paths, globs or gs:// paths separated by commas, or "stdlib" for the Python standard library's sources.
       evaluation_files: the same for held-out data. Empty: the standard library's held-out modules for "stdlib", else a
         share `held_out` of the records of `files`.
-      held_out: share of the records to keep for evaluation where there are no evaluation files.
+      held_out: share of the records to keep for evaluation where there are no evaluation files. A long text is
+        several records.
       template: name of a chat template; empty for the tokenizer's own.
       cache: folder for the tokens; empty for the user's cache folder.
       max_bad_share: the most bad records, as a share of all, that are skipped.
