@@ -133,9 +133,9 @@ def verification_seconds(context: Context, width: int) -> float:
             adapter=state.adapter,
             probs=None,
         )
-        tokens, _, deep = verify(model, state.deep, drafted, None, exit_layer=context.exit_layer, widths=(width,))
+        verdict, deep = verify(model, state.deep, drafted, None, exit_layer=context.exit_layer, widths=(width,))
         # The next turn starts from what this one found, so that no turn can be left out or overlap.
-        moved = state.shallow_hidden + 1e-9 * tokens[:, :1, None].astype(state.shallow_hidden.dtype)
+        moved = state.shallow_hidden + 1e-9 * verdict.tokens[:, :1, None].astype(state.shallow_hidden.dtype)
         return state.replace(shallow_hidden=moved, deep=deep.replace(length=state.deep.length))
 
     return _seconds(context, context.prefill()(), step)
