@@ -53,7 +53,9 @@ class Bytes:
         layers = [_nbytes(layer) + cache for layer in model.layers]
         head = (model.embed_tokens if model.lm_head is None else model.lm_head)[...].nbytes
         shallow, deep = sum(layers[:exit_layer]), sum(layers[exit_layer:])
-        return cls(shallow + deep + head, shallow, shallow + _nbytes(adapter) + cache + head, deep + head)
+        # An adapter's draft vocabulary, with its rows of the head, takes the head's place.
+        draft_head = 0 if adapter.draft_vocabulary is not None else head
+        return cls(shallow + deep + head, shallow, shallow + _nbytes(adapter) + cache + draft_head, deep + head)
 
 
 def _nbytes(tree: Any) -> int:
