@@ -21,7 +21,7 @@ from jaxtyping import Int
 from kangaroo_jax.bench.machine import seconds_per_call
 from kangaroo_jax.decode.autoregressive import PLAIN_EXIT_LAYER, plain_round
 from kangaroo_jax.decode.draft import draft
-from kangaroo_jax.decode.generate import kangaroo_round, verification_widths
+from kangaroo_jax.decode.generate import kangaroo_round
 from kangaroo_jax.decode.prefill import prefill
 from kangaroo_jax.decode.state import DecodeState, Draft
 from kangaroo_jax.decode.verify import verify
@@ -155,7 +155,7 @@ def round_seconds(context: Context, count: int) -> float:
             jnp.float32(0),
             exit_layer=context.exit_layer,
             max_draft_len=count,
-            widths=(verification_widths(count)[-1],),
+            widths=(count + 1,),
         )
         return _set_back(done, state)
 

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from kangaroo_jax import compilation_cache, demo, load_adapter, load_target
+from kangaroo_jax import DraftConfig, compilation_cache, demo, load_adapter, load_target
 from kangaroo_jax.bench import machine, parts
 from kangaroo_jax.bench.prompts import held_out_tokens
 from kangaroo_jax.bench.shapes import SHAPES, random_weights
@@ -157,7 +157,7 @@ def report(context: parts.Context, widths: list[int], max_draft_len: int) -> Non
     print("".join(f"{length / cost:7.2f}" for length in lengths))
 
     print(f"\n{'round':24}{'ms':>9}{'parts ms':>10}{'over':>8}")
-    for count in sorted({1, *(width - 1 for width in verification_widths(max_draft_len))}):
+    for count in sorted({1, *(width - 1 for width in verification_widths(DraftConfig(None, max_draft_len)))}):
         width = min(w for w in verification if w > count)
         whole = parts.round_seconds(context, count)
         total = count * draft_step + shallow + verification[width]

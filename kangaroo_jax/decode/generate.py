@@ -56,12 +56,12 @@ def generate(
         not the adapter's, seeds that are not one per prompt.
     """
     exit_layer = resolve_exit_layer(target, adapter, draft)
-    drafts, slots = draft_room(adapter, draft)
+    slots = cache_slots(adapter, draft)
     one_round = functools.partial(
         kangaroo_round,
         exit_layer=exit_layer,
         max_draft_len=draft.max_draft_len,
-        widths=verification_widths(drafts),
+        widths=verification_widths(draft),
         tree=draft.tree,
     )
     return run(
@@ -82,32 +82,32 @@ def generate(
     )
 
 
-def draft_room(adapter: TrainedAdapter, draft: DraftConfig) -> tuple[int, int]:
-    """The most tokens that a round drafts, and the most slots of the caches that it fills.
+def cache_slots(adapter: TrainedAdapter, draft: DraftConfig) -> int:
+    """The most slots of the caches that a round fills.
 
     Raises:
       InputError: for a tree with more children per node than there are tokens to draft.
     """
-    gamma, tree = draft.max_draft_len, draft.tree
-    if tree is None:
-        return gamma, gamma + 1
+    if draft.tree is None:
+        return draft.max_draft_len + 1
     vocabulary = adapter.model.draft_vocabulary
     size = adapter.model.config.vocab_size if vocabulary is None else len(vocabulary.token_ids[...])
-    if tree.topk > size:
-        raise InputError(f"tree_topk must be at most the {size} tokens that can be drafted, found {tree.topk}")
-    drafts = min(tree.budget, gamma * tree.topk**2)
-    return drafts, 1 + max(drafts, tree.topk * (gamma - 1))
+    if draft.tree.topk > size:
+        raise InputError(f"tree_topk must be at most the {size} tokens that can be drafted, found {draft.tree.topk}")
+    # While a tree grows, each level but the last has its frontier in the caches; then the tokens to be verified.
+    return max(1 + draft.tree.topk * (draft.max_draft_len - 1), verification_widths(draft)[-1])
 
 
-def verification_widths(most_drafts: int) -> tuple[int, ...]:
-    """How many tokens a verification pass may hold, ascending, for drafts of at most `most_drafts` tokens."""
-    full = most_drafts + 1
+def verification_widths(draft: DraftConfig) -> tuple[int, ...]:
+    """How many tokens a verification pass may hold, ascending: x_n and the drafted tokens of a round."""
+    gamma, tree = draft.max_draft_len, draft.tree
+    if tree is None:
+        full, fewer = gamma + 1, (2, 3, 5, 7, 9, 13)
+    else:
+        # What a tree of each depth holds.
+        *fewer, full = sorted({1 + min(tree.budget, tree.topk + level * tree.topk**2) for level in range(gamma)})
     # Beside reading the weights, positions are free on accelerators; on CPU they are not.
-    return (
-        (full,)
-        if jax.default_backend() != "cpu"
-        else (*(w for w in (2, 3, 5, 7, 9, 13, 17, 25, 33, 49, 65) if w < full), full)
-    )
+    return (full,) if jax.default_backend() != "cpu" else (*(w for w in fewer if w < full), full)
 
 
 def kangaroo_round(

@@ -65,7 +65,7 @@ def pick_verified(
     """
     drafted = draft.tokens[:, : logits.shape[1] - 1]
     if draft.tree is not None:
-        return _walk(_choices(logits, sampler, positions), drafted, draft.length, draft.tree)
+        return walk(_choices(logits, sampler, positions), drafted, draft.length, draft.tree)
     if sampler is not None:
         p, q = probabilities(logits, sampler), draft.probs[:, : drafted.shape[1]]
         tokens, accepted = accept_and_resample(p, q, drafted, draft.length, sampler, positions[:, 0])
@@ -87,7 +87,7 @@ def _choices(
     return jax.vmap(lambda p, place: sample(sampler.keys, place, TARGET, p), 1, 1)(probs, positions)
 
 
-def _walk(
+def walk(
     choices: Int[Array, "batch width"],
     drafted: Int[Array, "batch width-1"],
     length: Int[Array, " batch"],

@@ -50,7 +50,8 @@ class Adapter(nnx.Module):
         self.config = config
         self.layers = nnx.List([AdapterLayer(config, rngs=rngs, dtype=dtype)])
         self.norm = RMSNorm(config, dtype)
-        self.draft_vocabulary: DraftVocabulary | None = None  # not trained: set where an adapter is loaded with one
+        # Not trained: set where an adapter is loaded with one.
+        self.draft_vocabulary: DraftVocabulary | None = nnx.data(None)
 
     def token_ids(self, index: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
         """The tokens at places of `draft_head`'s last axis."""
