@@ -2,7 +2,7 @@
 
 from kangaroo_jax.checkpoint.adapter import load_adapter
 from kangaroo_jax.checkpoint.huggingface import load_target
-from kangaroo_jax.config import DraftConfig, SamplingConfig
+from kangaroo_jax.config import DraftConfig, SamplingConfig, TreeConfig
 from kangaroo_jax.decode.autoregressive import generate_plain
 from kangaroo_jax.decode.generate import generate
 from kangaroo_jax.decode.host_loop import Generation
@@ -13,6 +13,7 @@ __all__ = [
     "Generation",
     "InputError",
     "SamplingConfig",
+    "TreeConfig",
     "generate",
     "generate_plain",
     "load_adapter",

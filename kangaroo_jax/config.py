@@ -1,7 +1,7 @@
 """Settings as frozen dataclasses, validated on construction.
 
-`ModelConfig` describes a target and is read from a Hugging Face `config.json`; `DraftConfig` says how to draft,
-`SamplingConfig` how to choose tokens.
+`ModelConfig` describes a target and is read from a Hugging Face `config.json`; `DraftConfig` says how to draft (with
+`TreeConfig`, a tree), `SamplingConfig` how to choose tokens.
 """
 
 from __future__ import annotations
@@ -273,13 +273,35 @@ def _rope_from_hf(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
 
 
 @dataclasses.dataclass(frozen=True)
+class TreeConfig:
+    """The shape of a drafted tree (paper, NeurIPS version).
+
+    Attributes:
+      topk: K, the most nodes of a level that are drafted on from, and the children that each of them gets.
+      budget: M, the most drafted tokens that a round verifies: the likeliest of the tree.
+
+    Raises:
+      InputError: for a value out of range.
+    """
+
+    topk: int = 10
+    budget: int = 32
+
+    def __post_init__(self) -> None:
+        _check_count("tree_topk", self.topk)
+        _check_count("tree_budget", self.budget)
+
+
+@dataclasses.dataclass(frozen=True)
 class DraftConfig:
     """How a round drafts (paper, section 3.2).
 
     Attributes:
       exit_layer: number of shallow layers l; None means the one the adapter was trained for.
-      max_draft_len: gamma, the most tokens drafted in a round.
-      threshold: eta; drafting stops after a token whose top-1 draft probability was below it. 0 never stops early.
+      max_draft_len: gamma, the most tokens drafted in a round one after another: the depth of a tree.
+      threshold: eta; drafting stops after a token whose top-1 draft probability was below it, and in a tree at a depth
+        where no path has this probability. 0 never stops early.
+      tree: None drafts a single sequence.
 
     Raises:
       InputError: for a value out of range.
@@ -288,6 +310,7 @@ class DraftConfig:
     exit_layer: int | None = None
     max_draft_len: int = 6
     threshold: float = 0.6
+    tree: TreeConfig | None = None
 
     def __post_init__(self) -> None:
         if self.exit_layer is not None:
@@ -295,6 +318,11 @@ class DraftConfig:
         _check_count("max_draft_len", self.max_draft_len)
         if not _is_number(self.threshold) or not 0.0 <= self.threshold <= 1.0:
             raise InputError(f"threshold must be between 0 and 1, found {self.threshold!r}")
+        if self.tree is not None and self.tree.budget < self.max_draft_len:
+            raise InputError(
+                f"tree_budget must be at least max_draft_len ({self.max_draft_len}), or the deepest path cannot be "
+                f"verified; found {self.tree.budget}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jaxtyping import Int
 from kangaroo_jax.bench.machine import seconds_per_call
 from kangaroo_jax.decode.autoregressive import PLAIN_EXIT_LAYER, plain_round
 from kangaroo_jax.decode.draft import draft
-from kangaroo_jax.decode.generate import kangaroo_round, verification_widths
+from kangaroo_jax.decode.generate import kangaroo_round
 from kangaroo_jax.decode.prefill import prefill
 from kangaroo_jax.decode.state import DecodeState, Draft
 from kangaroo_jax.decode.verify import verify
@@ -53,7 +53,9 @@ class Bytes:
         layers = [_nbytes(layer) + cache for layer in model.layers]
         head = (model.embed_tokens if model.lm_head is None else model.lm_head)[...].nbytes
         shallow, deep = sum(layers[:exit_layer]), sum(layers[exit_layer:])
-        return cls(shallow + deep + head, shallow, shallow + _nbytes(adapter) + cache + head, deep + head)
+        # An adapter's draft vocabulary, with its rows of the head, takes the head's place.
+        draft_head = 0 if adapter.draft_vocabulary is not None else head
+        return cls(shallow + deep + head, shallow, shallow + _nbytes(adapter) + cache + draft_head, deep + head)
 
 
 def _nbytes(tree: Any) -> int:
@@ -133,9 +135,9 @@ def verification_seconds(context: Context, width: int) -> float:
             adapter=state.adapter,
             probs=None,
         )
-        tokens, _, deep = verify(model, state.deep, drafted, None, exit_layer=context.exit_layer, widths=(width,))
+        verdict, deep = verify(model, state.deep, drafted, None, exit_layer=context.exit_layer, widths=(width,))
         # The next turn starts from what this one found, so that no turn can be left out or overlap.
-        moved = state.shallow_hidden + 1e-9 * tokens[:, :1, None].astype(state.shallow_hidden.dtype)
+        moved = state.shallow_hidden + 1e-9 * verdict.tokens[:, :1, None].astype(state.shallow_hidden.dtype)
         return state.replace(shallow_hidden=moved, deep=deep.replace(length=state.deep.length))
 
     return _seconds(context, context.prefill()(), step)
@@ -153,7 +155,7 @@ def round_seconds(context: Context, count: int) -> float:
             jnp.float32(0),
             exit_layer=context.exit_layer,
             max_draft_len=count,
-            widths=(verification_widths(count)[-1],),
+            widths=(count + 1,),
         )
         return _set_back(done, state)
 

@@ -11,21 +11,25 @@ several contexts or batch sizes, a table of how the times grow.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from flax import nnx
 
-from kangaroo_jax import compilation_cache, demo, load_adapter, load_target
+from kangaroo_jax import DraftConfig, compilation_cache, demo, load_adapter, load_target
 from kangaroo_jax.bench import machine, parts
 from kangaroo_jax.bench.prompts import held_out_tokens
 from kangaroo_jax.bench.shapes import SHAPES, random_weights
 from kangaroo_jax.checkpoint.adapter import check_exit_layer
 from kangaroo_jax.decode.generate import verification_widths
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.adapter import DraftVocabulary
 
 _MODEL = flags.DEFINE_string("model", None, "Target; the demo if neither this nor --shape is given.")
 _ADAPTER = flags.DEFINE_string("adapter", None, "Adapter of --model.")
@@ -35,6 +39,7 @@ _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weigh
 _CONTEXTS = flags.DEFINE_list("contexts", ["256"], "Tokens before the measured position; the first is looked into.")
 _BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1"], "Sequences; the first is looked into.")
 _MAX_DRAFT_LEN = flags.DEFINE_integer("max_draft_len", 6, "gamma of the rounds.")
+_DRAFT_VOCABULARY = flags.DEFINE_integer("draft_vocabulary", 0, "Tokens in a draft vocabulary to measure as well.")
 _WIDTHS = flags.DEFINE_list("widths", ["1", "2", "3", "5", "7", "9", "13", "16"], "Verification widths.")
 
 Make = Callable[[int, int], parts.Context]
@@ -49,6 +54,11 @@ def main() -> None:
     compilation_cache.enable()
     make = _contexts()
     first = make(batches[0], contexts[0])
+    if not 0 <= _DRAFT_VOCABULARY.value <= first.model.config.vocab_size:
+        raise InputError(
+            f"--draft_vocabulary: expected at most the vocabulary of {first.model.config.vocab_size}, "
+            f"found {_DRAFT_VOCABULARY.value}"
+        )
     print(machine.describe())
     print(
         f"{_name()}, {first.model.dtype}, exit layer {first.exit_layer} of {first.model.config.num_hidden_layers}, "
@@ -123,6 +133,12 @@ def report(context: parts.Context, widths: list[int], max_draft_len: int) -> Non
     shallow = one - draft_step
     row("shallow pass", shallow, size.shallow)
     row("draft step", draft_step, size.draft_step)
+    if _DRAFT_VOCABULARY.value:
+        reduced = with_draft_vocabulary(context, _DRAFT_VOCABULARY.value)
+        one, several = parts.draft_seconds(reduced, 1), parts.draft_seconds(reduced, max(2, max_draft_len))
+        reduced_step = (several - one) / (max(2, max_draft_len) - 1)
+        row(f"with {_DRAFT_VOCABULARY.value} tokens", reduced_step, reduced.bytes.draft_step)
+        print(f"draft step with a draft vocabulary: {reduced_step / draft_step:.2f} of the whole head's")
     verification = {}
     for width in sorted({*widths, max_draft_len + 1}):
         verification[width] = parts.verification_seconds(context, width)
@@ -141,11 +157,18 @@ def report(context: parts.Context, widths: list[int], max_draft_len: int) -> Non
     print("".join(f"{length / cost:7.2f}" for length in lengths))
 
     print(f"\n{'round':24}{'ms':>9}{'parts ms':>10}{'over':>8}")
-    for count in sorted({1, *(width - 1 for width in verification_widths(max_draft_len))}):
+    for count in sorted({1, *(width - 1 for width in verification_widths(DraftConfig(None, max_draft_len)))}):
         width = min(w for w in verification if w > count)
         whole = parts.round_seconds(context, count)
         total = count * draft_step + shallow + verification[width]
         print(f"{f'of {count} drafts':24}{whole * 1e3:9.3f}{total * 1e3:10.3f}{whole / total - 1:8.0%}", flush=True)
+
+
+def with_draft_vocabulary(context: parts.Context, size: int) -> parts.Context:
+    """The same, drafting from `size` tokens only (any will do to time it)."""
+    adapter = nnx.clone(context.adapter)
+    adapter.draft_vocabulary = DraftVocabulary(context.model, jnp.arange(size))
+    return dataclasses.replace(context, adapter=adapter)
 
 
 def print_growth(make: Make, settings: list[tuple[int, int]], max_draft_len: int) -> None:

@@ -61,7 +61,7 @@ class Costs:
 
     def round(self, drafted: int, max_draft_len: int) -> float:
         """Seconds of a round with `drafted` tokens of at most `max_draft_len`."""
-        width = next(w for w in verification_widths(max_draft_len) if w > drafted)
+        width = next(w for w in verification_widths(DraftConfig(None, max_draft_len)) if w > drafted)
         return self.rounds[width - 1] - (width - 1 - drafted) * self.draft_step
 
 

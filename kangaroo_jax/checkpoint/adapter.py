@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,9 +23,11 @@ from kangaroo_jax.checkpoint.huggingface import Target, parameter_paths
 from kangaroo_jax.checkpoint.upstream import load_upstream
 from kangaroo_jax.config import DraftConfig, ModelConfig
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.model.adapter import Adapter, abstract_adapter
+from kangaroo_jax.model.adapter import Adapter, DraftVocabulary, abstract_adapter
 
-DRAFT_SETTINGS = "decode.json"  # beside an adapter: how to draft with it
+# Beside an adapter: how to draft with it, and what tokens its drafts are made of.
+DRAFT_SETTINGS = "decode.json"
+DRAFT_VOCABULARY = "draft_vocabulary.npy"
 _FORMAT = "kangaroo_jax adapter"
 _VERSION = 1
 _TARGET_SHAPE = (
@@ -42,7 +45,7 @@ class TrainedAdapter:
     """A loaded adapter.
 
     Attributes:
-      model: the weights, in the target's dtype.
+      model: the weights, in the target's dtype, with the draft vocabulary that lies beside them.
       exit_layer: number of shallow layers it was trained for; None where the checkpoint does not say (the authors').
       name: the folder it came from.
       target_fingerprint: of the target it was trained for; None where the checkpoint does not say.
@@ -146,7 +149,7 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
         )
     if (folder / "pytorch_model.bin").exists():
         model = load_upstream(folder, target, target.model.dtype)
-        return TrainedAdapter(model, None, str(path), None, read_draft_settings(folder))
+        return _with_companions(TrainedAdapter(model, None, str(path), None), folder, target)
     step = folder if (folder / "adapter").is_dir() else newest_step(folder)
     if step is None:
         found = ", ".join(sorted(x.name for x in folder.iterdir())[:5]) or "an empty folder"
@@ -154,7 +157,15 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
             f"{folder}: not an adapter checkpoint; expected 'adapter' and 'metadata', numbered steps of a run, "
             f"or the authors' config.json and pytorch_model.bin; found {found}"
         )
-    return dataclasses.replace(_load(step, target, str(path)), draft=read_draft_settings(folder))
+    return _with_companions(_load(step, target, str(path)), folder, target)
+
+
+def _with_companions(adapter: TrainedAdapter, folder: pathlib.Path, target: Target) -> TrainedAdapter:
+    """With what other files in the adapter's folder say."""
+    token_ids = read_draft_vocabulary(folder, target.config)
+    if token_ids is not None:
+        adapter.model.draft_vocabulary = DraftVocabulary(target.model, jnp.asarray(token_ids))
+    return dataclasses.replace(adapter, draft=read_draft_settings(folder))
 
 
 def read_draft_settings(folder: pathlib.Path) -> DraftConfig:
@@ -176,6 +187,45 @@ def read_draft_settings(folder: pathlib.Path) -> DraftConfig:
             f"{path}: expected an object with max_draft_len and threshold alone; "
             "write it anew with `python -m kangaroo_jax.bench tune`, or remove it"
         ) from None
+
+
+def read_draft_vocabulary(folder: pathlib.Path, config: ModelConfig) -> np.ndarray | None:
+    """The token ids in draft_vocabulary.npy in an adapter's folder; None where there is none.
+
+    Raises:
+      InputError: for a file that is damaged, or ids that are not the target's, each once.
+    """
+    path = folder / DRAFT_VOCABULARY
+    if not path.exists():
+        return None
+    mend = "write it anew with `python -m kangaroo_jax.train.draft_vocabulary`, or remove it"
+    try:
+        token_ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a NumPy array ({error}); {mend}") from None
+    if token_ids.ndim != 1 or not len(token_ids) or not np.issubdtype(token_ids.dtype, np.integer):
+        raise InputError(
+            f"{path}: expected a list of token ids, found shape {list(token_ids.shape)} of {token_ids.dtype}; {mend}"
+        )
+    wrong = token_ids[(token_ids < 0) | (token_ids >= config.vocab_size)]
+    if len(wrong):
+        raise InputError(f"{path}: token id {wrong[0]} is outside the vocabulary of {config.vocab_size}; {mend}")
+    if len(np.unique(token_ids)) < len(token_ids):
+        raise InputError(f"{path}: a token id is in it twice; {mend}")
+    return token_ids.astype(np.int32)
+
+
+def write_draft_vocabulary(folder: str | pathlib.Path, token_ids: Sequence[int] | np.ndarray) -> pathlib.Path:
+    """Writes draft_vocabulary.npy into an adapter's folder, whole or not at all; returns its path."""
+    path = pathlib.Path(folder).expanduser().resolve() / DRAFT_VOCABULARY
+    scratch = path.with_suffix(".tmp")
+    try:
+        with scratch.open("wb") as file:
+            np.save(file, np.asarray(token_ids, np.int32))
+        scratch.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    return path
 
 
 def write_draft_settings(folder: str | pathlib.Path, draft: DraftConfig) -> pathlib.Path:

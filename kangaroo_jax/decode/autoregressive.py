@@ -36,6 +36,7 @@ def generate_plain(
         plain_round,
         exit_layer=PLAIN_EXIT_LAYER,
         overhang=1,
+        slots=1,
         threshold=0.0,
         sampling=sampling,
         max_new_tokens=max_new_tokens,
@@ -69,7 +70,5 @@ def plain_round(
         adapter=None,
         probs=None if state.sampler is None else jnp.zeros((batch, 0, target.config.vocab_size)),
     )
-    tokens, accepted, deep = verify(
-        target, state.deep, nothing, state.sampler, exit_layer=PLAIN_EXIT_LAYER, widths=(1,)
-    )
-    return commit(state, nothing, deep, tokens, accepted, eos_token_ids)
+    verdict, deep = verify(target, state.deep, nothing, state.sampler, exit_layer=PLAIN_EXIT_LAYER, widths=(1,))
+    return commit(state, nothing, deep, verdict, eos_token_ids)

@@ -9,9 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 from kangaroo_jax.decode.pick import pick_token
 from kangaroo_jax.decode.sampling import DRAFT
 from kangaroo_jax.decode.state import DecodeState, Draft
-from kangaroo_jax.model.adapter import Adapter, adapter_apply
+from kangaroo_jax.model.adapter import Adapter, adapter_apply, draft_head
 from kangaroo_jax.model.cache import KVCache
-from kangaroo_jax.model.target import TargetModel, lm_head, shallow_apply
+from kangaroo_jax.model.target import TargetModel, shallow_apply
 
 
 def draft(
@@ -49,22 +49,30 @@ def draft(
         hidden, new = shallow_apply(target, tokens[:, None], cache.length[:, None], cache, exit_layer=exit_layer)
         return hidden, new.replace(length=jnp.where(active, new.length, cache.length))
 
+    def spread(probs: Float[Array, "batch drafted"]) -> Float[Array, "batch 1 vocab"]:
+        """Over the whole vocabulary: 0 for tokens that cannot be drafted."""
+        if adapter.draft_vocabulary is None:
+            return probs[:, None]
+        whole = jnp.zeros((batch, target.config.vocab_size))
+        return whole.at[:, adapter.draft_vocabulary.token_ids[...]].set(probs)[:, None]
+
     def draft_step(carry, hidden: Float[Array, "batch time hidden"]):
         """One more token, from shallow hidden states that end at the last known position."""
         k, active, drafted = carry
         cache = drafted.adapter
         positions = cache.length[:, None] + jnp.arange(hidden.shape[1])
         adapted, new = adapter_apply(adapter, hidden, positions, cache)
-        logits = lm_head(target, adapted[:, -1])
+        logits = draft_head(target, adapter, adapted[:, -1])
         top = jnp.max(logits, axis=-1)
         # The top-1 probability: softmax at the maximum.
         confidence = 1.0 / jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
-        tokens, probs = pick_token(logits, state.sampler, state.shallow.length + 1 + k, DRAFT)
+        index, probs = pick_token(logits, state.sampler, state.shallow.length + 1 + k, DRAFT)
+        tokens = adapter.token_ids(index)
         next_hidden, shallow = shallow_step(tokens, drafted.shallow, active)
         drafted = Draft(
             tokens=jax.lax.dynamic_update_slice(drafted.tokens, tokens[:, None], (0, k)),
             confidence=jax.lax.dynamic_update_slice(drafted.confidence, confidence[:, None], (0, k)),
-            probs=None if probs is None else jax.lax.dynamic_update_slice(drafted.probs, probs[:, None], (0, k, 0)),
+            probs=None if probs is None else jax.lax.dynamic_update_slice(drafted.probs, spread(probs), (0, k, 0)),
             length=drafted.length + active,
             hidden=jax.lax.dynamic_update_slice(drafted.hidden, next_hidden, (0, k + 1, 0)),
             shallow=shallow,

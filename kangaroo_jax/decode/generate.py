@@ -10,10 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter, check_exit_layer
 from kangaroo_jax.checkpoint.huggingface import Target
-from kangaroo_jax.config import DraftConfig, SamplingConfig
+from kangaroo_jax.config import DraftConfig, SamplingConfig, TreeConfig
 from kangaroo_jax.decode.draft import draft as draft_tokens
 from kangaroo_jax.decode.host_loop import Generation, run
 from kangaroo_jax.decode.state import DecodeState
+from kangaroo_jax.decode.tree import draft_tree
 from kangaroo_jax.decode.verify import commit, verify
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.adapter import Adapter
@@ -55,9 +56,13 @@ def generate(
         not the adapter's, seeds that are not one per prompt.
     """
     exit_layer = resolve_exit_layer(target, adapter, draft)
-    widths = verification_widths(draft.max_draft_len)
+    slots = cache_slots(adapter, draft)
     one_round = functools.partial(
-        kangaroo_round, exit_layer=exit_layer, max_draft_len=draft.max_draft_len, widths=widths
+        kangaroo_round,
+        exit_layer=exit_layer,
+        max_draft_len=draft.max_draft_len,
+        widths=verification_widths(draft),
+        tree=draft.tree,
     )
     return run(
         target,
@@ -66,6 +71,7 @@ def generate(
         one_round,
         exit_layer=exit_layer,
         overhang=draft.max_draft_len + 1,
+        slots=slots,
         threshold=draft.threshold,
         sampling=sampling,
         max_new_tokens=max_new_tokens,
@@ -76,11 +82,32 @@ def generate(
     )
 
 
-def verification_widths(max_draft_len: int) -> tuple[int, ...]:
-    """How many positions a verification pass may hold, ascending, for drafts of at most `max_draft_len` tokens."""
-    full = max_draft_len + 1
+def cache_slots(adapter: TrainedAdapter, draft: DraftConfig) -> int:
+    """The most slots of the caches that a round fills.
+
+    Raises:
+      InputError: for a tree with more children per node than there are tokens to draft.
+    """
+    if draft.tree is None:
+        return draft.max_draft_len + 1
+    vocabulary = adapter.model.draft_vocabulary
+    size = adapter.model.config.vocab_size if vocabulary is None else len(vocabulary.token_ids[...])
+    if draft.tree.topk > size:
+        raise InputError(f"tree_topk must be at most the {size} tokens that can be drafted, found {draft.tree.topk}")
+    # While a tree grows, each level but the last has its frontier in the caches; then the tokens to be verified.
+    return max(1 + draft.tree.topk * (draft.max_draft_len - 1), verification_widths(draft)[-1])
+
+
+def verification_widths(draft: DraftConfig) -> tuple[int, ...]:
+    """How many tokens a verification pass may hold, ascending: x_n and the drafted tokens of a round."""
+    gamma, tree = draft.max_draft_len, draft.tree
+    if tree is None:
+        full, fewer = gamma + 1, (2, 3, 5, 7, 9, 13)
+    else:
+        # What a tree of each depth holds.
+        *fewer, full = sorted({1 + min(tree.budget, tree.topk + level * tree.topk**2) for level in range(gamma)})
     # Beside reading the weights, positions are free on accelerators; on CPU they are not.
-    return (full,) if jax.default_backend() != "cpu" else (*(w for w in (2, 3, 5, 7, 9, 13) if w < full), full)
+    return (full,) if jax.default_backend() != "cpu" else (*(w for w in fewer if w < full), full)
 
 
 def kangaroo_round(
@@ -93,11 +120,16 @@ def kangaroo_round(
     exit_layer: int,
     max_draft_len: int,
     widths: tuple[int, ...],
+    tree: TreeConfig | None = None,
 ) -> DecodeState:
     """One draft, one verification, one commit."""
-    drafted = draft_tokens(target, adapter, state, threshold, exit_layer=exit_layer, max_draft_len=max_draft_len)
-    tokens, accepted, deep = verify(target, state.deep, drafted, state.sampler, exit_layer=exit_layer, widths=widths)
-    return commit(state, drafted, deep, tokens, accepted, eos_token_ids)
+    shape = {"exit_layer": exit_layer, "max_draft_len": max_draft_len}
+    if tree is None:
+        drafted = draft_tokens(target, adapter, state, threshold, **shape)
+    else:
+        drafted = draft_tree(target, adapter, state, threshold, **shape, tree=tree)
+    verdict, deep = verify(target, state.deep, drafted, state.sampler, exit_layer=exit_layer, widths=widths)
+    return commit(state, drafted, deep, verdict, eos_token_ids)
 
 
 def resolve_exit_layer(target: Target, adapter: TrainedAdapter, draft: DraftConfig) -> int:

@@ -78,6 +78,7 @@ def run(
     *,
     exit_layer: int,
     overhang: int,
+    slots: int,
     threshold: float,
     sampling: SamplingConfig,
     max_new_tokens: int,
@@ -86,7 +87,8 @@ def run(
     stop: Sequence[str],
     on_text: Callable[[int, str], None] | None,
 ) -> Generation:
-    """Decodes prompts with `one_round`, which commits 1 to `overhang` tokens per sequence.
+    """Decodes prompts with `one_round`, which commits 1 to `overhang` tokens per sequence and fills at most `slots` of
+    the caches.
 
     The device runs rounds in a `lax.while_loop`; the host is visited once per chunk of tokens.
     """
@@ -105,7 +107,7 @@ def run(
     for row, ids in zip(tokens, prompt_ids, strict=True):
         row[: len(ids)] = ids
     room = bucket(max_new_tokens + overhang, _CACHE_STEP)
-    capacity = bucket(max(tokens.shape[1], int(lengths.max()) + max_new_tokens + overhang), _CACHE_STEP)
+    capacity = bucket(max(tokens.shape[1], int(lengths.max()) + max_new_tokens + slots), _CACHE_STEP)
     sampler = Sampler.create(sampling, prompt_ids)
     max_output = np.full(len(prompt_ids), max_new_tokens, np.int32)
     streams = [TextStream(target.tokenizer, stop) for _ in prompt_ids] if target.tokenizer is not None else None

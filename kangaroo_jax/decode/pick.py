@@ -5,11 +5,31 @@ Without a sampler no random number and no distribution is in the compiled progra
 
 from __future__ import annotations
 
+import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kangaroo_jax.decode.sampling import Sampler, accept_and_resample, probabilities, sample
-from kangaroo_jax.decode.state import Draft
+from kangaroo_jax.decode.sampling import TARGET, Sampler, accept_and_resample, probabilities, sample
+from kangaroo_jax.decode.state import Draft, DraftTree
+
+
+@flax.struct.dataclass
+class Verdict:
+    """What the target makes of a draft."""
+
+    tokens: Int[Array, "batch gamma+1"]  # meaningless beyond the accepted drafts + 1
+    accepted: Int[Array, " batch"]  # how many drafted tokens stand
+    path: Int[Array, "batch gamma+1"] | None  # nodes of a tree, from x_n to the last accepted, then padding
+
+    @classmethod
+    def empty(cls, draft: Draft) -> Verdict:
+        """Nothing accepted."""
+        batch, drafts = draft.tokens.shape
+        if draft.tree is None:
+            return cls(jnp.zeros((batch, drafts + 1), jnp.int32), jnp.zeros((batch,), jnp.int32), None)
+        tokens, path = (jnp.zeros((batch, draft.tree.max_depth + 1), jnp.int32) for _ in range(2))
+        return cls(tokens, jnp.zeros((batch,), jnp.int32), path)
 
 
 def pick_token(
@@ -30,23 +50,64 @@ def pick_token(
 
 
 def pick_verified(
-    logits: Float[Array, "batch width vocab"], draft: Draft, sampler: Sampler | None, positions: Int[Array, " batch"]
-) -> tuple[Int[Array, "batch width"], Int[Array, " batch"]]:
+    logits: Float[Array, "batch width vocab"],
+    draft: Draft,
+    sampler: Sampler | None,
+    positions: Int[Array, "batch width"],
+) -> Verdict:
     """What the target makes of a draft: how many drafted tokens stand, and the tokens up to the one after those.
 
     Args:
-      logits: the target's at the drafted positions and the next, float32; width is above the longest draft.
+      logits: the target's at x_n and the drafted tokens, float32; width is above the longest draft.
       draft: the draft.
       sampler: None for greedy decoding, where drafts stand as far as they are the target's own choices.
-      positions: of the first drafted token.
-
-    Returns:
-      Tokens (meaningless beyond the accepted drafts + 1), and the number of accepted drafts.
+      positions: of the tokens that follow those.
     """
     drafted = draft.tokens[:, : logits.shape[1] - 1]
+    if draft.tree is not None:
+        return walk(_choices(logits, sampler, positions), drafted, draft.length, draft.tree)
     if sampler is not None:
         p, q = probabilities(logits, sampler), draft.probs[:, : drafted.shape[1]]
-        return accept_and_resample(p, q, drafted, draft.length, sampler, positions)
-    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    agrees = (drafted == tokens[:, :-1]) & (jnp.arange(drafted.shape[1]) < draft.length[:, None])
-    return tokens, jnp.sum(jnp.cumprod(agrees, axis=1), axis=1, dtype=jnp.int32)
+        tokens, accepted = accept_and_resample(p, q, drafted, draft.length, sampler, positions[:, 0])
+    else:
+        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        agrees = (drafted == tokens[:, :-1]) & (jnp.arange(drafted.shape[1]) < draft.length[:, None])
+        accepted = jnp.sum(jnp.cumprod(agrees, axis=1), axis=1, dtype=jnp.int32)
+    return Verdict(jnp.pad(tokens, ((0, 0), (0, draft.tokens.shape[1] - drafted.shape[1]))), accepted, None)
+
+
+def _choices(
+    logits: Float[Array, "batch width vocab"], sampler: Sampler | None, positions: Int[Array, "batch width"]
+) -> Int[Array, "batch width"]:
+    """The target's own next token at each place: what plain decoding would choose there, with the same random
+    numbers."""
+    if sampler is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    probs = probabilities(logits, sampler)
+    return jax.vmap(lambda p, place: sample(sampler.keys, place, TARGET, p), 1, 1)(probs, positions)
+
+
+def walk(
+    choices: Int[Array, "batch width"],
+    drafted: Int[Array, "batch width-1"],
+    length: Int[Array, " batch"],
+    tree: DraftTree,
+) -> Verdict:
+    """From x_n down the tree along the target's choices, as far as they were drafted.
+
+    Every committed token is the target's own choice after the tokens before it, so that in sampling the text is
+    distributed as the target's whatever the tree: here no drafted token is accepted or rejected by chance.
+    """
+    nodes = jnp.arange(1, drafted.shape[1] + 1)
+    parents = jnp.where(nodes <= length[:, None], tree.parents[:, : drafted.shape[1]], -1)  # -1: was not drafted
+    node = jnp.zeros(length.shape, jnp.int32)
+    walking, path, accepted = jnp.bool_(True), [node], jnp.zeros(length.shape, jnp.int32)
+    for _ in range(tree.max_depth):
+        choice = jnp.take_along_axis(choices, node[:, None], axis=1)
+        follows = (parents == node[:, None]) & (drafted == choice)
+        walking &= jnp.any(follows, axis=1)
+        node = jnp.where(walking, nodes[jnp.argmax(follows, axis=1)], node)
+        path.append(node)
+        accepted += walking
+    path = jnp.stack(path, axis=1)
+    return Verdict(jnp.take_along_axis(choices, path, axis=1), accepted, path)

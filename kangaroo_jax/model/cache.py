@@ -37,6 +37,13 @@ class KVCache:
         values = tuple(jnp.zeros((rows, capacity, width), dtype) for _ in range(num_layers))
         return cls(keys, values, jnp.zeros((batch,), jnp.int32), *rotary_angles(config, jnp.arange(capacity), dtype))
 
+    def moved(self, start: Int[Array, " batch"], sources: Int[Array, "batch moved"], region: int) -> KVCache:
+        """With the entries at slots start + sources of each sequence moved to start, start + 1, ... (see `move`)."""
+        return self.replace(
+            keys=tuple(move(x, start, sources, region, axis=2) for x in self.keys),
+            values=tuple(move(x, start, sources, region, axis=1) for x in self.values),
+        )
+
     @property
     def capacity(self) -> int:
         return self.cos.shape[0]
@@ -68,7 +75,47 @@ def write(
     return buffer
 
 
+def move(
+    buffer: Float[Array, "batch*kv_heads ..."],
+    start: Int[Array, " batch"],
+    sources: Int[Array, "batch moved"],
+    region: int,
+    axis: int,
+) -> Float[Array, "batch*kv_heads ..."]:
+    """Moves the entries at slots start + sources to slots start, start + 1, ... of each sequence.
+
+    Args:
+      buffer: keys or values.
+      start: of each sequence.
+      sources: offsets, below `region`.
+      region: slots from `start` on that are read, static.
+      axis: of the slots, as for `write`.
+    """
+    batch = len(sources)
+    heads = buffer.shape[0] // batch
+    for i in range(batch):
+        place = [i * heads, 0, 0]
+        place[axis] = start[i]
+        shape = [heads, *buffer.shape[1:]]
+        shape[axis] = region
+        # Read before it is overwritten: the barrier keeps the reading out of the update's fusion, for which XLA would
+        # have to copy the buffer.
+        entries = jax.lax.optimization_barrier(jax.lax.dynamic_slice(buffer, place, shape))
+        buffer = jax.lax.dynamic_update_slice(buffer, jnp.take(entries, sources[i], axis=axis), place)
+    return buffer
+
+
 def causal_mask(start: Int[Array, " batch"], time: int, capacity: int) -> Bool[Array, "batch time capacity"]:
     """Query i, at slot start + i, sees slots 0 .. start + i."""
     slots = start[:, None] + jnp.arange(time)
     return jnp.arange(capacity) <= slots[:, :, None]
+
+
+def draft_mask(
+    start: Int[Array, " batch"], visible: Bool[Array, "batch time drafts"], capacity: int
+) -> Bool[Array, "batch time capacity"]:
+    """Query i sees all slots before `start`, and those of the slots start + j that visible[i, j] names."""
+    offsets = jnp.arange(capacity) - start[:, None]
+    inside = (offsets >= 0) & (offsets < visible.shape[-1])
+    named = jnp.take_along_axis(visible, jnp.clip(offsets, 0, visible.shape[-1] - 1)[:, None], axis=2)
+    return (offsets < 0)[:, None] | (inside[:, None] & named)

@@ -84,5 +84,9 @@ def lm_head(target: TargetModel, hidden: Float[Array, "... hidden"]) -> Float[Ar
     """float32 logits of normed hidden states (the target's, or the adapter's)."""
     with jax.named_scope("head"):
         weight = target.embed_tokens if target.lm_head is None else target.lm_head
-        logits = jnp.einsum("...d,vd->...v", hidden, weight[...], precision=_precision(hidden.dtype))
-        return logits.astype(jnp.float32)
+        return logits(hidden, weight[...])
+
+
+def logits(hidden: Float[Array, "... hidden"], weight: Float[Array, "vocab hidden"]) -> Float[Array, "... vocab"]:
+    """float32 logits, by a head's rows."""
+    return jnp.einsum("...d,vd->...v", hidden, weight, precision=_precision(hidden.dtype)).astype(jnp.float32)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from kangaroo_jax.config import TreeConfig
 from kangaroo_jax.decode.autoregressive import plain_round
 from kangaroo_jax.decode.generate import kangaroo_round
 from kangaroo_jax.decode.host_loop import advance_rounds
@@ -15,6 +16,7 @@ from kangaroo_jax.decode.prefill import prefill
 from tests.decode.models import CONFIG, tiny_adapter, tiny_target
 
 CAPACITY = 1000
+_TREE = TreeConfig(3, 8)
 EOS = np.full(4, -1, np.int32)
 
 
@@ -34,9 +36,18 @@ def cache_copies(text, batch=1):
     return re.findall(rf"= {shape}\S* copy\(", text)
 
 
-@pytest.mark.parametrize(("widths", "batch"), [((7,), 1), ((2, 4, 7), 1), ((7,), 2)])
-def test_kangaroo_rounds_do_not_copy_the_cache(widths, batch):
-    one_round = functools.partial(kangaroo_round, exit_layer=2, max_draft_len=6, widths=widths)
+@pytest.mark.parametrize(
+    ("widths", "batch", "tree"),
+    [
+        ((7,), 1, None),
+        ((2, 4, 7), 1, None),
+        ((7,), 2, None),
+        ((4, 9), 1, _TREE),
+        ((9,), 2, _TREE),
+    ],
+)
+def test_kangaroo_rounds_do_not_copy_the_cache(widths, batch, tree):
+    one_round = functools.partial(kangaroo_round, exit_layer=2, max_draft_len=6, widths=widths, tree=tree)
     assert cache_copies(compiled_text(one_round, tiny_adapter(2).model, 2, donate=True, batch=batch), batch) == []
 
 

@@ -1,0 +1,221 @@
+"""Trees against plain decoding, and each round against a slow reference that runs every path as its own sequence."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kangaroo_jax import DraftConfig, InputError, SamplingConfig, TreeConfig, generate, generate_plain
+from kangaroo_jax.decode.generate import kangaroo_round
+from kangaroo_jax.decode.prefill import prefill
+from kangaroo_jax.model.adapter import DraftVocabulary
+from tests.decode.models import VOCABULARY, tiny_adapter, tiny_target
+from tests.decode.test_lossless import full_forward
+
+TOKEN = st.integers(0, VOCABULARY - 1)
+# exit layer, gamma, K, budget: narrow and wide, budgets that cut and that do not, one level, one path.
+SHAPES = [(1, 4, 3, 7), (2, 6, 4, 20), (3, 1, 5, 3), (4, 3, 1, 3)]
+
+
+@pytest.mark.parametrize(("exit_layer", "gamma", "topk", "budget"), SHAPES)
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(
+    prompt=st.lists(TOKEN, min_size=1, max_size=40),
+    threshold=st.sampled_from([0.0, 0.01, 0.05, 0.2, 0.5, 1.0]),
+    eos=st.sets(TOKEN, max_size=3),
+    max_new_tokens=st.integers(1, 60),
+)
+def test_tokens_equal_plain_decoding(exit_layer, gamma, topk, budget, prompt, threshold, eos, max_new_tokens):
+    target, adapter = tiny_target(), tiny_adapter(exit_layer)
+    eos = [*sorted(eos), -1, -1, -1][:3]  # one shape: -1 is no token
+    draft = DraftConfig(exit_layer, gamma, threshold, TreeConfig(topk, budget))
+    out = generate(target, adapter, [prompt], max_new_tokens, draft, eos_token_ids=eos)
+    assert out.tokens == generate_plain(target, [prompt], max_new_tokens, eos_token_ids=eos).tokens
+    accept, levels = out.accept_lengths[0], out.draft_lengths[0]
+    assert 1 + sum(accept) == len(out.tokens[0])
+    assert all(1 <= a <= k + 1 and 1 <= k <= gamma for a, k in zip(accept, levels, strict=True))
+
+
+def reference(target, adapter, prompt, max_new_tokens, draft, length=128):
+    """Trees by their definition, every path a whole sequence: tokens, accept lengths, levels."""
+
+    @functools.cache
+    def logits(tokens):
+        padded = np.zeros((1, length), np.int32)
+        padded[0, : len(tokens)] = tokens
+        ours, drafts = full_forward(draft.exit_layer, length)(target.model, adapter.model, padded)
+        return np.asarray(ours[len(tokens) - 1]), np.asarray(drafts[len(tokens) - 1])
+
+    def tree(tokens):
+        pool, frontier, levels = {}, {(): np.float32(1)}, 0
+        for _ in range(draft.max_draft_len):
+            candidates = {}
+            for path, score in frontier.items():
+                row = logits(tokens + path)[1]
+                probs = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+                for token in np.argsort(-probs)[: draft.tree.topk].tolist():
+                    candidates[*path, token] = score * probs[token]
+            best = sorted(candidates, key=lambda path: -candidates[path])[: draft.tree.topk]
+            pool |= candidates
+            frontier = {path: candidates[path] for path in best}
+            levels += 1
+            if candidates[best[0]] < draft.threshold:
+                break
+        return set(sorted(pool, key=lambda path: -pool[path])[: draft.tree.budget]), levels
+
+    tokens = (*prompt, int(logits(tuple(prompt))[0].argmax()))
+    accept_lengths, all_levels = [], []
+    while (room := max_new_tokens - (len(tokens) - len(prompt))) > 0:
+        nodes, levels = tree(tokens)
+        path = ()
+        while path == () or path in nodes:
+            path = (*path, int(logits(tokens + path)[0].argmax()))
+        tokens += path[:room]
+        accept_lengths.append(min(len(path), room))
+        all_levels.append(levels)
+    return list(tokens[len(prompt) :]), accept_lengths, all_levels
+
+
+@pytest.mark.parametrize(
+    ("exit_layer", "gamma", "topk", "budget", "threshold"),
+    [(1, 4, 3, 7, 0.0), (2, 6, 4, 20, 0.05), (4, 3, 1, 3, 0.2)],
+)
+def test_rounds_equal_the_definition(exit_layer, gamma, topk, budget, threshold):
+    target, adapter = tiny_target(), tiny_adapter(exit_layer)
+    draft = DraftConfig(exit_layer, gamma, threshold, TreeConfig(topk, budget))
+    rng = np.random.default_rng(exit_layer)
+    seen = set()
+    for _ in range(3):
+        prompt = rng.integers(0, VOCABULARY, rng.integers(1, 30)).tolist()
+        out = generate(target, adapter, [prompt], 30, draft)
+        expected = reference(target, adapter, prompt, 30, draft)
+        assert (out.tokens[0], out.accept_lengths[0], out.draft_lengths[0]) == expected
+        seen |= set(out.accept_lengths[0])
+    assert len(seen) > 1  # drafts both accepted and refused
+
+
+def test_a_tree_of_width_one_is_the_single_sequence():
+    target, adapter, prompts = tiny_target(), tiny_adapter(2), [[1, 2, 3], list(range(30))]
+    single = DraftConfig(2, 4, 0.0)
+    tree = dataclasses.replace(single, tree=TreeConfig(1, 4))
+    one, other = (generate(target, adapter, prompts, 50, draft) for draft in (single, tree))
+    assert (one.tokens, one.accept_lengths, one.draft_lengths) == (
+        other.tokens,
+        other.accept_lengths,
+        other.draft_lengths,
+    )
+
+
+def test_a_wider_tree_is_accepted_further():
+    target, adapter, prompts = tiny_target(), tiny_adapter(2), [[1, 2, 3], list(range(30))]
+    single = generate(target, adapter, prompts, 60, DraftConfig(2, 2, 0.0))
+    tree = generate(target, adapter, prompts, 60, DraftConfig(2, 2, 0.0, TreeConfig(6, 42)))
+    assert tree.mean_accept_length > 1.1 * single.mean_accept_length
+
+
+def test_neighbours_change_nothing():
+    target, adapter = tiny_target(), tiny_adapter(2)
+    draft = DraftConfig(2, 3, 0.1, TreeConfig(3, 9))
+    prompts = [[1, 2, 3], list(range(30)), [7]]
+    end = generate_plain(target, [prompts[1]], 50).tokens[0][20]
+    together = generate(target, adapter, prompts, 50, draft, eos_token_ids=[end])
+    assert len({len(sequence) for sequence in together.tokens}) > 1  # some end early
+    for i, prompt in enumerate(prompts):
+        alone = generate(target, adapter, [prompt], 50, draft, eos_token_ids=[end])
+        assert together.tokens[i] == alone.tokens[0]
+        assert together.accept_lengths[i] == alone.accept_lengths[0]
+        assert together.draft_lengths[i] == alone.draft_lengths[0]
+
+
+def test_caches_hold_what_prefill_of_the_committed_tokens_would_leave():
+    model, adapter = tiny_target().model, tiny_adapter(2).model
+    prompts = [[1, 2, 3], list(range(20, 31))]
+    eos, most = np.full(4, -1, np.int32), np.full(2, 60, np.int32)
+
+    def start(sequences):
+        lengths = np.asarray([len(tokens) for tokens in sequences], np.int32)
+        rows = np.asarray([[*tokens, *[0] * (64 - len(tokens))] for tokens in sequences], np.int32)
+        return prefill(model, adapter, rows, lengths, most, eos, exit_layer=2, capacity=128, room=96)
+
+    one_round = jax.jit(
+        functools.partial(kangaroo_round, exit_layer=2, max_draft_len=5, widths=(13,), tree=TreeConfig(4, 12))
+    )
+    state = start(prompts)
+    for _ in range(6):
+        state = one_round(model, adapter, state, eos, np.float32(0.02))
+    assert (state.stats.accept_lengths[:, :6].max(1) > 1).all()  # something was moved
+    committed = [prompt + state.output[i, : state.num_output[i] - 1].tolist() for i, prompt in enumerate(prompts)]
+    expected = start(committed)
+    heads = model.config.num_key_value_heads
+    for name in ("shallow", "deep", "adapter"):
+        ours, theirs = getattr(state, name), getattr(expected, name)
+        np.testing.assert_array_equal(ours.length, theirs.length)
+        for i, length in enumerate(ours.length.tolist()):
+            rows = slice(i * heads, (i + 1) * heads)
+            for a, b in zip(ours.keys, theirs.keys, strict=True):
+                np.testing.assert_allclose(a[rows, :, :length], b[rows, :, :length], atol=2e-4)
+            for a, b in zip(ours.values, theirs.values, strict=True):
+                np.testing.assert_allclose(a[rows, :length], b[rows, :length], atol=2e-4)
+    np.testing.assert_allclose(state.shallow_hidden, expected.shallow_hidden, atol=2e-4)
+
+
+def test_sampled_text_is_that_of_plain_decoding_with_the_same_seed():
+    # Trees hold no random numbers, so every token is drawn as plain decoding draws it.
+    target, adapter, prompts = tiny_target(), tiny_adapter(2), [[1, 2, 3], list(range(30))]
+    sampling = SamplingConfig(0.8, 0.95, seed=4)
+    out = generate(target, adapter, prompts, 60, DraftConfig(2, 3, 0.05, TreeConfig(4, 16)), sampling)
+    assert out.tokens == generate_plain(target, prompts, 60, sampling).tokens
+    assert out.mean_accept_length > 1.2
+
+
+# --- The draft vocabulary.
+
+
+def with_draft_vocabulary(adapter, target, token_ids):
+    model = nnx.clone(adapter.model)
+    model.draft_vocabulary = DraftVocabulary(target.model, jax.numpy.asarray(token_ids))
+    return dataclasses.replace(adapter, model=model)
+
+
+@pytest.mark.parametrize("tree", [None, TreeConfig(3, 8)], ids=["single", "tree"])
+def test_a_draft_vocabulary_changes_drafts_and_not_tokens(tree):
+    target, whole = tiny_target(), tiny_adapter(2)
+    prompts = [[1, 2, 3], list(range(30))]
+    draft = DraftConfig(2, 2, 0.0, tree)
+    plain = generate_plain(target, prompts, 60)
+    # In an order of its own, so that a token taken for its place in the list would show.
+    used = sorted({token for sequence in plain.tokens for token in sequence}, key=lambda token: token * 29 % 48)
+    unused = [token for token in range(48) if token not in used]
+    some = (used + unused)[:24]
+    results = []
+    for token_ids in (some, [token for token in range(48) if token not in some]):
+        out = generate(target, with_draft_vocabulary(whole, target, token_ids), prompts, 60, draft)
+        assert out.tokens == plain.tokens
+        results.append(out.mean_accept_length)
+    usual = generate(target, whole, prompts, 60, draft).mean_accept_length
+    assert 0.9 * usual < results[0]
+    assert results[1] < 0.9 * results[0]
+
+
+# --- Bad input.
+
+
+def test_a_budget_that_cannot_hold_a_path_is_named():
+    with pytest.raises(InputError, match="tree_budget must be at least max_draft_len"):
+        DraftConfig(2, 6, 0.4, TreeConfig(10, 5))
+
+
+def test_more_children_than_tokens_are_named():
+    with pytest.raises(InputError, match="tree_topk must be at most the 48 tokens"):
+        generate(tiny_target(), tiny_adapter(2), [[1]], 4, DraftConfig(2, 2, 0.4, TreeConfig(49, 60)))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2.5, 8), (True, 8)])
+def test_impossible_shapes_are_named(shape):
+    with pytest.raises(InputError, match="tree_"):
+        TreeConfig(*shape)
