@@ -12,7 +12,7 @@ from kangaroo_jax.checkpoint.adapter import TrainedAdapter, check_exit_layer
 from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.config import DraftConfig, SamplingConfig
 from kangaroo_jax.decode.draft import draft as draft_tokens
-from kangaroo_jax.decode.host_loop import Generation, run
+from kangaroo_jax.decode.host_loop import Generation, Method, run
 from kangaroo_jax.decode.state import DecodeState
 from kangaroo_jax.decode.verify import commit, verify
 from kangaroo_jax.errors import InputError
@@ -54,19 +54,10 @@ def generate(
       InputError: for an empty or too long prompt, ids outside the vocabulary, an exit layer that is out of range or
         not the adapter's, seeds that are not one per prompt.
     """
-    exit_layer = resolve_exit_layer(target, adapter, draft)
-    widths = verification_widths(draft.max_draft_len)
-    one_round = functools.partial(
-        kangaroo_round, exit_layer=exit_layer, max_draft_len=draft.max_draft_len, widths=widths
-    )
     return run(
         target,
-        adapter.model,
+        kangaroo(target, adapter, draft),
         prompts,
-        one_round,
-        exit_layer=exit_layer,
-        overhang=draft.max_draft_len + 1,
-        threshold=draft.threshold,
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         eos_token_ids=eos_token_ids,
@@ -74,6 +65,22 @@ def generate(
         stop=stop,
         on_text=on_text,
     )
+
+
+def kangaroo(target: Target, adapter: TrainedAdapter, draft: DraftConfig) -> Method:
+    """Kangaroo as a way of decoding `target`.
+
+    Raises:
+      InputError: for an exit layer that is out of range or not the adapter's.
+    """
+    exit_layer = resolve_exit_layer(target, adapter, draft)
+    one_round = functools.partial(
+        kangaroo_round,
+        exit_layer=exit_layer,
+        max_draft_len=draft.max_draft_len,
+        widths=verification_widths(draft.max_draft_len),
+    )
+    return Method(adapter.model, one_round, exit_layer, draft.max_draft_len + 1, draft.threshold)
 
 
 def verification_widths(max_draft_len: int) -> tuple[int, ...]:
