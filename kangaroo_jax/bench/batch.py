@@ -2,8 +2,9 @@
 
     python -m kangaroo_jax.bench batch
 
-Held-out prompts, greedy; EOS ends nothing. Runs are interleaved in one process, after one of each that is not counted,
-and medians are printed. Every answer is compared with plain decoding's at batch 1.
+Held-out prompts, greedy; EOS ends nothing. Runs are interleaved in one process; their medians count prefill, and not
+compilation. "Identical" counts the answers whose tokens are plain decoding's: at the smallest batch size, then in fixed
+batches.
 """
 
 from __future__ import annotations
@@ -66,43 +67,43 @@ def main() -> None:
 
 
 def _compare_with_plain(target: Target, adapter: TrainedAdapter, draft: DraftConfig, sizes: list[int]) -> None:
-    requests = _requests(target, _PROMPTS.value, [_MAX_NEW_TOKENS.value] * _PROMPTS.value)
+    requests = _requests(_PROMPTS.value, [_MAX_NEW_TOKENS.value] * _PROMPTS.value)
     print(f"\n{len(requests)} prompts, {_MAX_NEW_TOKENS.value} new tokens each, tokens per second of the whole batch")
-    print(f"{'batch':>5}{'Kangaroo':>12}{'plain':>10}{'speed-up':>10}{'accept':>8}  identical")
+    print(f"{'batch':>5}{'Kangaroo':>10}{'plain':>10}{'speed-up':>10}{'accept':>8}{'identical':>12}")
     truth = None
     for size in sizes:
         ways = [_fixed(target, which, requests, size, draft) for which in (adapter, None)]
         (ours, our_seconds), (plain, plain_seconds) = _measure(ways)
-        truth = truth or (plain if size == 1 else _fixed(target, None, requests, 1, draft)())
+        truth = truth or plain
         tokens = sum(len(answer.tokens) for answer in ours)
+        accept = statistics.mean(length for answer in ours for length in answer.accept_lengths)
         print(
-            f"{size:5}{tokens / our_seconds:12.1f}{tokens / plain_seconds:10.1f}{plain_seconds / our_seconds:10.2f}"
-            f"{_accept(ours):8.2f}  {_identical(ours, truth)}; plain {_identical(plain, truth)}",
+            f"{size:5}{tokens / our_seconds:10.1f}{tokens / plain_seconds:10.1f}{plain_seconds / our_seconds:10.2f}"
+            f"{accept:8.2f}{_identical(ours, truth):>12}",
             flush=True,
         )
 
 
 def _compare_with_fixed(target: Target, adapter: TrainedAdapter, draft: DraftConfig, size: int) -> None:
     lengths = np.random.default_rng(0).integers(_SHORTEST.value, _LONGEST.value + 1, _REQUESTS.value).tolist()
-    requests = _requests(target, _REQUESTS.value, lengths)
+    requests = _requests(_REQUESTS.value, lengths)
     print(
         f"\n{len(requests)} prompts, answers of {min(lengths)} to {max(lengths)} tokens ({sum(lengths)} together), "
         f"batch {size}, tokens per second"
     )
-    print(f"{'':10}{'refilled':>10}{'fixed':>10}{'ratio':>8}  identical")
-    truth = _fixed(target, None, requests, 1, draft)()
-    for name, which in (("Kangaroo", adapter), ("plain", None)):
-        ways = [_refilled(target, which, requests, size, draft), _fixed(target, which, requests, size, draft)]
-        (ours, our_seconds), (fixed, fixed_seconds) = _measure(ways)
-        tokens = sum(lengths)
+    print(f"{'':10}{'refilled':>10}{'fixed':>10}{'ratio':>8}{'identical':>12}")
+    kinds = {"plain": None, "Kangaroo": adapter}
+    ways = [make(target, which, requests, size, draft) for which in kinds.values() for make in (_fixed, _refilled)]
+    results = _measure(ways)
+    truth = results[0][0]
+    for name, (_, fixed), (ours, refilled) in zip(kinds, results[::2], results[1::2], strict=True):
         print(
-            f"{name:10}{tokens / our_seconds:10.1f}{tokens / fixed_seconds:10.1f}{fixed_seconds / our_seconds:8.2f}"
-            f"  {_identical(ours, truth)}; fixed {_identical(fixed, truth)}",
-            flush=True,
+            f"{name:10}{sum(lengths) / refilled:10.1f}{sum(lengths) / fixed:10.1f}{fixed / refilled:8.2f}"
+            f"{_identical(ours, truth):>12}"
         )
 
 
-def _requests(target: Target, count: int, lengths: Sequence[int]) -> list[Request]:
+def _requests(count: int, lengths: Sequence[int]) -> list[Request]:
     prompts = held_out_functions(count)
     return [Request(prompts[i % len(prompts)], length) for i, length in enumerate(lengths)]
 
@@ -127,19 +128,16 @@ def _fixed(
 
 
 def _measure(ways: Sequence[Way]) -> list[tuple[list[Answer], float]]:
-    """The answers of each, and the median of its seconds."""
-    answers = [way() for way in ways]  # compiles
+    """The answers of each, and the median of its seconds without compilation."""
+    results: list[list[list[Answer]]] = [[] for _ in ways]
     seconds: list[list[float]] = [[] for _ in ways]
     for _ in range(_RUNS.value):
-        for way, times in zip(ways, seconds, strict=True):
+        for way, answers, times in zip(ways, results, seconds, strict=True):
             start = time.perf_counter()
-            way()
-            times.append(time.perf_counter() - start)
-    return [(out, statistics.median(times)) for out, times in zip(answers, seconds, strict=True)]
-
-
-def _accept(answers: list[Answer]) -> float:
-    return statistics.mean(length for answer in answers for length in answer.accept_lengths)
+            answers.append(way())
+            compiling = sum(answer.compile_seconds for answer in answers[-1])
+            times.append(time.perf_counter() - start - compiling)
+    return [(answers[0], statistics.median(times)) for answers, times in zip(results, seconds, strict=True)]
 
 
 def _identical(answers: list[Answer], truth: list[Answer]) -> str:
