@@ -5,6 +5,7 @@ python decode.py --compare                         and plain decoding beside it
 python decode.py --temperature=0.8 --top_p=0.95    sampled, not greedy
 python decode.py --model=FOLDER_OR_HUB_ID --adapter=FOLDER --prompt="..."
 python decode.py --prompt_file=prompt.txt          or: some-command | python decode.py
+python decode.py --input=prompts.jsonl --output=answers.jsonl --batch_size=8    many prompts; run again, it goes on
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ from kangaroo_jax import (
     load_target,
     profiling,
 )
+from kangaroo_jax.batch import answers
+from kangaroo_jax.batch.answer import answer_prompts
+from kangaroo_jax.batch.prompts import read_prompts
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter
+from kangaroo_jax.checkpoint.huggingface import Target
 
 _MODEL = flags.DEFINE_string("model", None, "Target: a folder in Hugging Face format, or a hub id. The demo if absent.")
 _ADAPTER = flags.DEFINE_string(
@@ -45,6 +51,11 @@ _ADAPTER = flags.DEFINE_string(
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "The prompt.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File that holds the prompt (UTF-8); - is standard input.")
+_INPUT = flags.DEFINE_string(
+    "input", None, 'File of prompts: {"id": ..., "prompt": "..."} per line, "max_new_tokens" and "seed" where wanted.'
+)
+_OUTPUT = flags.DEFINE_string("output", None, "File for the answers to --input; what is there already is not redone.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts of --input decoded at a time.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Most tokens to generate.")
 _EXIT_LAYER = flags.DEFINE_integer("exit_layer", None, "Shallow layers. What the adapter was trained for if absent.")
 _MAX_DRAFT_LEN = flags.DEFINE_integer(
@@ -137,16 +148,32 @@ def print_table(columns: dict[str, dict[str, Any]]) -> None:
         print(f"{row.replace('_', ' '):20}" + "".join(f"{column[row]:>12}" for column in columns.values()))
 
 
-def main() -> None:
+def check_flags_of_input() -> None:
+    """Raises `InputError` for flags that do not go together with --input, or not without it."""
+    if _INPUT.value is None:
+        raise InputError("--output and --batch_size belong to --input, which is missing; give a file of prompts")
+    for flag in (_PROMPT, _PROMPT_FILE, _COMPARE, command_line.PROFILE):
+        if flag.value not in (None, False):
+            raise InputError(f"--{flag.name} and --input do not go together; give one")
+    if _OUTPUT.value is None:
+        raise InputError("--output is missing; name a file for the answers to --input")
+    if _BATCH_SIZE.value < 1:
+        raise InputError(f"--batch_size must be at least 1, found {_BATCH_SIZE.value}")
+
+
+def settings() -> tuple[dict[str, Any], SamplingConfig]:
+    """What the flags say of drafting, and of sampling; flags out of range are named before anything is loaded."""
     given = {"exit_layer": _EXIT_LAYER.value, "max_draft_len": _MAX_DRAFT_LEN.value, "threshold": _THRESHOLD.value}
     given = {name: value for name, value in given.items() if value is not None}
-    DraftConfig(**given)  # a flag out of range is named before anything is loaded
+    DraftConfig(**given)
     sampling = SamplingConfig(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value, _SEED.value)
-    greedy = sampling.temperature == 0
-    if greedy and (sampling.top_p, sampling.top_k) != (1.0, 0):
+    if sampling.temperature == 0 and (sampling.top_p, sampling.top_k) != (1.0, 0):
         raise InputError("--top_p and --top_k change nothing without a --temperature above 0; give one")
-    profiling.check(command_line.PROFILE.value)
-    prompt = read_prompt()
+    return given, sampling
+
+
+def load(given: dict[str, Any]) -> tuple[Target, TrainedAdapter, DraftConfig]:
+    """Target, adapter, and how to draft: the flags, then the adapter's decode.json, then the paper."""
     model, adapter_path = _MODEL.value, _ADAPTER.value
     if model is not None and adapter_path is None:
         raise InputError(
@@ -157,7 +184,51 @@ def main() -> None:
     compilation_cache.enable()
     target = load_target(model or str(demo.MODEL), dtype)
     adapter = load_adapter(adapter_path or str(demo.ADAPTER), target)
-    draft = dataclasses.replace(adapter.draft, **given)
+    return target, adapter, dataclasses.replace(adapter.draft, **given)
+
+
+def answer_file() -> None:
+    """Answers --input into --output; exit code 1 if there was something that could not be answered."""
+    check_flags_of_input()
+    given, sampling = settings()
+    prompts, bad = read_prompts(_INPUT.value)
+    output = answers.check_place(_OUTPUT.value, _INPUT.value)
+    for message in bad:
+        print(f"decode.py: {message}", file=sys.stderr)
+    if prompts:
+        target, adapter, draft = load(given)
+        done = answer_prompts(
+            target,
+            adapter,
+            prompts,
+            output,
+            source=_INPUT.value,
+            batch_size=_BATCH_SIZE.value,
+            max_new_tokens=_MAX_NEW_TOKENS.value,
+            draft=draft,
+            sampling=sampling,
+            stop=_STOP.value,
+        )
+        print(
+            f"{done.prompts} prompts answered, {done.before} were before, {done.errors + len(bad)} could not be; "
+            f"{done.new_tokens} tokens in {done.seconds:.1f} s, {done.new_tokens / done.seconds:.1f} tokens/s, "
+            f"mean accept length {done.mean_accept_length:.2f}; compilation, not counted: {done.compile_seconds:.1f} s"
+        )
+        if _JSON.value:
+            print(json.dumps(dataclasses.asdict(done) | {"bad_lines": len(bad)}))
+    if bad or (prompts and done.errors):
+        sys.exit(1)
+
+
+def main() -> None:
+    if _INPUT.value is not None or _OUTPUT.present or _BATCH_SIZE.present:
+        answer_file()
+        return
+    given, sampling = settings()
+    greedy = sampling.temperature == 0
+    profiling.check(command_line.PROFILE.value)
+    prompt = read_prompt()
+    target, adapter, draft = load(given)
 
     # The prompt goes before the first piece of text, when all input has been found good.
     pieces = itertools.chain([prompt], itertools.repeat(""))
@@ -195,7 +266,7 @@ def main() -> None:
                 "were not\ncompared; that both come from one distribution is what tests/decode/test_sampling.py checks"
             )
         if identical is False:
-            print(_first_difference(kangaroo.tokens[0], plain.tokens[0], dtype))
+            print(_first_difference(kangaroo.tokens[0], plain.tokens[0], str(target.model.dtype)))
         result |= {
             "plain_tokens_per_second": baseline["tokens_per_second"],
             "speedup": speedup,

@@ -5,16 +5,20 @@ from kangaroo_jax.checkpoint.huggingface import load_target
 from kangaroo_jax.config import DraftConfig, SamplingConfig, TreeConfig
 from kangaroo_jax.decode.autoregressive import generate_plain
 from kangaroo_jax.decode.generate import generate
-from kangaroo_jax.decode.host_loop import Generation
+from kangaroo_jax.decode.host_loop import Answer, Generation
+from kangaroo_jax.decode.many import Request, generate_many
 from kangaroo_jax.errors import InputError
 
 __all__ = [
+    "Answer",
     "DraftConfig",
     "Generation",
     "InputError",
+    "Request",
     "SamplingConfig",
     "TreeConfig",
     "generate",
+    "generate_many",
     "generate_plain",
     "load_adapter",
     "load_target",

@@ -10,6 +10,7 @@ _COMMANDS = {
     "roofline": "what each part costs, against the machine's limits",
     "tune": "the best gamma and eta for an adapter on this machine",
     "tree": "trees of several widths and budgets beside the single sequence",
+    "batch": "batches against plain decoding, refilled slots against fixed batches",
     "spec_bench": "Spec-Bench's questions, with Kangaroo and plainly",
 }
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import time
 import uuid
 from typing import Any
 
+from kangaroo_jax import resumable
 from kangaroo_jax.bench.questions import task_of
 from kangaroo_jax.errors import InputError
 
@@ -94,16 +94,17 @@ def prepare(folder: str | pathlib.Path, settings: dict[str, Any]) -> set[int | s
     try:
         found = [name for name in _FILES if (folder / name).exists()]
         if (folder / _SETTINGS).exists():
-            _check_settings(folder / _SETTINGS, settings)
+            found_settings = (folder / _SETTINGS).read_bytes()
+            resumable.check_settings(found_settings, settings, folder / _SETTINGS, folder, "--output_dir")
         elif found:
             raise InputError(f"{folder / found[0]}: there already, without a {_SETTINGS}; give another --output_dir")
         lines = {name: _whole_lines(folder / name) for name in _FILES}
         answered = set.intersection(*(set(lines[f"{method}.jsonl"]) for method in METHODS))
         done = {key for key, line in lines[_DETAILS].items() if json.loads(line)["skipped"] or key in answered}
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / _SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
+        resumable.replace(folder / _SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
         for name in found:
-            _replace(folder / name, b"".join(line for key, line in lines[name].items() if key in done))
+            resumable.replace(folder / name, b"".join(line for key, line in lines[name].items() if key in done))
     except OSError as error:
         raise InputError(f"{error.filename or folder}: {error.strerror}; give another --output_dir") from None
     return done
@@ -120,8 +121,8 @@ def append(folder: str | pathlib.Path, result: Result, model_ids: dict[str, str]
             "choices": [{"index": 0, **dataclasses.asdict(answer)}],
             "tstamp": time.time(),
         }
-        _append_line(folder / f"{method}.jsonl", line)
-    _append_line(folder / _DETAILS, key | dataclasses.asdict(result.details))
+        _append(folder / f"{method}.jsonl", line)
+    _append(folder / _DETAILS, key | dataclasses.asdict(result.details))
 
 
 def read(folder: str | pathlib.Path) -> list[Result]:
@@ -155,28 +156,10 @@ def _result(folder: pathlib.Path, lines: dict[str, bytes | None]) -> Result:
     return Result(question_id, category, answers, details)
 
 
-def _check_settings(path: pathlib.Path, settings: dict[str, Any]) -> None:
-    try:
-        made_with = json.loads(path.read_bytes())
-    except ValueError:
-        made_with = None
-    if not isinstance(made_with, dict):
-        raise InputError(f"{path}: expected a JSON object of settings; give another --output_dir")
-    for name in settings | made_with:
-        if (old := made_with.get(name)) != (new := settings.get(name)):
-            raise InputError(
-                f"{path.parent}: its answers were made with {name} {old!r}, not {new!r}; "
-                "give another --output_dir, or what they were made with"
-            )
-
-
 def _whole_lines(path: pathlib.Path) -> dict[int | str, bytes]:
-    """question_id -> line; without a last one that has no line break, which a kill has left half written."""
-    if not path.exists():
-        return {}
-    *lines, _ = path.read_bytes().split(b"\n")
+    """question_id -> line."""
     found: dict[int | str, bytes] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(resumable.whole_lines(path), start=1):
         try:
             raw = json.loads(line)
             key = raw["question_id"]
@@ -187,19 +170,10 @@ def _whole_lines(path: pathlib.Path) -> dict[int | str, bytes]:
             raise InputError(f"{path} line {number}: not an answer as this command writes it; {_MEND}") from None
         if not new:
             raise InputError(f"{path} line {number}: question {key!r} is answered twice; {_MEND}")
-        found[key] = line + b"\n"
+        found[key] = line
     return found
 
 
-def _append_line(path: pathlib.Path, line: dict[str, Any]) -> None:
-    with open(path, "ab") as file:
-        file.write(json.dumps(line).encode() + b"\n")
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file so that it is the old or the new one whenever the process dies."""
-    if path.exists() and path.read_bytes() == content:
-        return
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _append(path: pathlib.Path, line: dict[str, Any]) -> None:
+    with resumable.LineWriter(path) as writer:
+        writer.write(line)

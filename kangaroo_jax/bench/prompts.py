@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 
 import numpy as np
 from jaxtyping import Int
@@ -13,6 +14,7 @@ from kangaroo_jax.demo import corpus
 from kangaroo_jax.errors import InputError
 
 _CHARACTERS = 600
+_HEADER = re.compile(r"\n *def .*:(?=\n)")
 
 
 def held_out_prompts(count: int) -> dict[str, str]:
@@ -29,6 +31,17 @@ def held_out_prompts(count: int) -> dict[str, str]:
             continue
         prompts[name] = text[end + 1 - _CHARACTERS : end + 1]
     return prompts
+
+
+def held_out_functions(count: int) -> list[str]:
+    """`count` prompts of 600 characters that end with a function header, spread evenly over all of the held-out files'
+    functions; fewer if there are fewer functions."""
+    prompts = []
+    for text in corpus.standard_library(held_out=True).values():
+        ends = [found.end() for found in _HEADER.finditer(text) if found.end() >= _CHARACTERS]
+        prompts += [text[end - _CHARACTERS : end] for end in ends]
+    count = min(count, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 def held_out_tokens(target: Target, count: int = 8192) -> Int[np.ndarray, " count"]:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.config import SamplingConfig
-from kangaroo_jax.decode.host_loop import Generation, run
+from kangaroo_jax.decode.host_loop import Generation, Method, run
 from kangaroo_jax.decode.state import DecodeState, Draft
 from kangaroo_jax.decode.verify import commit, verify
 from kangaroo_jax.model.target import TargetModel, shallow_apply
@@ -31,13 +31,8 @@ def generate_plain(
     """Greedy decoding or sampling, one token per pass. Arguments, result and errors as for `generate`."""
     return run(
         target,
-        None,
+        PLAIN,
         prompts,
-        plain_round,
-        exit_layer=PLAIN_EXIT_LAYER,
-        overhang=1,
-        slots=1,
-        threshold=0.0,
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         eos_token_ids=eos_token_ids,
@@ -72,3 +67,6 @@ def plain_round(
     )
     verdict, deep = verify(target, state.deep, nothing, state.sampler, exit_layer=PLAIN_EXIT_LAYER, widths=(1,))
     return commit(state, nothing, deep, verdict, eos_token_ids)
+
+
+PLAIN = Method(None, plain_round, PLAIN_EXIT_LAYER, overhang=1, slots=1, threshold=0.0)

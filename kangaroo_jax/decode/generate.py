@@ -12,7 +12,7 @@ from kangaroo_jax.checkpoint.adapter import TrainedAdapter, check_exit_layer
 from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.config import DraftConfig, SamplingConfig, TreeConfig
 from kangaroo_jax.decode.draft import draft as draft_tokens
-from kangaroo_jax.decode.host_loop import Generation, run
+from kangaroo_jax.decode.host_loop import Generation, Method, run
 from kangaroo_jax.decode.state import DecodeState
 from kangaroo_jax.decode.tree import draft_tree
 from kangaroo_jax.decode.verify import commit, verify
@@ -55,6 +55,25 @@ def generate(
       InputError: for an empty or too long prompt, ids outside the vocabulary, an exit layer that is out of range or
         not the adapter's, seeds that are not one per prompt.
     """
+    return run(
+        target,
+        kangaroo(target, adapter, draft),
+        prompts,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        max_length=max_length,
+        stop=stop,
+        on_text=on_text,
+    )
+
+
+def kangaroo(target: Target, adapter: TrainedAdapter, draft: DraftConfig) -> Method:
+    """Kangaroo as a way of decoding `target`.
+
+    Raises:
+      InputError: for an exit layer that is out of range or not the adapter's, or a tree wider than the vocabulary.
+    """
     exit_layer = resolve_exit_layer(target, adapter, draft)
     slots = cache_slots(adapter, draft)
     one_round = functools.partial(
@@ -64,22 +83,8 @@ def generate(
         widths=verification_widths(draft),
         tree=draft.tree,
     )
-    return run(
-        target,
-        adapter.model,
-        prompts,
-        one_round,
-        exit_layer=exit_layer,
-        overhang=draft.max_draft_len + 1,
-        slots=slots,
-        threshold=draft.threshold,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        eos_token_ids=eos_token_ids,
-        max_length=max_length,
-        stop=stop,
-        on_text=on_text,
-    )
+    overhang = draft.max_draft_len + 1
+    return Method(adapter.model, one_round, exit_layer, overhang=overhang, slots=slots, threshold=draft.threshold)
 
 
 def cache_slots(adapter: TrainedAdapter, draft: DraftConfig) -> int:

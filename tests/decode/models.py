@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
+import tokenizers
 from flax import nnx
+from transformers import PreTrainedTokenizerFast
 
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.huggingface import Target
@@ -15,6 +18,7 @@ from kangaroo_jax.model.target import TargetModel
 
 LAYERS = 5
 VOCABULARY = 48
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUV"
 
 CONFIG = ModelConfig(
     model_type="llama",
@@ -40,6 +44,17 @@ def tiny_target(seed: int = 0) -> Target:
         layer.self_attn.o_proj[...] *= 0.15
         layer.mlp.down_proj[...] *= 0.15
     return Target(model=model, tokenizer=None, name="tiny", fingerprint="tiny", eos_token_ids=())
+
+
+@functools.cache
+def lettered_target() -> Target:
+    """The tiny target with a tokenizer of one letter per token."""
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="a")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    return dataclasses.replace(tiny_target(), tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer))
 
 
 @functools.cache

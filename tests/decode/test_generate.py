@@ -6,27 +6,17 @@ Truth: the definition of each limit applied by hand to an unlimited run's tokens
 import dataclasses
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from kangaroo_jax import DraftConfig, InputError, generate, generate_plain
 from kangaroo_jax.checkpoint.huggingface import Target
-from tests.decode.models import LAYERS, VOCABULARY, tiny_adapter, tiny_target
+from tests.decode.models import LAYERS, LETTERS, VOCABULARY, lettered_target, tiny_adapter, tiny_target
 
-LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUV"
 DRAFT = DraftConfig(2, 4, 0.1)
 
 
 @pytest.fixture(scope="module")
 def lettered():
-    """The tiny target with a tokenizer of one letter per token."""
-    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="a"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    from tokenizers import decoders
-
-    tokenizer.decoder = decoders.Fuse()
-    bare = tiny_target()
-    return Target(bare.model, PreTrainedTokenizerFast(tokenizer_object=tokenizer), bare.name, bare.fingerprint, ())
+    return lettered_target()
 
 
 def both(target, prompts, **kwargs):

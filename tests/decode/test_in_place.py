@@ -12,7 +12,7 @@ from kangaroo_jax.config import TreeConfig
 from kangaroo_jax.decode.autoregressive import plain_round
 from kangaroo_jax.decode.generate import kangaroo_round
 from kangaroo_jax.decode.host_loop import advance_rounds
-from kangaroo_jax.decode.prefill import prefill
+from kangaroo_jax.decode.prefill import empty_slots, prefill, prefill_into
 from tests.decode.models import CONFIG, tiny_adapter, tiny_target
 
 CAPACITY = 1000
@@ -58,3 +58,13 @@ def test_plain_steps_do_not_copy_the_cache():
 def test_the_search_finds_copies():
     # Without donation the caller keeps its buffers, so there must be copies.
     assert cache_copies(compiled_text(plain_round, None, 1, donate=False))
+
+
+@pytest.mark.parametrize("donate", [True, False])
+def test_a_prompt_is_put_into_its_slot_without_copying_the_cache(donate):
+    model, adapter, one = tiny_target().model, tiny_adapter(2).model, np.ones((1,), np.int32)
+    state = empty_slots(model, adapter, None, 4, exit_layer=2, capacity=CAPACITY, room=128)
+    insert = jax.jit(functools.partial(prefill_into, exit_layer=2), donate_argnums=(2,) if donate else ())
+    program = insert.lower(model, adapter, state, np.int32(1), np.zeros((1, 64), np.int32), one, one, EOS, None)
+    copies = cache_copies(program.compile().as_text(), batch=4)
+    assert bool(copies) is not donate  # without donation there must be copies, and the search finds them

@@ -1,0 +1,94 @@
+"""A file of prompts: `{"id": ..., "prompt": "..."}` per line, with "max_new_tokens" and "seed" where wanted."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from kangaroo_jax.errors import InputError
+
+Id = int | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One line of the file. What it leaves out is None."""
+
+    id: Id
+    text: str
+    max_new_tokens: int | None
+    seed: int | None
+
+    @property
+    def digest(self) -> str:
+        """Of all but the id: which prompt an answer is to."""
+        content = json.dumps([self.text, self.max_new_tokens, self.seed])
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def read_prompts(path: str) -> tuple[list[Prompt], list[str]]:
+    """The prompts of a file in its order, and a message for each line that is none.
+
+    Fields of other names are left alone; empty lines are passed over.
+
+    Raises:
+      InputError: for a file that cannot be read, or that has no line with anything on it.
+    """
+    try:
+        content = pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"--input={path}: {error.strerror}") from None
+    prompts: list[Prompt] = []
+    bad: list[str] = []
+    places: dict[Id, int] = {}
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            prompt = _prompt(line)
+            if prompt.id in places:
+                raise InputError(f"the id {prompt.id!r} is line {places[prompt.id]}'s; give each line its own")
+        except InputError as error:
+            bad.append(f"{path} line {number}: {error}")
+        else:
+            places[prompt.id] = number
+            prompts.append(prompt)
+    if not prompts and not bad:
+        raise InputError(f'--input={path}: no prompts; expected lines like {{"id": "a", "prompt": "..."}}')
+    return prompts, bad
+
+
+def _prompt(line: bytes) -> Prompt:
+    try:
+        raw = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 (byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise InputError('expected an object with "id" and "prompt"')
+    for name in ("id", "prompt"):
+        if name not in raw:
+            raise InputError(f'"{name}" is missing')
+    if not (_is_integer(raw["id"]) or (isinstance(raw["id"], str) and raw["id"])):
+        raise InputError(f'"id" must be a text or an integer, found {_shown(raw["id"])}')
+    if not isinstance(raw["prompt"], str):
+        raise InputError(f'"prompt" must be a text, found {_shown(raw["prompt"])}')
+    most, seed = raw.get("max_new_tokens"), raw.get("seed")
+    if most is not None and not (_is_integer(most) and most >= 1):
+        raise InputError(f'"max_new_tokens" must be a positive integer, found {_shown(most)}')
+    if seed is not None and not (_is_integer(seed) and 0 <= seed < 2**32):
+        raise InputError(f'"seed" must be an integer from 0 to 2**32 - 1, found {_shown(seed)}')
+    return Prompt(raw["id"], raw["prompt"], most, seed)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

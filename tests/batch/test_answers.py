@@ -1,0 +1,279 @@
+"""Files of prompts and of answers: kills at any byte, settings, ids, parts of several processes, bad lines.
+
+Truth: `generate_plain` alone, and the prompts' own ids.
+"""
+
+import fcntl
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from kangaroo_jax import DraftConfig, InputError, SamplingConfig, generate_plain
+from kangaroo_jax.batch import answers
+from kangaroo_jax.batch.answer import answer_prompts
+from kangaroo_jax.batch.prompts import read_prompts
+from tests.decode.models import lettered_target, tiny_adapter
+
+ROOT = pathlib.Path(__file__).parents[2]
+DRAFT = DraftConfig(1, 4, 0.1)
+LINES = [{"id": f"q{i}", "prompt": "abcdefghij"[i:] * 3, "max_new_tokens": 5 + 3 * i} for i in range(7)]
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def answer(source, output, **kwargs):
+    prompts, bad = read_prompts(source)
+    assert bad == []
+    kwargs = {"batch_size": 1, "max_new_tokens": 20, "draft": DRAFT, **kwargs}
+    return answer_prompts(lettered_target(), tiny_adapter(1), prompts, output, source=source, **kwargs)
+
+
+def read(output):
+    """id -> record; every id once."""
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    by_id = {record["id"]: record for record in records}
+    assert len(by_id) == len(records)
+    return by_id
+
+
+@functools.cache
+def plain(prompt, most):
+    return generate_plain(lettered_target(), [prompt], 60).texts[0][:most]
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """Prompts, and a whole run's answers to them."""
+    source, output = write(tmp_path / "prompts.jsonl", LINES), tmp_path / "answers.jsonl"
+    done = answer(source, output)
+    assert (done.prompts, done.before, done.errors) == (len(LINES), 0, 0)
+    return source, output
+
+
+def test_answers_are_plain_decoding_s(whole):
+    records = read(whole[1])
+    assert set(records) == {line["id"] for line in LINES}
+    for line in LINES:
+        record = records[line["id"]]
+        assert record["text"] == plain(line["prompt"], line["max_new_tokens"])
+        assert record["new_tokens"] == line["max_new_tokens"] == 1 + sum(record["accept_lengths"])
+        assert record["finish_reason"] == "length"
+
+
+def test_after_a_kill_at_any_byte_each_id_is_there_once(whole, tmp_path):
+    source, output = whole
+    expected, content = read(output), output.read_bytes()
+    for end in (*range(0, len(content), 97), len(content) - 1, len(content)):
+        output.write_bytes(content[:end])
+        done = answer(source, output)
+        assert read(output) == expected
+        assert done.before == content[:end].count(b"\n")
+        assert done.prompts == len(LINES) - done.before
+    output.write_bytes(content[:300] + bytes(50) + b"\n")  # what a loss of power may leave
+    answer(source, output)
+    assert read(output) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "answers.jsonl",
+        "answers.jsonl.settings.json",
+        "prompts.jsonl",
+    ]
+
+
+def test_more_prompts_in_the_same_file_are_answered_by_the_next_run(whole):
+    source, output = whole
+    before = output.read_bytes()
+    write(pathlib.Path(source), [{"id": 0, "prompt": "new", "max_new_tokens": 4}, *LINES])
+    done = answer(source, output)
+    assert (done.prompts, done.before) == (1, len(LINES))
+    assert output.read_bytes().startswith(before)
+    assert read(output)[0]["text"] == plain("new", 4)
+
+
+def test_a_prompt_that_cannot_be_answered_gets_its_error_and_is_tried_again(tmp_path, capsys):
+    bad = [
+        {"id": "empty", "prompt": ""},
+        {"id": "long", "prompt": "ab" * 10, "max_new_tokens": 493},
+        {"id": "half", "prompt": "a\ud800"},
+    ]
+    source, output = write(tmp_path / "prompts.jsonl", [LINES[0], *bad, LINES[1]]), tmp_path / "answers.jsonl"
+    for _ in range(2):
+        done = answer(source, output)
+        assert done.errors == 3
+        records = read(output)
+        assert set(records) == {"q0", "q1", "empty", "long", "half"}
+        assert "is empty" in records["empty"]["error"]
+        assert "lower max_new_tokens to 492" in records["long"]["error"]
+        assert "not valid Unicode" in records["half"]["error"]
+        assert records["q1"]["text"] == plain(LINES[1]["prompt"], LINES[1]["max_new_tokens"])
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 3
+        assert f"{source} id 'long': " in said
+    bad[0]["prompt"], bad[1]["max_new_tokens"], bad[2]["prompt"] = "a", 12, "ab"
+    write(pathlib.Path(source), [LINES[0], *bad, LINES[1]])
+    assert answer(source, output).errors == 0
+    assert not any("error" in record for record in read(output).values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 21}, "made with max_new_tokens 20, not 21"),
+        ({"draft": DraftConfig(1, 3, 0.1)}, "made with max_draft_len 4, not 3"),
+        ({"sampling": SamplingConfig(1.0)}, "made with temperature 0.0, not 1.0"),
+        ({"sampling": SamplingConfig(seed=3)}, "made with seed 0, not 3"),
+        ({"stop": ["x"]}, r"made with stop \[\], not \['x'\]"),
+    ],
+)
+def test_answers_of_other_settings_are_refused(whole, change, message):
+    before = whole[1].read_bytes()
+    with pytest.raises(InputError, match=message):
+        answer(*whole, **change)
+    assert whole[1].read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda lines: [*lines, b'{"id": "other", "error": ""}\n'], "line 8: the id 'other' is not in .*prompts.jsonl"),
+        (lambda lines: [*lines, lines[0]], "line 8: the id 'q.' is answered twice"),
+        (lambda lines: [b"not ours\n", *lines], "line 1: not an answer as this command writes it"),
+        (lambda lines: [b'{"id": "q0", "text": "x"}\n'], "line 1: not an answer as this command writes it"),
+    ],
+)
+def test_lines_that_are_not_this_command_s_are_refused(whole, spoil, message):
+    source, output = whole
+    output.write_bytes(b"".join(spoil(output.read_bytes().splitlines(keepends=True))))
+    before = output.read_bytes()
+    with pytest.raises(InputError, match=message):
+        answer(source, output)
+    assert output.read_bytes() == before
+
+
+def test_an_answer_to_another_prompt_of_the_same_id_is_refused(whole):
+    source, output = whole
+    write(pathlib.Path(source), [*LINES[:3], LINES[3] | {"prompt": "other"}, *LINES[4:]])
+    with pytest.raises(InputError, match=r"answers.jsonl line \d: the id 'q3' had another prompt then"):
+        answer(source, output)
+
+
+def test_a_file_of_another_kind_is_refused_and_nothing_left_beside_it(tmp_path):
+    source, output = write(tmp_path / "prompts.jsonl", LINES), tmp_path / "notes.txt"
+    output.write_text("my notes")
+    with pytest.raises(InputError, match=r"notes.txt: there already, and not made by this command"):
+        answer(source, output)
+    assert output.read_text() == "my notes"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "prompts.jsonl"]
+
+
+def test_two_runs_do_not_write_the_same_file(whole):
+    with open(f"{whole[1]}.settings.json") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another run is writing it"):
+            answer(*whole)
+    assert answer(*whole).before == len(LINES)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "no" / "answers.jsonl", "there is no folder .*/no; create it"),
+        (lambda folder: folder, "is a folder; give a file"),
+        (lambda folder: folder / "prompts.jsonl", "is the --input too"),
+    ],
+)
+def test_a_place_that_cannot_take_answers_is_named(tmp_path, make, message):
+    source = write(tmp_path / "prompts.jsonl", LINES)
+    with pytest.raises(InputError, match=message):
+        answers.check_place(str(make(tmp_path)), source)
+
+
+def test_bad_lines_are_named_by_number_and_the_rest_read(tmp_path):
+    good = json.dumps(LINES[0]).encode()
+    bad = {
+        b"{": "not JSON",
+        b"[" * 100_000: "not JSON",
+        b'"text"': 'expected an object with "id" and "prompt"',
+        b'{"prompt": "a"}': '"id" is missing',
+        b'{"id": 1}': '"prompt" is missing',
+        b'{"id": true, "prompt": "a"}': '"id" must be a text or an integer, found true',
+        b'{"id": "", "prompt": "a"}': '"id" must be a text or an integer, found ""',
+        b'{"id": 1, "prompt": ["a"]}': '"prompt" must be a text, found ["a"]',
+        b'{"id": 1, "prompt": "a", "max_new_tokens": 0}': '"max_new_tokens" must be a positive integer, found 0',
+        b'{"id": 1, "prompt": "a", "seed": -1}': '"seed" must be an integer from 0',
+        b'{"id": "q0", "prompt": "b"}': "the id 'q0' is line 1's",
+        b'{"id": 1, "prompt": "\xff"}': "not UTF-8",
+    }
+    path = tmp_path / "prompts.jsonl"
+    last = b'{"id": 1, "prompt": "a", "seed": 3, "topic": "x"}'
+    path.write_bytes(b"\n".join([b"\xef\xbb\xbf" + good, b"", *bad, last]))
+    prompts, messages = read_prompts(str(path))
+    assert [prompt.id for prompt in prompts] == ["q0", 1]
+    assert prompts[1].seed == 3
+    assert len(messages) == len(bad)
+    for number, (message, expected) in enumerate(zip(messages, bad.values(), strict=True), start=3):
+        assert message.startswith(f"{path} line {number}: ")
+        assert expected in message
+        assert len(message) < 300
+
+
+def test_a_file_that_cannot_be_read_or_is_empty_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere.jsonl: No such file"):
+        read_prompts(str(tmp_path / "nowhere.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(InputError, match=r"empty.jsonl: no prompts"):
+        read_prompts(str(tmp_path / "empty.jsonl"))
+
+
+PROCESS = """
+import pathlib, sys, time
+sys.path.insert(0, sys.argv[1])
+from tests.batch.test_answers import answer
+folder, index, count = pathlib.Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+def barrier(name):
+    (folder / f"{name} {index}").touch()
+    while not all((folder / f"{name} {i}").exists() for i in range(count)):
+        time.sleep(0.01)
+done = answer(f"{folder}/prompts.jsonl", folder / "out" / "answers.jsonl", process_index=index, process_count=count,
+              barrier=barrier)
+print(done.prompts, done.before, done.errors)
+"""
+
+
+def test_two_processes_share_a_file_and_merge(whole, tmp_path):
+    """The first run's answers are spread over the output and parts of three processes, one torn: a killed run."""
+    source, output = whole
+    expected = read(output)
+    lines = output.read_bytes().splitlines(keepends=True)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    torn = answers.part(folder / "answers.jsonl", 2, 3)
+    (folder / "answers.jsonl").write_bytes(lines[0])
+    answers.part(folder / "answers.jsonl", 0, 3).write_bytes(lines[0] + lines[1])  # merged, and not yet removed
+    torn.write_bytes(lines[2] + lines[3][:20])
+    os.link(f"{output}.settings.json", folder / "answers.jsonl.settings.json")
+    write(pathlib.Path(source), [*LINES, {"id": "empty", "prompt": ""}])
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(ROOT), str(tmp_path), str(i), "2"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]
+    done = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], done
+    prompts, before, errors = zip(*(map(int, out.split()) for out, _ in done), strict=True)
+    assert (prompts, before, errors[0]) == ((2, 2), (3, 3), 1)
+    records = read(folder / "answers.jsonl")
+    assert "is empty" in records.pop("empty")["error"]
+    assert records == expected
+    assert sorted(path.name for path in folder.iterdir()) == ["answers.jsonl", "answers.jsonl.settings.json"]

@@ -1,0 +1,214 @@
+"""decode.py --input as a user runs it: a kill and a rerun, batch 4 against batch 1, exit codes, one-line errors."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.bench.models import save_model
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROMPTS = [{"id": i, "prompt": f"{i}: class Stack{i}", "max_new_tokens": 60 + 7 * i % 60} for i in range(60)]
+
+# Many command lines in one process, most of whose time is Python's imports.
+RUNNER = """
+import contextlib, io, json, sys
+from absl.testing import flagsaver
+import decode
+from kangaroo_jax import command_line
+
+results = []
+for line in json.load(sys.stdin):
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        saved = flagsaver.save_flag_values()
+        try:
+            command_line.run("decode.py", decode.main, ["decode.py", *line])
+        except SystemExit as stop:
+            code = stop.code
+        flagsaver.restore_flag_values(saved)
+    results.append((code or 0, out.getvalue(), err.getvalue()))
+json.dump(results, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a model, an adapter and prompts, and a cache of compiled programs."""
+    folder = tmp_path_factory.mktemp("work")
+    save_model(folder)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in PROMPTS))
+    return folder
+
+
+def environment(work):
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(work / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def flags(work, output, *more):
+    return [
+        f"--model={work}/model",
+        f"--adapter={work}/adapter",
+        f"--input={work}/prompts.jsonl",
+        f"--output={work}/{output}",
+        "--max_draft_len=2",
+        *more,
+    ]
+
+
+def decode_in_one_process(work, lines):
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps(lines),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(work) | {"PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def read(path):
+    """id -> record; every id once."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    by_id = {record["id"]: record for record in records}
+    assert len(by_id) == len(records)
+    return by_id
+
+
+BAD_LINE = '{"id": "x", "prompt": 7}'
+MISTAKES = [
+    (["--input={input}"], "--output is missing"),
+    (["--output=x"], "--output and --batch_size belong to --input"),
+    (["--batch_size=2", "--prompt=x"], "--output and --batch_size belong to --input"),
+    (["--input={input}", "--output={folder}/o", "--prompt=x"], "--prompt and --input do not go together"),
+    (["--input={input}", "--output={folder}/o", "--prompt="], "--prompt and --input do not go together"),
+    (["--input={input}", "--output={folder}/o", "--prompt_file=x"], "--prompt_file and --input do not go"),
+    (["--input={input}", "--output={folder}/o", "--compare"], "--compare and --input do not go together"),
+    (["--input={input}", "--output={folder}/o", "--profile=p"], "--profile and --input do not go together"),
+    (["--input={input}", "--output={folder}/o", "--batch_size=0"], "--batch_size must be at least 1, found 0"),
+    (["--input={input}", "--output={folder}/o", "--temperature=-1"], "temperature must be"),
+    (["--input={input}", "--output={folder}/o", "--top_k=3"], "without a --temperature above 0"),
+    (["--input={input}", "--output={folder}/o", "--max_new_tokens=0"], "max_new_tokens must be at least 1, found 0"),
+    (["--input=/no/such", "--output={folder}/o"], "--input=/no/such: No such file or directory"),
+    (["--input={folder}", "--output={folder}/o"], "Is a directory"),
+    (["--input={input}", "--output={folder}/no/o"], "there is no folder"),
+    (["--input={input}", "--output={folder}"], "is a folder; give a file"),
+    (["--input={input}", "--output={input}"], "is the --input too"),
+    (["--input={input}", "--output={folder}/o", "--model=/no/such", "--adapter=x"], "/no/such: no such folder"),
+]
+
+
+@pytest.fixture(scope="module")
+def results(work):
+    """One process does the mistakes, then a whole run at batch 4, one at batch 1, and one with bad lines, twice."""
+    lines = [[word.format(folder=work, input=work / "prompts.jsonl") for word in words] for words, _ in MISTAKES]
+    good = PROMPTS[:2]
+    mixed = [
+        json.dumps(good[0]),
+        BAD_LINE,
+        json.dumps({"id": "e", "prompt": ""}),
+        json.dumps(good[1]),
+        json.dumps(good[0]),
+    ]
+    (work / "mixed.jsonl").write_text("\n".join(mixed))
+    (work / "bad.jsonl").write_text(BAD_LINE)
+    lines += [
+        flags(work, "batch4.jsonl", "--batch_size=4"),
+        flags(work, "batch1.jsonl", "--batch_size=1", "--json"),
+        *[[*flags(work, "mixed-answers.jsonl", "--batch_size=1"), f"--input={work}/mixed.jsonl"] for _ in range(2)],
+        [*flags(work, "none.jsonl"), f"--input={work}/bad.jsonl"],
+        flags(work, "batch4.jsonl", "--max_new_tokens=100"),
+        flags(work, "sampled4.jsonl", "--temperature=0.9", "--top_p=0.95", "--seed=3", "--stop=ab", "--batch_size=4"),
+        flags(work, "sampled1.jsonl", "--temperature=0.9", "--top_p=0.95", "--seed=3", "--stop=ab", "--batch_size=1"),
+    ]
+    return decode_in_one_process(work, lines)
+
+
+@pytest.mark.parametrize("i", range(len(MISTAKES)), ids=[" ".join(words) for words, _ in MISTAKES])
+def test_mistakes_are_one_line_and_exit_code_2(results, work, i):
+    code, out, error = results[i]
+    assert code == 2, error
+    assert error.startswith("decode.py: error: ")
+    assert MISTAKES[i][1] in error
+    assert error.count("\n") == 1
+    assert out == ""
+    assert not (work / "o").exists()
+    assert not (work / "o.settings.json").exists()
+
+
+def test_batch_4_equals_batch_1(results, work):
+    (four, out, _), (one, as_json, _) = results[len(MISTAKES) :][:2]
+    assert (four, one) == (0, 0)
+    assert out.startswith("60 prompts answered, 0 were before, 0 could not be; ")
+    assert read(work / "batch4.jsonl") == read(work / "batch1.jsonl")
+    assert set(read(work / "batch4.jsonl")) == set(range(60))
+    last = json.loads(as_json.splitlines()[-1])
+    assert (last["prompts"], last["errors"], last["bad_lines"]) == (60, 0, 0)
+    assert last["new_tokens"] == sum(record["new_tokens"] for record in read(work / "batch1.jsonl").values())
+
+
+def test_samples_do_not_depend_on_the_batch_size(results, work):
+    assert [code for code, _, _ in results[-2:]] == [0, 0]
+    sampled = read(work / "sampled4.jsonl")
+    assert sampled == read(work / "sampled1.jsonl")
+    greedy = read(work / "batch4.jsonl")
+    assert sum(sampled[i]["text"] != greedy[i]["text"] for i in sampled) > 30
+
+
+def test_bad_lines_are_listed_and_the_rest_answered(results, work):
+    runs = results[len(MISTAKES) + 2 :][:2]
+    for (code, out, error), counts in zip(
+        runs, ("2 prompts answered, 0 were", "0 prompts answered, 2 were"), strict=True
+    ):
+        assert code == 1
+        assert out.startswith(counts)
+        assert error.splitlines() == [
+            f'decode.py: {work}/mixed.jsonl line 2: "prompt" must be a text, found 7',
+            f"decode.py: {work}/mixed.jsonl line 5: the id 0 is line 1's; give each line its own",
+            f"{work}/mixed.jsonl id 'e': the prompt is empty; give at least one token",
+        ]
+    records = read(work / "mixed-answers.jsonl")
+    assert set(records) == {0, 1, "e"}
+    assert "error" in records["e"]
+    assert records[1] == read(work / "batch1.jsonl")[1]
+
+
+def test_a_file_of_bad_lines_alone_and_other_settings(results, work):
+    (code, _, error), (refused, _, why) = results[len(MISTAKES) + 4 :][:2]
+    assert code == 1
+    assert error.count("\n") == 1
+    assert "bad.jsonl line 1" in error
+    assert not (work / "none.jsonl").exists()
+    assert refused == 2
+    assert "made with max_new_tokens 128, not 100" in why
+
+
+def test_a_run_that_is_killed_is_finished_by_the_next(results, work):
+    expected = read(work / "batch1.jsonl")
+    output = work / "killed.jsonl"
+    command = [sys.executable, "decode.py", *flags(work, "killed.jsonl", "--batch_size=1")]
+    running = subprocess.Popen(
+        command, cwd=ROOT, env=environment(work), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not output.exists() or output.read_bytes().count(b"\n") < 3:
+        assert running.poll() is None
+        time.sleep(0.001)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    left = output.read_bytes().count(b"\n")
+    assert 3 <= left < len(PROMPTS)
+    done = subprocess.run(command, cwd=ROOT, env=environment(work), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{len(PROMPTS) - left} prompts answered, {left} were before, 0 could not be")
+    assert read(output) == expected
