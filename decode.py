@@ -32,6 +32,7 @@ from kangaroo_jax import (
     command_line,
     compilation_cache,
     demo,
+    distributed,
     generate,
     generate_plain,
     load_adapter,
@@ -145,6 +146,7 @@ def main() -> None:
     greedy = sampling.temperature == 0
     if greedy and (sampling.top_p, sampling.top_k) != (1.0, 0):
         raise InputError("--top_p and --top_k change nothing without a --temperature above 0; give one")
+    distributed.initialize("decode.py")
     profiling.check(command_line.PROFILE.value)
     prompt = read_prompt()
     model, adapter_path = _MODEL.value, _ADAPTER.value

@@ -8,7 +8,7 @@ Running the same command again goes on from the newest checkpoint.
 from absl import flags
 from ml_collections import config_flags
 
-from kangaroo_jax import command_line, compilation_cache, profiling
+from kangaroo_jax import command_line, compilation_cache, distributed, profiling
 from kangaroo_jax.train.loop import train
 
 _NAME = "train.py"
@@ -38,6 +38,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def main() -> None:
+    distributed.initialize(_NAME)
     profiling.check(command_line.PROFILE.value)
     compilation_cache.enable()
     train(_CONFIG.value, profile=command_line.PROFILE.value)
