@@ -167,10 +167,12 @@ def _compiled(
     """`function`, compiled ahead for arguments like these so that compilation is timed apart, and the seconds that
     compiling took: 0 where it was compiled before."""
     leaves, structure = jax.tree.flatten(args)
-    key = (_identity(function), structure, tuple((x.shape, str(x.dtype)) for x in leaves))
+    key = (_identity(function), structure, tuple((x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in leaves))
     start = time.perf_counter()
     if key not in _programs:
-        _programs[key] = jax.jit(function, donate_argnums=donated).lower(*args).compile()
+        # What is donated comes back where it was, so that the program takes its own result.
+        kept = jax.tree.map(lambda x: x.sharding, args[donated[0]]) if donated else None
+        _programs[key] = jax.jit(function, donate_argnums=donated, out_shardings=kept).lower(*args).compile()
         return _programs[key], time.perf_counter() - start
     return _programs[key], 0.0
 
