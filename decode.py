@@ -37,8 +37,10 @@ from kangaroo_jax import (
     generate_plain,
     load_adapter,
     load_target,
+    preflight,
     profiling,
 )
+from kangaroo_jax.model import sharding
 
 _MODEL = flags.DEFINE_string("model", None, "Target: a folder in Hugging Face format, or a hub id. The demo if absent.")
 _ADAPTER = flags.DEFINE_string(
@@ -60,10 +62,12 @@ _STOP = flags.DEFINE_multi_string("stop", [], "String that ends the text; may be
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"], "Of the weights. float32 for the demo and on CPU, else bfloat16."
 )
+_MODEL_PARALLEL = flags.DEFINE_integer("model_parallel", 1, "Devices that hold the target together, each layer split.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Decode plainly too: three interleaved runs each, medians.")
 _JSON = flags.DEFINE_bool("json", False, "End the output with one line: a JSON object of the results.")
 
 _PIPE_PATIENCE = 5.0  # seconds
+_PREFLIGHT_PROMPT = 1024  # tokens
 
 
 def read_prompt() -> str:
@@ -138,6 +142,21 @@ def print_table(columns: dict[str, dict[str, Any]]) -> None:
         print(f"{row.replace('_', ' '):20}" + "".join(f"{column[row]:>12}" for column in columns.values()))
 
 
+def fits() -> bool:
+    """--preflight: whether what the other flags ask for fits the machine it names."""
+    machine = preflight.find_machine(preflight.PREFLIGHT.value)
+    return preflight.decoding(
+        _MODEL.value or str(demo.MODEL),
+        _DTYPE.value or ("float32" if _MODEL.value is None else "bfloat16"),
+        _EXIT_LAYER.value or 2,  # the paper's for 7B; its cost hardly depends on it
+        _MAX_DRAFT_LEN.value or DraftConfig().max_draft_len,
+        _PREFLIGHT_PROMPT,
+        _MAX_NEW_TOKENS.value,
+        _MODEL_PARALLEL.value,
+        machine,
+    )
+
+
 def main() -> None:
     given = {"exit_layer": _EXIT_LAYER.value, "max_draft_len": _MAX_DRAFT_LEN.value, "threshold": _THRESHOLD.value}
     given = {name: value for name, value in given.items() if value is not None}
@@ -146,6 +165,8 @@ def main() -> None:
     greedy = sampling.temperature == 0
     if greedy and (sampling.top_p, sampling.top_k) != (1.0, 0):
         raise InputError("--top_p and --top_k change nothing without a --temperature above 0; give one")
+    if preflight.PREFLIGHT.value is not None:
+        sys.exit(0 if fits() else 1)
     distributed.initialize("decode.py")
     profiling.check(command_line.PROFILE.value)
     prompt = read_prompt()
@@ -157,7 +178,8 @@ def main() -> None:
         )
     dtype = _DTYPE.value or ("float32" if model is None or jax.default_backend() == "cpu" else "bfloat16")
     compilation_cache.enable()
-    target = load_target(model or str(demo.MODEL), dtype)
+    mesh = sharding.decoding_mesh(_MODEL_PARALLEL.value, jax.local_devices()) if _MODEL_PARALLEL.value != 1 else None
+    target = load_target(model or str(demo.MODEL), dtype, mesh)
     adapter = load_adapter(adapter_path or str(demo.ADAPTER), target)
     draft = dataclasses.replace(adapter.draft, **given)
 

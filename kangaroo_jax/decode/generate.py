@@ -76,11 +76,16 @@ def generate(
     )
 
 
-def verification_widths(max_draft_len: int) -> tuple[int, ...]:
-    """How many positions a verification pass may hold, ascending, for drafts of at most `max_draft_len` tokens."""
+def verification_widths(max_draft_len: int, platform: str | None = None) -> tuple[int, ...]:
+    """How many positions a verification pass may hold, ascending, for drafts of at most `max_draft_len` tokens, on
+    a platform (the default device's if None)."""
     full = max_draft_len + 1
     # Beside reading the weights, positions are free on accelerators; on CPU they are not.
-    return (full,) if jax.default_backend() != "cpu" else (*(w for w in (2, 3, 5, 7, 9, 13) if w < full), full)
+    return (
+        (full,)
+        if (platform or jax.default_backend()) != "cpu"
+        else (*(w for w in (2, 3, 5, 7, 9, 13) if w < full), full)
+    )
 
 
 def kangaroo_round(

@@ -27,9 +27,9 @@ from kangaroo_jax.model.target import TargetModel
 # The device works alone for this many tokens; then the host looks, streams and checks stop strings.
 CHUNK = 32
 # Shapes are rounded up to multiples of these, so that prompts of many lengths share a few compiled programs.
-_PROMPT_STEP = 64
-_CACHE_STEP = 128
-_EOS_STEP = 4
+PROMPT_STEP = 64
+CACHE_STEP = 128
+EOS_STEP = 4
 
 
 Round = Callable[..., DecodeState]
@@ -98,14 +98,14 @@ def run(
     ends = list(target.eos_token_ids if eos_token_ids is None else eos_token_ids)
     if not all(-1 <= token < 2**31 for token in ends):
         raise InputError(f"eos_token_ids must be token ids, found {ends}")
-    eos = np.full(bucket(max(1, len(ends)), _EOS_STEP), -1, np.int32)  # -1 is no token's id
+    eos = np.full(bucket(max(1, len(ends)), EOS_STEP), -1, np.int32)  # -1 is no token's id
     eos[: len(ends)] = ends
     lengths = np.asarray([len(ids) for ids in prompt_ids], np.int32)
-    tokens = np.zeros((len(prompt_ids), bucket(int(lengths.max()), _PROMPT_STEP)), np.int32)
+    tokens = np.zeros((len(prompt_ids), bucket(int(lengths.max()), PROMPT_STEP)), np.int32)
     for row, ids in zip(tokens, prompt_ids, strict=True):
         row[: len(ids)] = ids
-    room = bucket(max_new_tokens + overhang, _CACHE_STEP)
-    capacity = bucket(max(tokens.shape[1], int(lengths.max()) + max_new_tokens + overhang), _CACHE_STEP)
+    room = bucket(max_new_tokens + overhang, CACHE_STEP)
+    capacity = bucket(max(tokens.shape[1], int(lengths.max()) + max_new_tokens + overhang), CACHE_STEP)
     sampler = Sampler.create(sampling, prompt_ids)
     max_output = np.full(len(prompt_ids), max_new_tokens, np.int32)
     streams = [TextStream(target.tokenizer, stop) for _ in prompt_ids] if target.tokenizer is not None else None

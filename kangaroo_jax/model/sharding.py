@@ -63,6 +63,17 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
 
 
+def decoding_mesh(model_parallel: int, devices: Sequence[Any]) -> Mesh:
+    """The first `model_parallel` of `devices`, each layer split over all of them.
+
+    Raises:
+      InputError: for more than there are.
+    """
+    if not 1 <= model_parallel <= len(devices):
+        raise InputError(f"model_parallel: expected 1 to {len(devices)}, the devices there are, found {model_parallel}")
+    return make_mesh({"data": 1, "fsdp": 1, "model": model_parallel}, devices[:model_parallel])
+
+
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises `InputError` unless each device gets as many sequences as every other."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]

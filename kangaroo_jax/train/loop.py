@@ -23,7 +23,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tensorboardX
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
@@ -97,12 +97,7 @@ def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict
     mesh = make_mesh(settings)
     target = load_target(settings["target"], settings["dtype"], mesh)
     adapter_checkpoint.check_exit_layer(settings["exit_layer"], target.config)
-    context = target.config.max_position_embeddings
-    if settings["sequence_length"] > context:
-        raise InputError(
-            f"sequence_length: expected at most {context}, the context of {target.name}; "
-            f"found {settings['sequence_length']}"
-        )
+    check_context(settings, target.config, target.name)
     output = pathlib.Path(settings["output"]).expanduser().resolve()
     newest = adapter_checkpoint.newest_step(output)
     stored = None
@@ -196,6 +191,15 @@ def check_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return settings
 
 
+def check_context(settings: dict[str, Any], config: ModelConfig, name: str) -> None:
+    """Raises `InputError` for sequences that are longer than the context of the target called `name`."""
+    context = config.max_position_embeddings
+    if settings["sequence_length"] > context:
+        raise InputError(
+            f"sequence_length: expected at most {context}, the context of {name}; found {settings['sequence_length']}"
+        )
+
+
 def make_optimizer(settings: dict[str, Any]) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm, with linear warm-up and then a constant or cosine rate.
 
@@ -249,6 +253,14 @@ def abstract_state(
     parameters = adapter_checkpoint.named_leaves(abstract_adapter(config, jnp.float32))
     parameters = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in parameters.items()}
     return placed(parameters), placed(jax.eval_shape(optimizer.init, parameters))
+
+
+def abstract_batch(settings: dict[str, Any], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a batch."""
+    shape = (settings["batch_size"], settings["sequence_length"])
+    kinds = {"tokens": jnp.int32, "loss_mask": jnp.float32}
+    where = NamedSharding(mesh, sharding.BATCH)
+    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=where) for name, kind in kinds.items()}
 
 
 class _Run:
