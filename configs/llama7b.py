@@ -1,12 +1,10 @@
-"""The paper's recipe for a 7B model of the Llama family (Vicuna-7B, Llama-2-7B): arXiv 2404.18911, section 4.
+"""The paper's recipe for a 7B model of the Llama family (Llama-2-7B, or another by --config.target): arXiv 2404.18911,
+section 4.
 
-    python train.py --config=configs/llama7b.py --config.target=lmsys/vicuna-7b-v1.3 \\
-        --config.data.files='sharegpt/*.jsonl'
+    python train.py --config=configs/llama7b.py --config.data.files='data/*.jsonl'
 
-Learning rate, warm-up, clipping and sequence length are those of the authors' code; they trained for ten epochs of
-ShareGPT, about 24 hours on 8 V100. Hardware: one accelerator that holds the target in bfloat16 (13.5 GB), the
-adapter's float32 weights and AdamW state (0.8 GB) and the activations of a batch. This config has not been run at
-that size: memory, time and the acceptance to expect are unmeasured.
+Learning rate, warm-up, clipping, sequence length and exit layer are those of the authors' code; they trained for ten
+epochs of ShareGPT, about 24 hours on 8 V100.
 """
 
 import ml_collections
@@ -14,14 +12,14 @@ import ml_collections
 
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    config.target = "lmsys/vicuna-7b-v1.3"  # a folder in Hugging Face format, or a hub id
+    config.target = "meta-llama/Llama-2-7b-hf"  # a folder in Hugging Face format, or a hub id
     config.dtype = "bfloat16"
     config.exit_layer = 2
     config.output = "runs/llama7b"
     config.seed = 0
 
     config.steps = 100_000
-    config.batch_size = 8
+    config.batch_size = 16
     config.sequence_length = 2048
     config.loss_chunk = 128  # positions of each sequence whose logits exist at once
 

@@ -253,8 +253,13 @@ def _report(name: str, function: Callable[..., Any], inputs: tuple[Any, ...], ma
         "matrix products, all devices": f"{operations:.3g} FLOPs",
         "compiled in": f"{time.perf_counter() - start:.0f} s",
     }
-    for kind, found in program.collectives(compiled.as_text()).items():
-        rows[f"{kind}, per device"] = f"{_gib(found.num_bytes)} in {found.count}"
+    try:
+        with _quiet():
+            text = compiled.as_text()
+        for kind, found in program.collectives(text).items():
+            rows[f"{kind}, per device"] = f"{_gib(found.num_bytes)} in {found.count}"
+    except jax.errors.JaxRuntimeError:
+        rows["communication"] = "unreadable; install the libtpu that goes with this JAX: requirements-preflight.txt"
     for row, value in rows.items():
         print(f"  {row:30}{value:>24}")
     outputs = jax.tree.map(_placed, traced.out_info, compiled.output_shardings)
