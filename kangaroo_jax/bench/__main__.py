@@ -9,6 +9,7 @@ _COMMANDS = {
     "peers": "the demo against plain decoding and Hugging Face transformers",
     "roofline": "what each part costs, against the machine's limits",
     "tune": "the best gamma and eta for an adapter on this machine",
+    "load": "bytes read and host memory of loading a target split over devices and processes",
     "spec_bench": "Spec-Bench's questions, with Kangaroo and plainly",
 }
 
