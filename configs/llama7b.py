@@ -5,6 +5,12 @@ section 4.
 
 Learning rate, warm-up, clipping, sequence length and exit layer are those of the authors' code; they trained for ten
 epochs of ShareGPT, about 24 hours on 8 V100.
+
+Hardware: sized for a v5e slice of 4x4 (16 chips of 16 GiB), weights and batch split 16 ways. Expected memory, per
+device and as compiled by `--preflight=v5e:4x4`: 2.3 GiB at most, of which 0.8 GiB are weights and optimizer. One device
+of 24 GiB or more does with --config.batch_size=8: 15.7 GiB. Measured: these figures of the compiler
+(docs/preflight.md). Not measured: the step's time, how long a run takes, and the acceptance to expect; it has not been
+run at this size.
 """
 
 import ml_collections

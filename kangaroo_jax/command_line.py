@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 
 from kangaroo_jax.errors import InputError, MachineError
@@ -15,7 +17,11 @@ PROFILE = flags.DEFINE_string("profile", None, "Folder to write a trace of the d
 
 def fail(command: str, message: object, code: int = 2) -> NoReturn:
     """Prints one line on standard error and exits."""
-    print(f"{command}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{command}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        # JAX's exit handler would wait for the other processes, and abort this one when they do not come.
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 

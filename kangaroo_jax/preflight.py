@@ -68,7 +68,7 @@ def find_machine(name: str) -> Machine:
 
     Raises:
       InputError: for a name that is none.
-      MachineError: for a TPU topology where libtpu is not installed.
+      MachineError: for a TPU topology where libtpu is not installed, or does not load.
     """
     if name == _LOCAL:
         devices = jax.devices()
@@ -95,6 +95,7 @@ def find_machine(name: str) -> Machine:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_MIN_LOG_LEVEL": "3",
         "TPU_STDERR_LOG_LEVEL": "3",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for TPUs: several preflights may run at once
     }.items():
         os.environ.setdefault(variable, value)
     chips = [int(x) for x in shape.split("x")]
@@ -102,7 +103,10 @@ def find_machine(name: str) -> Machine:
     try:
         devices = topologies.get_topology_desc(name, "tpu", **small).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        raise InputError(f"--preflight={name}: no such topology ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        if "INVALID_ARGUMENT" not in reason:
+            raise MachineError(f"--preflight={name}: TPU's compiler could not be loaded ({reason})") from None
+        raise InputError(f"--preflight={name}: no such topology ({reason})") from None
     return Machine(name, devices, _HBM[devices[0].device_kind] * _GIB)
 
 
