@@ -24,19 +24,23 @@ from typing import Any
 
 import jax
 from absl import flags
+from jax.experimental import multihost_utils
 
 from kangaroo_jax import (
     DraftConfig,
     Generation,
     InputError,
     SamplingConfig,
+    TreeConfig,
     command_line,
     compilation_cache,
     demo,
+    distributed,
     generate,
     generate_plain,
     load_adapter,
     load_target,
+    preflight,
     profiling,
 )
 from kangaroo_jax.batch import answers
@@ -44,6 +48,7 @@ from kangaroo_jax.batch.answer import answer_prompts
 from kangaroo_jax.batch.prompts import read_prompts
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.model import sharding
 
 _MODEL = flags.DEFINE_string("model", None, "Target: a folder in Hugging Face format, or a hub id. The demo if absent.")
 _ADAPTER = flags.DEFINE_string(
@@ -62,6 +67,9 @@ _MAX_DRAFT_LEN = flags.DEFINE_integer(
     "max_draft_len", None, "Most tokens drafted in a round. What the adapter's decode.json says if absent, else 6."
 )
 _THRESHOLD = flags.DEFINE_float("threshold", None, "Confidence below which drafting stops. As above, else 0.6.")
+_TREE = flags.DEFINE_bool("tree", False, "Draft a tree of tokens in place of one sequence.")
+_TREE_TOPK = flags.DEFINE_integer("tree_topk", TreeConfig().topk, "Tokens of a level that a tree goes on from.")
+_TREE_BUDGET = flags.DEFINE_integer("tree_budget", TreeConfig().budget, "Most tokens of a tree that are verified.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Sample at this temperature; 0 is greedy.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the most probable tokens that have this probability together.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many most probable tokens; 0 is all.")
@@ -70,10 +78,13 @@ _STOP = flags.DEFINE_multi_string("stop", [], "String that ends the text; may be
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"], "Of the weights. float32 for the demo and on CPU, else bfloat16."
 )
+_MODEL_PARALLEL = flags.DEFINE_integer("model_parallel", 1, "Devices that hold the target together, each layer split.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Decode plainly too: three interleaved runs each, medians.")
 _JSON = flags.DEFINE_bool("json", False, "End the output with one line: a JSON object of the results.")
 
+_TREE_THRESHOLD = 0.4
 _PIPE_PATIENCE = 5.0  # seconds
+_PREFLIGHT_PROMPT = 1024  # tokens
 
 
 def read_prompt() -> str:
@@ -161,10 +172,30 @@ def check_flags_of_input() -> None:
         raise InputError(f"--batch_size must be at least 1, found {_BATCH_SIZE.value}")
 
 
+def fits() -> bool:
+    """--preflight: whether what the other flags ask for fits the machine it names."""
+    machine = preflight.find_machine(preflight.PREFLIGHT.value)
+    return preflight.decoding(
+        _MODEL.value or str(demo.MODEL),
+        _DTYPE.value or ("float32" if _MODEL.value is None else "bfloat16"),
+        _EXIT_LAYER.value or 2,  # the paper's for 7B; its cost hardly depends on it
+        _MAX_DRAFT_LEN.value or DraftConfig().max_draft_len,
+        _PREFLIGHT_PROMPT,
+        _MAX_NEW_TOKENS.value,
+        _MODEL_PARALLEL.value,
+        machine,
+    )
+
+
 def settings() -> tuple[dict[str, Any], SamplingConfig]:
     """What the flags say of drafting, and of sampling; flags out of range are named before anything is loaded."""
     given = {"exit_layer": _EXIT_LAYER.value, "max_draft_len": _MAX_DRAFT_LEN.value, "threshold": _THRESHOLD.value}
     given = {name: value for name, value in given.items() if value is not None}
+    if _TREE.value:
+        # The paper's threshold for trees, where none is given: a tree's compares with the probability of whole paths.
+        given = {"threshold": _TREE_THRESHOLD} | given | {"tree": TreeConfig(_TREE_TOPK.value, _TREE_BUDGET.value)}
+    elif _TREE_TOPK.present or _TREE_BUDGET.present:
+        raise InputError("--tree_topk and --tree_budget change nothing without --tree; give it")
     DraftConfig(**given)
     sampling = SamplingConfig(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value, _SEED.value)
     if sampling.temperature == 0 and (sampling.top_p, sampling.top_k) != (1.0, 0):
@@ -182,7 +213,8 @@ def load(given: dict[str, Any]) -> tuple[Target, TrainedAdapter, DraftConfig]:
         )
     dtype = _DTYPE.value or ("float32" if model is None or jax.default_backend() == "cpu" else "bfloat16")
     compilation_cache.enable()
-    target = load_target(model or str(demo.MODEL), dtype)
+    mesh = sharding.decoding_mesh(_MODEL_PARALLEL.value, jax.local_devices()) if _MODEL_PARALLEL.value != 1 else None
+    target = load_target(model or str(demo.MODEL), dtype, mesh)
     adapter = load_adapter(adapter_path or str(demo.ADAPTER), target)
     return target, adapter, dataclasses.replace(adapter.draft, **given)
 
@@ -208,6 +240,9 @@ def answer_file() -> None:
             draft=draft,
             sampling=sampling,
             stop=_STOP.value,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            barrier=multihost_utils.sync_global_devices if jax.process_count() > 1 else lambda _: None,
         )
         print(
             f"{done.prompts} prompts answered, {done.before} were before, {done.errors + len(bad)} could not be; "
@@ -221,6 +256,9 @@ def answer_file() -> None:
 
 
 def main() -> None:
+    if preflight.PREFLIGHT.value is not None:
+        sys.exit(0 if fits() else 1)
+    distributed.initialize("decode.py")
     if _INPUT.value is not None or _OUTPUT.present or _BATCH_SIZE.present:
         answer_file()
         return

@@ -1,14 +1,17 @@
 """Trains an adapter.
 
     python train.py --config=configs/demo.py --config.optimizer.learning_rate=1e-4
+    python train.py --config=configs/llama7b.py --preflight=v5e:4x4      would it fit? Needs no TPU
 
 Running the same command again goes on from the newest checkpoint.
 """
 
+import sys
+
 from absl import flags
 from ml_collections import config_flags
 
-from kangaroo_jax import command_line, compilation_cache, profiling
+from kangaroo_jax import command_line, compilation_cache, distributed, preflight, profiling
 from kangaroo_jax.train.loop import train
 
 _NAME = "train.py"
@@ -38,6 +41,10 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def main() -> None:
+    if preflight.PREFLIGHT.value is not None:
+        fits = preflight.training(_CONFIG.value, preflight.find_machine(preflight.PREFLIGHT.value))
+        sys.exit(0 if fits else 1)
+    distributed.initialize(_NAME)
     profiling.check(command_line.PROFILE.value)
     compilation_cache.enable()
     train(_CONFIG.value, profile=command_line.PROFILE.value)

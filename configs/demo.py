@@ -43,6 +43,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 0.01
     config.optimizer.clip_norm = 0.5
 
+    config.mesh = ml_collections.ConfigDict()  # devices along each axis; -1 is the rest
+    config.mesh.data = 1  # the batch alone is split
+    config.mesh.fsdp = -1  # batch and weights; a weight is gathered where it is used
+    config.mesh.model = 1  # each layer's heads and width, and the vocabulary
+
     config.log_every = 10  # steps; TensorBoard
     config.evaluate_every = 100
     config.evaluation_windows = 64  # packed rows

@@ -1,12 +1,16 @@
-"""The paper's recipe for a 7B model of the Llama family (Vicuna-7B, Llama-2-7B): arXiv 2404.18911, section 4.
+"""The paper's recipe for a 7B model of the Llama family (Llama-2-7B, or another by --config.target): arXiv 2404.18911,
+section 4.
 
-    python train.py --config=configs/llama7b.py --config.target=lmsys/vicuna-7b-v1.3 \\
-        --config.data.files='sharegpt/*.jsonl'
+    python train.py --config=configs/llama7b.py --config.data.files='data/*.jsonl'
 
-Learning rate, warm-up, clipping and sequence length are those of the authors' code; they trained for ten epochs of
-ShareGPT, about 24 hours on 8 V100. Hardware: one accelerator that holds the target in bfloat16 (13.5 GB), the
-adapter's float32 weights and AdamW state (0.8 GB) and the activations of a batch. This config has not been run at
-that size: memory, time and the acceptance to expect are unmeasured.
+Learning rate, warm-up, clipping, sequence length and exit layer are those of the authors' code; they trained for ten
+epochs of ShareGPT, about 24 hours on 8 V100.
+
+Hardware: sized for a v5e slice of 4x4 (16 chips of 16 GiB), weights and batch split 16 ways. Expected memory, per
+device and as compiled by `--preflight=v5e:4x4`: 2.3 GiB at most, of which 0.8 GiB are weights and optimizer. One device
+of 24 GiB or more does with --config.batch_size=8: 15.7 GiB. Measured: these figures of the compiler
+(docs/preflight.md). Not measured: the step's time, how long a run takes, and the acceptance to expect; it has not been
+run at this size.
 """
 
 import ml_collections
@@ -14,14 +18,14 @@ import ml_collections
 
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    config.target = "lmsys/vicuna-7b-v1.3"  # a folder in Hugging Face format, or a hub id
+    config.target = "meta-llama/Llama-2-7b-hf"  # a folder in Hugging Face format, or a hub id
     config.dtype = "bfloat16"
     config.exit_layer = 2
     config.output = "runs/llama7b"
     config.seed = 0
 
     config.steps = 100_000
-    config.batch_size = 8
+    config.batch_size = 16
     config.sequence_length = 2048
     config.loss_chunk = 128  # positions of each sequence whose logits exist at once
 
@@ -41,6 +45,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.schedule = "constant"
     config.optimizer.weight_decay = 0.01
     config.optimizer.clip_norm = 0.5
+
+    config.mesh = ml_collections.ConfigDict()  # devices along each axis; -1 is the rest
+    config.mesh.data = 1  # the batch alone is split
+    config.mesh.fsdp = -1  # batch and weights; a weight is gathered where it is used
+    config.mesh.model = 1  # each layer's heads and width, and the vocabulary
 
     config.log_every = 10
     config.evaluate_every = 2000

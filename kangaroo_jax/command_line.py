@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 
-from kangaroo_jax.errors import InputError
+from kangaroo_jax.errors import InputError, MachineError
 
 PROFILE = flags.DEFINE_string("profile", None, "Folder to write a trace of the device's work into (Perfetto, XProf).")
 
 
-def fail(command: str, message: object) -> NoReturn:
-    """Prints one line on standard error and exits with code 2."""
-    print(f"{command}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
+def fail(command: str, message: object, code: int = 2) -> NoReturn:
+    """Prints one line on standard error and exits."""
+    print(f"{command}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        # JAX's exit handler would wait for the other processes, and abort this one when they do not come.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def parse_flags(command: str, argv: list[str]) -> list[str]:
@@ -44,7 +50,8 @@ def run(
     parse: Callable[[list[str]], list[str]] | None = None,
     interrupted: str = "interrupted",
 ) -> None:
-    """Parses flags and runs `main`; an `InputError` becomes one line and exit code 2, Ctrl-C one line and 130.
+    """Parses flags and runs `main`; an `InputError` becomes one line and exit code 2, a `MachineError` one and 1,
+    Ctrl-C one and 130.
 
     Args:
       command: its name, for messages.
@@ -59,6 +66,8 @@ def run(
             main()
         except InputError as error:
             fail(command, error)
+        except MachineError as error:
+            fail(command, error, code=1)
         except KeyboardInterrupt:
             print(f"\n{command}: {interrupted}", file=sys.stderr)
             sys.exit(130)

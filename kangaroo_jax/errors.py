@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""The exceptions that are one line to the user."""
 
 
 class InputError(ValueError):
@@ -9,3 +9,11 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))  # one line, whatever a file's name or contents held
+
+
+class MachineError(RuntimeError):
+    """What was asked for is right, but the machine or its neighbours do not allow it. One line, as above; the scripts
+    exit with code 1."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))

@@ -23,6 +23,7 @@ from kangaroo_jax.checkpoint.huggingface import Target, parameter_paths
 from kangaroo_jax.checkpoint.upstream import load_upstream
 from kangaroo_jax.config import DraftConfig, ModelConfig
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.model import sharding
 from kangaroo_jax.model.adapter import Adapter, DraftVocabulary, abstract_adapter
 
 # Beside an adapter: how to draft with it, and what tokens its drafts are made of.
@@ -334,7 +335,11 @@ def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
     # The list first: it names a mismatch where the arrays themselves would only fail to be read.
     check_parameters(metadata["parameters"], expected, folder)
     found = read_arrays(folder, "adapter", expected)
-    parameters = {path: jnp.asarray(found[path], leaf.dtype) for path, leaf in expected.items()}
+    parameters = {path: found[path].astype(leaf.dtype) for path, leaf in expected.items()}
+    if target.mesh is None:
+        parameters = jax.tree.map(jnp.asarray, parameters)
+    else:
+        parameters = sharding.put(parameters, sharding.shardings(parameters, target.mesh))
     model = adapter_from_parameters(target.config, parameters)
     return TrainedAdapter(model, metadata["exit_layer"], name, target.fingerprint)
 

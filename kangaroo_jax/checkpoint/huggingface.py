@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import huggingface_hub
@@ -28,16 +30,22 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 from huggingface_hub.errors import HFValidationError
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from kangaroo_jax.config import ModelConfig, token_ids
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.model import sharding
 from kangaroo_jax.model.target import TargetModel
 
 # As safetensors spells them. ml_dtypes gives numpy the bfloat16 that safetensors asks it for.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _FINGERPRINT_SAMPLE = 64  # values of each tensor
 _HUB_TIMEOUT = 10.0  # seconds
+
+
+Index = tuple[slice, ...]  # a part of an array: one slice per dimension, with start and stop
+Pieces = tuple[Index, ...]  # parts to be joined along their first axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +58,8 @@ class Target:
       name: the folder or hub id it came from.
       fingerprint: identifies the weights whatever dtype they were loaded in; adapters record it.
       eos_token_ids: from generation_config.json where there is one, else config.json.
+      mesh: what the weights are split over; None where they are on one device.
+      bytes_read: of weights, from files, by this process.
     """
 
     model: TargetModel
@@ -57,6 +67,8 @@ class Target:
     name: str
     fingerprint: str
     eos_token_ids: tuple[int, ...]
+    mesh: Mesh | None = None
+    bytes_read: int = 0
 
     @property
     def config(self) -> ModelConfig:
@@ -70,14 +82,16 @@ class ParameterRule:
     Attributes:
       names: the tensors, without a leading "model.".
       shapes: their shapes.
-      join: tensors -> our array.
+      join: tensors -> our array. The rule of a part's shape joins the parts that `locate` names.
       split: our array -> tensors.
+      locate: a part of our array -> for each tensor, the pieces (runs of rows) that it is made of.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     join: Callable[..., np.ndarray]
     split: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    locate: Callable[[Index], tuple[Pieces, ...]]
 
 
 def parameter_rule(path: str, shape: tuple[int, ...]) -> ParameterRule:
@@ -99,8 +113,22 @@ def parameter_rule(path: str, shape: tuple[int, ...]) -> ParameterRule:
             parts = (fused[:, :groups], fused[:, groups : groups + 1], fused[:, groups + 1 :])
             return tuple(x.reshape(-1, *inputs) for x in parts)
 
+        def locate(index: Index) -> tuple[Pieces, ...]:
+            *columns, heads, whole, dims = index
+            if (whole.start, whole.stop) != (0, rows):
+                raise ValueError(f"{path}: queries, keys and values of a head stay together")
+
+            def runs(count: int) -> Pieces:  # `count` heads of this tensor per key/value head
+                if dims.stop - dims.start == head_dim:
+                    size = count * head_dim
+                    return ((slice(heads.start * size, heads.stop * size), *columns),)
+                starts = (head * head_dim for head in range(heads.start * count, heads.stop * count))
+                return tuple((slice(start + dims.start, start + dims.stop), *columns) for start in starts)
+
+            return tuple(runs(count) for count in (groups, 1, 1))
+
         names = tuple(f"{parent}.{letter}_proj.{kind}" for letter in "qkv")
-        return ParameterRule(names, tuple((count * head_dim, *inputs) for count in counts), join, split)
+        return ParameterRule(names, tuple((count * head_dim, *inputs) for count in counts), join, split, locate)
     if name in ("gate_up_proj", "gate_up_bias"):
         kind = "weight" if name == "gate_up_proj" else "bias"
         *inputs, _, width = shape
@@ -111,13 +139,17 @@ def parameter_rule(path: str, shape: tuple[int, ...]) -> ParameterRule:
             ((width, *inputs),) * 2,
             lambda gate, up: np.stack([gate.T, up.T], axis=axis),
             lambda fused: tuple(x.T for x in np.moveaxis(fused, axis, 0)),
+            lambda index: (((index[-1], *index[:axis]),),) * 2,
         )
     if name.endswith(("o_proj", "down_proj")):
-        return ParameterRule((f"{path}.weight",), (shape[::-1],), lambda x: x.T, lambda x: (x.T,))
+        return ParameterRule(
+            (f"{path}.weight",), (shape[::-1],), lambda x: x.T, lambda x: (x.T,), lambda i: ((i[::-1],),)
+        )
     if name.endswith("_bias"):
-        return ParameterRule((f"{path.removesuffix('_bias')}_proj.bias",), (shape,), lambda x: x, lambda x: (x,))
-    same = path if name == "weight" else f"{path}.weight"
-    return ParameterRule((same,), (shape,), lambda x: x, lambda x: (x,))
+        same = f"{path.removesuffix('_bias')}_proj.bias"
+    else:
+        same = path if name == "weight" else f"{path}.weight"
+    return ParameterRule((same,), (shape,), lambda x: x, lambda x: (x,), lambda i: ((i,),))
 
 
 def parameter_paths(module: PyTree) -> list[str]:
@@ -128,27 +160,29 @@ def parameter_paths(module: PyTree) -> list[str]:
 
 def fill_module(
     abstract: PyTree,
-    read: Callable[[str], np.ndarray],
+    read: Callable[[str, Pieces], np.ndarray],
     dtype: jnp.dtype,
     prefix: str = "",
     files: Mapping[str, str] | None = None,
+    mesh: Mesh | None = None,
 ) -> PyTree:
     """Builds a module from tensors read one parameter at a time, each put on the device in `dtype` before the next
     is read.
 
     Args:
       abstract: the module from `nnx.eval_shape`.
-      read: tensor name -> array.
+      read: tensor name and pieces of it -> those, joined.
       dtype: of the weights on the device.
       prefix: of the tensor names.
       files: tensor name -> file, for messages.
+      mesh: to split the weights over; only the parts of this process's devices are then read.
 
     Raises:
       InputError: if a value is beyond the range of `dtype`.
     """
 
-    def cast(name: str) -> np.ndarray:
-        tensor = read(name)
+    def cast(name: str, pieces: Pieces) -> np.ndarray:
+        tensor = read(name, pieces)
         if tensor.dtype == dtype:
             return tensor
         with np.errstate(over="ignore"):
@@ -162,12 +196,36 @@ def fill_module(
             )
         return converted
 
+    def part(path: str, shape: tuple[int, ...], index: Index) -> np.ndarray:
+        index = tuple(slice(*x.indices(size)[:2]) for x, size in zip(index, shape, strict=True))
+        rule = parameter_rule(path, shape)
+        pieces = zip(rule.names, rule.locate(index), strict=True)
+        of_part = parameter_rule(path, tuple(x.stop - x.start for x in index))
+        return of_part.join(*(cast(_full_name(name, prefix), where) for name, where in pieces))
+
     leaves, structure = jax.tree.flatten(abstract)
     for i, path in enumerate(parameter_paths(abstract)):
-        rule = parameter_rule(path, leaves[i].shape)
-        joined = rule.join(*(cast(_full_name(name, prefix)) for name in rule.names))
-        leaves[i] = jax.block_until_ready(jnp.asarray(joined, dtype))
+        shape = leaves[i].shape
+        if mesh is None:
+            array = jnp.asarray(part(path, shape, (slice(None),) * len(shape)), dtype)
+        else:
+            # Devices that hold the same part share one reading of it.
+            parts = functools.cache(lambda *bounds, path=path, shape=shape: part(path, shape, _slices(bounds)))
+            array = jax.make_array_from_callback(
+                shape,
+                NamedSharding(mesh, sharding.partition(path, shape, mesh)),
+                lambda index, parts=parts: parts(*((x.start, x.stop) for x in index)),
+            )
+        leaves[i] = jax.block_until_ready(array)
     return jax.tree.unflatten(structure, leaves)
+
+
+def join_pieces(pieces: Sequence[np.ndarray]) -> np.ndarray:
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def _slices(bounds: Iterable[tuple[int | None, int | None]]) -> Index:
+    return tuple(slice(start, stop) for start, stop in bounds)
 
 
 def _full_name(name: str, prefix: str) -> str:
@@ -217,13 +275,15 @@ def check_tensors(
         )
 
 
-def load_target(name: str | os.PathLike[str], dtype: str | jnp.dtype = "bfloat16") -> Target:
+def load_target(name: str | os.PathLike[str], dtype: str | jnp.dtype = "bfloat16", mesh: Mesh | None = None) -> Target:
     """Loads a target from a local folder or a Hugging Face hub id.
 
     Args:
       name: a folder with config.json and weights (*.safetensors, or pytorch_model*.bin where torch is installed),
         or a hub id.
       dtype: of the weights on the device: float32, bfloat16 or float16. One parameter at a time is on the host.
+      mesh: splits the weights over its devices (model/sharding.py says how). Each process reads only the parts of
+        its own devices, from safetensors; None keeps all on the default device.
 
     Raises:
       InputError: for a missing or corrupt file, an unknown architecture, or tensors that do not fit the config.
@@ -238,23 +298,36 @@ def load_target(name: str | os.PathLike[str], dtype: str | jnp.dtype = "bfloat16
     abstract = nnx.eval_shape(lambda: TargetModel(config, rngs=nnx.Rngs(0), dtype=dtype))
     weights = _weights(folder)
     check_tensors(abstract, weights.found, weights.files, prefix="model.")
-    shape = dataclasses.asdict(config) | {"bos_token_id": None, "eos_token_ids": None}
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    described = dataclasses.asdict(config) | {"bos_token_id": None, "eos_token_ids": None}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
 
-    def read(tensor_name: str) -> np.ndarray:
-        # A few values of every tensor tell fine-tuned weights apart; as float32, so that they are the same whatever
-        # file format and wider dtype the checkpoint is converted to.
-        tensor = weights.read(tensor_name)
-        digest.update(tensor.reshape(-1)[:_FINGERPRINT_SAMPLE].astype(np.float32).tobytes())
+    # A few values of every tensor tell fine-tuned weights apart; as float32, so that they are the same whatever
+    # file format and wider dtype the checkpoint is converted to.
+    bytes_read = 0
+
+    def read(tensor_name: str, pieces: Pieces) -> np.ndarray:
+        nonlocal bytes_read
+        tensor = weights.read(tensor_name, pieces)
+        bytes_read += tensor.nbytes
         return tensor
 
-    model = fill_module(abstract, read, dtype, prefix="model.", files=weights.files)
+    for path, leaf in zip(parameter_paths(abstract), jax.tree.leaves(abstract), strict=True):
+        for tensor_name in parameter_rule(path, leaf.shape).names:
+            full = _full_name(tensor_name, "model.")
+            shape, _ = weights.found[full]
+            rows = -(-_FINGERPRINT_SAMPLE // math.prod(shape[1:]))
+            index = tuple(slice(0, min(rows if i == 0 else size, size)) for i, size in enumerate(shape))
+            first = read(full, (index,))
+            digest.update(first.reshape(-1)[:_FINGERPRINT_SAMPLE].astype(np.float32).tobytes())
+    model = fill_module(abstract, read, dtype, prefix="model.", files=weights.files, mesh=mesh)
     return Target(
         model=model,
         tokenizer=_tokenizer(folder, config),
         name=name,
         fingerprint=digest.hexdigest()[:16],
         eos_token_ids=eos,
+        mesh=mesh,
+        bytes_read=bytes_read,
     )
 
 
@@ -346,11 +419,11 @@ def _local_folder(name: str) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class _Weights:
-    """A checkpoint's tensors: what there is, where, and how to read one."""
+    """A checkpoint's tensors: what there is, where, and how to read a part of one."""
 
     found: dict[str, tuple[tuple[int, ...], str]]
     files: dict[str, str]
-    read: Callable[[str], np.ndarray]
+    read: Callable[[str, Pieces], np.ndarray]
 
 
 def _weights(folder: pathlib.Path) -> _Weights:
@@ -400,10 +473,10 @@ def _read_headers(shards: list[pathlib.Path], opener: Callable[..., Any]) -> _We
                     raise InputError(f"{shard}: tensor {name}: expected in one file, found in {files[name]} too")
                 found[name], files[name] = tensors.describe(name), str(shard)
 
-    def read(name: str) -> np.ndarray:
-        # Opened anew for each tensor, so that the pages of a mapped file do not stay in memory.
+    def read(name: str, pieces: Pieces) -> np.ndarray:
+        # Opened anew each time, so that the pages of a mapped file do not stay in memory.
         with opener(pathlib.Path(files[name])) as tensors:
-            return tensors.read(name)
+            return join_pieces([tensors.read(name, piece) for piece in pieces])
 
     return _Weights(found, files, read)
 
@@ -412,7 +485,7 @@ def _read_headers(shards: list[pathlib.Path], opener: Callable[..., Any]) -> _We
 class _TensorFile:
     names: Callable[[], list[str]]
     describe: Callable[[str], tuple[tuple[int, ...], str]]
-    read: Callable[[str], np.ndarray]
+    read: Callable[[str, Index], np.ndarray]
 
 
 @contextlib.contextmanager
@@ -424,7 +497,7 @@ def _open_safetensors(path: pathlib.Path) -> Iterator[_TensorFile]:
                 part = file.get_slice(name)
                 return tuple(part.get_shape()), part.get_dtype()
 
-            yield _TensorFile(lambda: list(file.keys()), describe, file.get_tensor)
+            yield _TensorFile(lambda: list(file.keys()), describe, lambda name, index: file.get_slice(name)[index])
     except safetensors.SafetensorError as error:
         raise InputError(f"{path}: truncated or not a safetensors file ({_one_line(error)}); fetch it again") from None
     except OSError as error:
@@ -438,7 +511,7 @@ def _open_torch(path: pathlib.Path) -> Iterator[_TensorFile]:
     yield _TensorFile(
         lambda: list(tensors),
         lambda name: (tuple(tensors[name].shape), names.get(str(tensors[name].dtype), str(tensors[name].dtype))),
-        lambda name: torch_to_numpy(tensors[name]),
+        lambda name, index: torch_to_numpy(tensors[name][index]),
     )
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import pathlib
 
 import jax.numpy as jnp
+import numpy as np
 
 from kangaroo_jax.checkpoint.huggingface import (
+    Pieces,
     Target,
     check_tensors,
     fill_module,
+    join_pieces,
     load_torch,
     read_json,
     torch_to_numpy,
@@ -64,4 +67,8 @@ def load_upstream(folder: str | pathlib.Path, target: Target, dtype: jnp.dtype) 
     found = {name: (tuple(x.shape), _DTYPES.get(str(x.dtype), str(x.dtype))) for name, x in tensors.items()}
     files = dict.fromkeys(found, str(weights_file))
     check_tensors(abstract, found, files)
-    return fill_module(abstract, lambda name: torch_to_numpy(tensors[name]), dtype, files=files)
+
+    def read(name: str, pieces: Pieces) -> np.ndarray:
+        return join_pieces([torch_to_numpy(tensors[name][piece]) for piece in pieces])
+
+    return fill_module(abstract, read, dtype, files=files, mesh=target.mesh)

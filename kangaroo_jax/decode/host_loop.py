@@ -28,9 +28,9 @@ from kangaroo_jax.model.target import TargetModel
 # The device works alone for this many tokens; then the host looks, streams and checks stop strings.
 CHUNK = 32
 # Shapes are rounded up to multiples of these, so that prompts of many lengths share a few compiled programs.
-_PROMPT_STEP = 64
-_CACHE_STEP = 128
-_EOS_STEP = 4
+PROMPT_STEP = 64
+CACHE_STEP = 128
+EOS_STEP = 4
 
 
 Round = Callable[..., DecodeState]
@@ -139,7 +139,7 @@ class Ending:
         ends = list(target.eos_token_ids if eos_token_ids is None else eos_token_ids)
         if not all(-1 <= token < 2**31 for token in ends):
             raise InputError(f"eos_token_ids must be token ids, found {ends}")
-        eos = np.full(bucket(max(1, len(ends)), _EOS_STEP), -1, np.int32)
+        eos = np.full(bucket(max(1, len(ends)), EOS_STEP), -1, np.int32)
         eos[: len(ends)] = ends
         return cls(eos, tuple(stop))
 
@@ -178,7 +178,7 @@ def run(
     """Decodes prompts as one batch, prefilled together."""
     prompt_ids = encode_prompts(target, prompts, max_new_tokens, max_length)
     ending = Ending.create(target, eos_token_ids, stop, on_text is not None)
-    tokens, lengths = _padded(prompt_ids, bucket(max(map(len, prompt_ids)), _PROMPT_STEP))
+    tokens, lengths = _padded(prompt_ids, bucket(max(map(len, prompt_ids)), PROMPT_STEP))
     capacity, room = _shapes(method, tokens.shape[1], int(lengths.max()) + max_new_tokens, max_new_tokens)
     sampler = Sampler.create(sampling, prompt_ids)
     max_output = np.full(len(prompt_ids), max_new_tokens, np.int32)
@@ -334,13 +334,13 @@ def _padded(prompts: Sequence[list[int]], time: int) -> tuple[Int[np.ndarray, "b
 def _prompt_room(length: int) -> int:
     """Positions that a prompt of `length` is prefilled with on its own: two sizes between powers of two, so that the
     prompts of a long list need few programs."""
-    return bucket(length, max(_PROMPT_STEP, (1 << (length - 1).bit_length()) // 4))
+    return bucket(length, max(PROMPT_STEP, (1 << (length - 1).bit_length()) // 4))
 
 
 def _shapes(method: Method, prompt_room: int, longest: int, max_new_tokens: int) -> tuple[int, int]:
     """Capacity of the caches and room for new tokens; `longest` is that of prompt and answer together."""
-    capacity = bucket(max(prompt_room, longest + method.slots), _CACHE_STEP)
-    return capacity, bucket(max_new_tokens + method.overhang, _CACHE_STEP)
+    capacity = bucket(max(prompt_room, longest + method.slots), CACHE_STEP)
+    return capacity, bucket(max_new_tokens + method.overhang, CACHE_STEP)
 
 
 def _stream(target: Target, ending: Ending) -> TextStream | None:
@@ -384,10 +384,12 @@ def _compiled(
     """`function`, compiled ahead for arguments like these so that compilation is timed apart, and the seconds that
     compiling took: 0 where it was compiled before."""
     leaves, structure = jax.tree.flatten(args)
-    key = (_identity(function), structure, tuple((x.shape, str(x.dtype)) for x in leaves))
+    key = (_identity(function), structure, tuple((x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in leaves))
     start = time.perf_counter()
     if key not in _programs:
-        _programs[key] = jax.jit(function, donate_argnums=donated).lower(*args).compile()
+        # What is donated comes back where it was, so that the program takes its own result.
+        kept = jax.tree.map(lambda x: x.sharding, args[donated[0]]) if donated else None
+        _programs[key] = jax.jit(function, donate_argnums=donated, out_shardings=kept).lower(*args).compile()
         return _programs[key], time.perf_counter() - start
     return _programs[key], 0.0
 

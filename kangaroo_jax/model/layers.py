@@ -17,6 +17,7 @@ from kangaroo_jax.model import cache as kv_cache
 from kangaroo_jax.model.rotary import rotary_angles
 
 _INIT = nnx.initializers.normal(0.02)
+_QUERIES_AT_ONCE = 256  # per sequence, of attention without a cache
 
 
 @flax.struct.dataclass
@@ -56,6 +57,38 @@ def _rotate(x: Float[Array, "batch time heads head_dim"], context: AttentionCont
     return x * context.cos[:, :, None, :] + turned * context.sin[:, :, None, :]
 
 
+def attend(
+    query: Float[Array, "batch time kv_heads groups head_dim"],
+    keys: Float[Array, "batch keys kv_heads head_dim"],
+    values: Float[Array, "batch keys kv_heads head_dim"],
+    mask: Bool[Array, "batch time keys"],
+    *,
+    chunk: int = _QUERIES_AT_ONCE,
+) -> Float[Array, "batch time kv_heads groups head_dim"]:
+    """Attention without a cache, as training takes it: the scores of `chunk` queries exist at once, also in the
+    backward pass, which makes them anew. Batch and heads stay axes of their own, so that each can be sharded."""
+    precision = _precision(query.dtype)
+
+    @jax.checkpoint
+    def some(query: Array, mask: Array) -> Array:
+        scores = jnp.einsum("btkgd,bskd->bkgts", query, keys, precision=precision, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None, None], scores * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+        return jnp.einsum("bkgts,bskd->btkgd", weights, values, precision=precision)
+
+    batch, time = query.shape[:2]
+    if time <= chunk:
+        return some(query, mask)
+    count = -(-time // chunk)
+
+    def split(x: Array) -> Array:  # [batch, time, ...] -> [count, batch, chunk, ...]
+        x = jnp.pad(x, [(0, 0), (0, count * chunk - time)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
+
+    mixed = jax.lax.map(lambda part: some(*part), (split(query), split(mask)))
+    return jnp.moveaxis(mixed, 0, 1).reshape(batch, count * chunk, *query.shape[2:])[:, :time]
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions.
 
@@ -89,15 +122,15 @@ class Attention(nnx.Module):
             qkv = qkv + self.qkv_bias[...]
         turned = _rotate(qkv[..., :-1, :].reshape(batch, time, -1, head_dim), context)
         turned = turned.reshape(batch, time, kv_heads, rows - 1, head_dim)
+        if keys is None:
+            keys, values = turned[..., -1, :], qkv[..., -1, :]
+            return self._project(attend(turned[..., :-1, :], keys, values, context.mask)), keys, values
         groups, merged = rows - 2, batch * kv_heads  # batch and heads are one axis, as in the cache
         query = turned[..., :-1, :].transpose(0, 2, 3, 1, 4).reshape(merged, groups * time, head_dim)
         new_keys = turned[..., -1, :].transpose(0, 2, 3, 1).reshape(merged, head_dim, time)
         new_values = qkv[..., -1, :].transpose(0, 2, 1, 3).reshape(merged, time, head_dim)
-        if keys is None:
-            keys, values = new_keys, new_values
-        else:
-            keys = kv_cache.write(keys, new_keys, context.start, axis=2)
-            values = kv_cache.write(values, new_values, context.start, axis=1)
+        keys = kv_cache.write(keys, new_keys, context.start, axis=2)
+        values = kv_cache.write(values, new_values, context.start, axis=1)
         precision = _precision(x.dtype)
         scores = jnp.einsum("nqd,nds->nqs", query, keys, precision=precision, preferred_element_type=jnp.float32)
         scores = scores.reshape(batch, kv_heads, groups, time, -1) * head_dim**-0.5
@@ -105,10 +138,11 @@ class Attention(nnx.Module):
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype).reshape(merged, groups * time, -1)
         mixed = jnp.einsum("nqs,nsd->nqd", weights, values, precision=precision)
         mixed = mixed.reshape(batch, kv_heads, groups, time, head_dim).transpose(0, 3, 1, 2, 4)
-        out = matmul(mixed.reshape(batch, time, -1), self.o_proj[...])
-        if self.o_bias is not None:
-            out = out + self.o_bias[...]
-        return out, keys, values
+        return self._project(mixed), keys, values
+
+    def _project(self, mixed: Float[Array, "batch time kv_heads groups head_dim"]) -> Float[Array, "batch time hidden"]:
+        out = matmul(mixed.reshape(*mixed.shape[:2], -1), self.o_proj[...])
+        return out if self.o_bias is None else out + self.o_bias[...]
 
 
 class MLP(nnx.Module):
@@ -122,8 +156,9 @@ class MLP(nnx.Module):
         self.down_bias = nnx.Param(jnp.zeros((hidden,), dtype)) if config.mlp_bias else None
 
     def __call__(self, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time hidden"]:
-        hidden, _, width = self.gate_up_proj.shape
-        both = matmul(x, self.gate_up_proj[...].reshape(hidden, -1)).reshape(*x.shape[:-1], 2, width)
+        # Not reshaped into a matrix: that would move a weight that is sharded along its last axis.
+        weight = self.gate_up_proj[...]
+        both = jnp.einsum("...h,hgi->...gi", x, weight, precision=_precision(weight.dtype))
         if self.gate_up_bias is not None:
             both = both + self.gate_up_bias[...]
         out = matmul(jax.nn.silu(both[..., 0, :]) * both[..., 1, :], self.down_proj[...])

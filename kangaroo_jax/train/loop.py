@@ -12,23 +12,28 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tensorboardX
-from jaxtyping import Array
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
 from kangaroo_jax import profiling
 from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
-from kangaroo_jax.checkpoint.huggingface import Target, load_target
+from kangaroo_jax.checkpoint.huggingface import Target, load_target, parameter_paths
+from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.model import sharding
+from kangaroo_jax.model.adapter import abstract_adapter
 from kangaroo_jax.model.target import TargetModel
 from kangaroo_jax.train import chat
 from kangaroo_jax.train.input import (
@@ -72,8 +77,12 @@ _SETTINGS: dict[str, type] = {
     "evaluation_windows": int,
     "save_every": int,
     "keep_checkpoints": int,
+    "mesh.data": int,
+    "mesh.fsdp": int,
+    "mesh.model": int,
 }
 _MAY_BE_ZERO = {"seed", "data.max_bad_share", "optimizer.warmup_steps", "optimizer.weight_decay"}
+_MAY_BE_THE_REST = {"mesh.data", "mesh.fsdp", "mesh.model"}  # -1
 # float16 is for decoding only: the gradients of a mean over a batch underflow in it.
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
@@ -103,14 +112,10 @@ def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict
         **{name.removeprefix("data."): value for name, value in settings.items() if name.startswith("data.")}
     )
     check_files(data)
-    target = load_target(settings["target"], settings["dtype"])
+    mesh = make_mesh(settings)
+    target = load_target(settings["target"], settings["dtype"], mesh)
     adapter_checkpoint.check_exit_layer(settings["exit_layer"], target.config)
-    context = target.config.max_position_embeddings
-    if settings["sequence_length"] > context:
-        raise InputError(
-            f"sequence_length: expected at most {context}, the context of {target.name}; "
-            f"found {settings['sequence_length']}"
-        )
+    check_context(settings, target.config, target.name)
     output = pathlib.Path(settings["output"]).expanduser().resolve()
     newest = adapter_checkpoint.newest_step(output)
     stored = None
@@ -119,17 +124,24 @@ def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict
         adapter_checkpoint.check_target(stored, target, newest)
         _check_same_run(settings, stored["training"]["settings"], newest)
         if int(newest.name) >= settings["steps"]:
-            print(f"{output}: complete, {newest.name} steps; {_describe(stored['training']['held_out'])}")
+            _say(f"{output}: complete, {newest.name} steps; {_describe(stored['training']['held_out'])}")
             return stored["training"]["held_out"]
 
-    rows, held_out = load_rows(data, target, settings["sequence_length"], settings["seed"])
+    process = _process(settings["batch_size"], mesh)
+    rows, held_out = load_rows(
+        data, target, settings["sequence_length"], settings["seed"], quiet=jax.process_index() > 0
+    )
     if stored is not None and stored["training"]["data_fingerprint"] != rows.fingerprint:
         raise InputError(
             f"{newest}: trained on other data; expected data with fingerprint {rows.fingerprint}, found "
             f"{stored['training']['data_fingerprint']}; give the same files, or another output"
         )
-    batches = training_batches(rows, settings["batch_size"], settings["seed"])
-    evaluation = evaluation_batches(held_out, settings["batch_size"], settings["evaluation_windows"])
+    if target.mesh.size > 1:
+        _say(f"{target.mesh.size} devices: " + ", ".join(f"{axis} {size}" for axis, size in target.mesh.shape.items()))
+        for note in sharding.undivided(adapter_checkpoint.named_leaves(target.model), target.mesh):
+            _say(f"note: {note}")
+    batches = training_batches(rows, settings["batch_size"], settings["seed"], **process)
+    evaluation = evaluation_batches(held_out, settings["batch_size"], settings["evaluation_windows"], **process)
     training = {"settings": settings, "data_fingerprint": rows.fingerprint}
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -139,6 +151,27 @@ def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict
     if newest is not None:
         run.restore(newest)
     return run.run(output, profile)
+
+
+def _process(batch_size: int, mesh: Mesh) -> dict[str, int]:
+    """Which part of each batch this process reads. All of it, where the mesh gives processes other rows than one run
+    of them each (a model axis over several processes shares rows between them)."""
+    index, count = jax.process_index(), jax.process_count()
+    rows = np.arange(batch_size).reshape(count, -1)[index] if batch_size % count == 0 else []
+    if not np.array_equal(sharding.rows_here(batch_size, mesh), rows):
+        return {"process_index": 0, "process_count": 1}
+    return {"process_index": index, "process_count": count}
+
+
+def make_mesh(settings: dict[str, Any], devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that the settings ask for, over all devices of the run by default.
+
+    Raises:
+      InputError: for sizes that do not fit the devices or the batch.
+    """
+    mesh = sharding.make_mesh({axis: settings[f"mesh.{axis}"] for axis in sharding.AXES}, devices)
+    sharding.check_batch_size(settings["batch_size"], mesh)
+    return mesh
 
 
 def check_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -157,6 +190,8 @@ def check_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
         value = settings[name]
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
             raise InputError(f"{name}: expected a value of type {kind.__name__}, found {value!r}")
+        if name in _MAY_BE_THE_REST and value == -1:
+            continue
         if kind is not str and not (0 < value < math.inf or (value == 0 and name in _MAY_BE_ZERO)):
             least = "zero or more" if name in _MAY_BE_ZERO else "more than zero"
             raise InputError(f"{name}: expected a number that is {least}, found {value}")
@@ -179,6 +214,15 @@ def check_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
     if (target.is_absolute() or settings["target"].startswith(".")) and not target.is_dir():
         raise InputError(f"{settings['target']}: no such folder; expected a target in Hugging Face format or a hub id")
     return settings
+
+
+def check_context(settings: dict[str, Any], config: ModelConfig, name: str) -> None:
+    """Raises `InputError` for sequences that are longer than the context of the target called `name`."""
+    context = config.max_position_embeddings
+    if settings["sequence_length"] > context:
+        raise InputError(
+            f"sequence_length: expected at most {context}, the context of {name}; found {settings['sequence_length']}"
+        )
 
 
 def make_optimizer(settings: dict[str, Any]) -> optax.GradientTransformation:
@@ -220,6 +264,30 @@ def initial_parameters(target: TargetModel, exit_layer: int) -> Parameters:
     }
 
 
+def abstract_state(
+    optimizer: optax.GradientTransformation, config: ModelConfig, mesh: Mesh
+) -> tuple[Parameters, optax.OptState]:
+    """Shapes and shardings of the parameters and of the optimizer's state."""
+
+    def placed(tree: PyTree) -> PyTree:
+        leaves = adapter_checkpoint.named_leaves(tree)
+        where = sharding.shardings(leaves, mesh)
+        structs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[path]) for path, x in leaves.items()]
+        return jax.tree.unflatten(jax.tree.structure(tree), structs)
+
+    parameters = adapter_checkpoint.named_leaves(abstract_adapter(config, jnp.float32))
+    parameters = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in parameters.items()}
+    return placed(parameters), placed(jax.eval_shape(optimizer.init, parameters))
+
+
+def abstract_batch(settings: dict[str, Any], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a batch."""
+    shape = (settings["batch_size"], settings["sequence_length"])
+    kinds = {"tokens": jnp.int32, "loss_mask": jnp.float32, "segment_ids": jnp.int32, "positions": jnp.int32}
+    where = NamedSharding(mesh, sharding.BATCH)
+    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=where) for name, kind in kinds.items()}
+
+
 class _Run:
     """A run in memory: what is trained, where it stands, and how it goes on."""
 
@@ -235,23 +303,24 @@ class _Run:
         self.batches, self.evaluation, self.training = batches, evaluation, training
         self.optimizer = make_optimizer(settings)
         self.step = 0
-        self.parameters = initial_parameters(target.model, settings["exit_layer"])
-        self.state = self.optimizer.init(self.parameters)
-        self._train_step, self._evaluate_batch = _compiled(self.optimizer, target, settings)
+        self._where = jax.tree.map(lambda x: x.sharding, abstract_state(self.optimizer, target.config, target.mesh))
+        start = jax.jit(initial_parameters, static_argnums=1, out_shardings=self._where[0])
+        self.parameters = start(target.model, settings["exit_layer"])
+        self.state = jax.jit(self.optimizer.init, out_shardings=self._where[1])(self.parameters)
+        self._train_step, self._evaluate_batch = compiled(self.optimizer, target.config, settings, target.mesh)
+        self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
     def restore(self, folder: pathlib.Path) -> None:
         """Takes over a checkpoint of the run."""
         position = adapter_checkpoint.read_position(folder)
         expected = adapter_checkpoint.named_leaves(self.state)
-        # Copies: what is donated must be JAX's own, not the reader's.
-        self.parameters = {
-            path: jnp.array(x, copy=True)
-            for path, x in adapter_checkpoint.read_arrays(folder, "adapter", self.parameters).items()
-        }
-        found = adapter_checkpoint.read_arrays(folder, "optimizer", expected)
-        self.state = jax.tree.unflatten(
-            jax.tree.structure(self.state), [jnp.array(found[path], copy=True) for path in expected]
+        self.parameters = sharding.put(
+            adapter_checkpoint.read_arrays(folder, "adapter", self.parameters), self._where[0]
         )
+        found = adapter_checkpoint.read_arrays(folder, "optimizer", expected)
+        state = jax.tree.unflatten(jax.tree.structure(self.state), [found[path] for path in expected])
+        # Copies: what is donated must be JAX's own, not the reader's.
+        self.parameters, self.state = self._copy((self.parameters, sharding.put(state, self._where[1])))
         self.step = position["step"]
         self.batches.set_state(position["input"])
 
@@ -259,12 +328,16 @@ class _Run:
         settings, steps = self.settings, self.settings["steps"]
         options = ocp.CheckpointManagerOptions(max_to_keep=settings["keep_checkpoints"], cleanup_tmp_directories=True)
         manager = ocp.CheckpointManager(output, options=options, item_handlers=adapter_checkpoint.item_handlers())
-        writer = tensorboardX.SummaryWriter(str(output), purge_step=self.step + 1)
+        # Of several processes, the first alone reports.
+        main = jax.process_index() == 0
+        writer = tensorboardX.SummaryWriter(str(output), purge_step=self.step + 1, write_to_disk=main)
         if self.step:
-            print(f"{output}: going on from step {self.step}")
+            _say(f"{output}: going on from step {self.step}")
         # A file or a pipe gets a line now and then instead of a moving bar.
         interval = 0.5 if sys.stderr.isatty() else 30.0
-        bar = tqdm(total=steps, initial=self.step, unit="step", mininterval=interval, dynamic_ncols=True)
+        bar = tqdm(
+            total=steps, initial=self.step, unit="step", mininterval=interval, dynamic_ncols=True, disable=not main
+        )
         with manager, writer, bar, contextlib.ExitStack() as tracing:
             if self.step == 0:
                 self._evaluate(writer)
@@ -274,7 +347,7 @@ class _Run:
                 if self.step == first + _PROFILED.start:
                     tracing.enter_context(profiling.trace(profile))
                 self.parameters, self.state, metrics = self._train_step(
-                    self.parameters, self.state, self.target.model, device_part(next(self.batches))
+                    self.parameters, self.state, self.target.model, self._put(next(self.batches))
                 )
                 self.step += 1
                 bar.update()
@@ -305,6 +378,9 @@ class _Run:
                     since = time.monotonic()
         return self.training["held_out"]
 
+    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
+        return sharding.put_batch(device_part(batch), self.settings["batch_size"], self.target.mesh)
+
     def _means(self, pending: list[dict[str, Array]]) -> dict[str, float]:
         """Means over the steps since the last report, whose metrics are fetched here."""
         pending[:] = [{name: float(x) for name, x in metrics.items()} for metrics in jax.device_get(pending)]
@@ -320,7 +396,7 @@ class _Run:
 
     def _evaluate(self, writer: tensorboardX.SummaryWriter) -> None:
         results = jax.device_get(
-            [self._evaluate_batch(self.parameters, self.target.model, device_part(batch)) for batch in self.evaluation]
+            [self._evaluate_batch(self.parameters, self.target.model, self._put(batch)) for batch in self.evaluation]
         )
         weights = [float(batch.pop("positions")) for batch in results]
         self.training["held_out"] = {
@@ -329,12 +405,12 @@ class _Run:
         }
         for name, value in self.training["held_out"].items():
             writer.add_scalar(f"held_out/{name}", value, self.step)
-        tqdm.write(f"step {self.step}: {_describe(self.training['held_out'])}")
+        if jax.process_index() == 0:
+            tqdm.write(f"step {self.step}: {_describe(self.training['held_out'])}")
 
     def _save(self, manager: ocp.CheckpointManager) -> None:
         # Written in the background; the next steps overwrite what they donate, so it gets copies.
-        parameters = jax.tree.map(jnp.copy, self.parameters)
-        state = jax.tree.map(jnp.copy, adapter_checkpoint.named_leaves(self.state))
+        parameters, state = self._copy((self.parameters, adapter_checkpoint.named_leaves(self.state)))
         metadata = adapter_checkpoint.adapter_metadata(
             parameters, self.target, self.settings["exit_layer"], self.training | {"step": self.step}
         )
@@ -349,16 +425,18 @@ class _Run:
         )
 
 
-def _compiled(
-    optimizer: optax.GradientTransformation, target: Target, settings: dict[str, Any]
+def compiled(
+    optimizer: optax.GradientTransformation, config: ModelConfig, settings: dict[str, Any], mesh: Mesh
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The training step and the evaluation of a batch. The target is an argument of both, not a constant in them."""
+    """The training step and the evaluation of a batch, jitted. The target is an argument of both, not a constant in
+    them. The gradients' sum over data and fsdp follows from the batch being split over both."""
+    where = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, config, mesh))
 
     def loss(parameters: Parameters, model: TargetModel, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        adapter = adapter_checkpoint.adapter_from_parameters(target.config, parameters)
+        adapter = adapter_checkpoint.adapter_from_parameters(config, parameters)
         return adapter_loss(
-            adapter,
-            model,
+            sharding.gathered(adapter, parameter_paths(adapter), mesh),
+            sharding.gathered(model, parameter_paths(model), mesh),
             batch["tokens"],
             batch["loss_mask"],
             batch["segment_ids"],
@@ -367,7 +445,7 @@ def _compiled(
             chunk=settings["loss_chunk"],
         )
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*where, None))
     def train_step(parameters, state, model, batch):
         (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(parameters, model, batch)
         updates, state = optimizer.update(gradients, state, parameters)
@@ -380,6 +458,12 @@ def _compiled(
         return loss(parameters, model, batch)[1]
 
     return train_step, evaluate_batch
+
+
+def _say(message: str) -> None:
+    """For the user; of several processes, the first alone speaks."""
+    if jax.process_index() == 0:
+        print(message)
 
 
 def _check_same_run(settings: dict[str, Any], stored: dict[str, Any], folder: pathlib.Path) -> None:

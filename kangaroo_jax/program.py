@@ -1,0 +1,130 @@
+"""What a compiled program does: its matrix products' operations, and what it sends between devices."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+_SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
+_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|branch_computations|true_computation|false_computation)=")
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One kind of communication.
+
+    Attributes:
+      count: times it runs in one run of the program. In a loop whose length the program does not state (XLA for TPU
+        states none), counted for one pass.
+      num_bytes: of its results on one device, over all of those.
+    """
+
+    count: int
+    num_bytes: int
+
+
+def collectives(text: str) -> dict[str, Collective]:
+    """Kind -> what the program of `text` (optimised HLO, of one device) communicates."""
+    counts, sizes, seen = collections.Counter(), collections.Counter(), set()
+    for times, shape, operation, line in _executed(text):
+        kind = operation.removesuffix("-done")
+        # An asynchronous one shows twice; its result is that of the -done half.
+        if kind not in KINDS:
+            continue
+        channel = _CHANNEL.search(line)
+        if channel and not operation.endswith("-done"):
+            # XLA for TPU writes one that it spreads over several fusions into each of them.
+            if (kind, channel.group(1)) in seen:
+                continue
+            seen.add((kind, channel.group(1)))
+        counts[kind] += times
+        sizes[kind] += times * _shape_bytes(shape)
+    return {kind: Collective(counts[kind], sizes[kind]) for kind in KINDS if counts[kind]}
+
+
+def _executed(text: str) -> Iterator[tuple[int, str, str, str]]:
+    """(times it runs, result's shape, operation, line) of each instruction that a run of the program reaches."""
+    computations: dict[str, list[str]] = {}
+    entry = current = None
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            current = header.group(1)
+            computations[current] = []
+            if line.startswith("ENTRY"):
+                entry = current
+        elif current is not None:
+            computations[current].append(line)
+
+    def walk(name: str, times: int) -> Iterator[tuple[int, str, str, str]]:
+        for line in computations.get(name, ()):
+            found = _INSTRUCTION.match(line)
+            if not found:
+                continue
+            yield times, *found.groups(), line
+            if _CALLED.search(line):
+                trips = _TRIPS.search(line)
+                inner = times * (int(trips.group(1)) if trips and found.group(2) == "while" else 1)
+                for callee in set(re.findall(r"%([\w.\-]+)", _called(line))) & computations.keys():
+                    yield from walk(callee, inner)
+
+    if entry is not None:
+        yield from walk(entry, 1)
+
+
+def _called(line: str) -> str:
+    return " ".join(re.findall(r"\b\w*(?:body|condition|calls|to_apply|computations?)=(\{[^}]*\}|%[\w.\-]+)", line))
+
+
+def _shape_bytes(shape: str) -> int:
+    total = 0
+    for kind, dimensions in _SHAPE.findall(shape):
+        size = math.prod(int(x) for x in dimensions.split(",") if x)
+        total += size * _item_bytes(kind)
+    return total
+
+
+def _item_bytes(kind: str) -> int:
+    names = {"pred": "bool", "f": "float", "bf": "bfloat", "s": "int", "u": "uint", "c": "complex"}
+    if kind == "pred":
+        return 1
+    prefix, bits = re.match(r"([a-z]+)(\d*)", kind).groups()
+    if prefix not in names or not bits:
+        return 0  # tokens and the like
+    return jnp.dtype(f"{names[prefix]}{bits}").itemsize if bits in ("8", "16", "32", "64", "128") else 1
+
+
+def matmul_operations(jaxpr: Any) -> int:
+    """Floating-point operations (a multiplication and an addition are two) of the matrix products in a jaxpr, over
+    all devices. Loops of unknown length count for one pass, branches as the costliest."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * depth * equation.outvars[0].aval.size
+            continue
+        inner = [matmul_operations(part) for part in _inner(equation.params)]
+        if equation.primitive.name == "cond":
+            total += max(inner, default=0)
+        else:
+            total += sum(inner) * equation.params.get("length", 1) if equation.primitive.name == "scan" else sum(inner)
+    return total
+
+
+def _inner(parameters: dict[str, Any]) -> Iterator[Any]:
+    for value in parameters.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            part = getattr(part, "jaxpr", part)
+            if hasattr(part, "eqns"):
+                yield part

@@ -1,0 +1,102 @@
+"""Shapes of well-known models, to cost them without their weights."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+
+import huggingface_hub
+
+from kangaroo_jax.checkpoint.huggingface import read_json
+from kangaroo_jax.config import ModelConfig, RopeScaling
+from kangaroo_jax.errors import InputError
+
+_LLAMA2 = functools.partial(
+    ModelConfig, model_type="llama", vocab_size=32000, head_dim=128, max_position_embeddings=4096, rms_norm_eps=1e-5
+)
+# From the config.json of Llama-2-7b, Llama-2-13b, Meta-Llama-3-8B and Llama-3.2-1B; Vicuna's are Llama's.
+SHAPES = {
+    "llama7b": _LLAMA2(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+    ),
+    "llama13b": _LLAMA2(
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+    ),
+    "llama3_8b": ModelConfig(
+        model_type="llama",
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+    ),
+    "llama3_1b": ModelConfig(
+        model_type="llama",
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling("llama3", factor=32.0),
+        tie_word_embeddings=True,
+    ),
+}
+
+# Hub ids whose config.json gives these shapes.
+_KNOWN = {
+    "lmsys/vicuna-7b-v1.3": "llama7b",
+    "lmsys/vicuna-7b-v1.5": "llama7b",
+    "meta-llama/Llama-2-7b-hf": "llama7b",
+    "meta-llama/Llama-2-7b-chat-hf": "llama7b",
+    "lmsys/vicuna-13b-v1.3": "llama13b",
+    "lmsys/vicuna-13b-v1.5": "llama13b",
+    "meta-llama/Llama-2-13b-hf": "llama13b",
+    "meta-llama/Llama-2-13b-chat-hf": "llama13b",
+    "meta-llama/Meta-Llama-3-8B": "llama3_8b",
+    "meta-llama/Meta-Llama-3-8B-Instruct": "llama3_8b",
+}
+
+
+def model_config(name: str) -> ModelConfig:
+    """A model's shape without its weights.
+
+    Args:
+      name: a folder with config.json, such a file, one of `SHAPES`, or a hub id; those of `_KNOWN` need no network.
+
+    Raises:
+      InputError: for a name that is none of these, or a config.json that is wrong.
+    """
+    path = pathlib.Path(name).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if file.is_file() or path.is_dir():
+        return ModelConfig.from_hf(read_json(file, "give a folder that has one"), str(file))
+    known = _KNOWN.get(name, name)
+    if known in SHAPES:
+        return SHAPES[known]
+    try:
+        huggingface_hub.model_info(name, timeout=10)  # fails at once where downloading would try again and again
+        file = pathlib.Path(huggingface_hub.hf_hub_download(name, "config.json"))
+    except Exception as error:  # the hub's errors and those of the HTTP library under it share no base class
+        raise InputError(
+            f"{name}: no folder with config.json, and its shape could not be had from the Hugging Face hub "
+            f"({type(error).__name__}); give a config.json, or one of {', '.join(SHAPES)}"
+        ) from None
+    return ModelConfig.from_hf(read_json(file, "the hub's cache is damaged"), str(file))

@@ -1,0 +1,206 @@
+"""The table of partitions, and models split over 8 devices of one process against the same on one device."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from kangaroo_jax.checkpoint.adapter import named_leaves
+from kangaroo_jax.checkpoint.huggingface import save_target
+from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.adapter import abstract_adapter
+from kangaroo_jax.model.sharding import check_batch_size, make_mesh, partition, undivided
+from kangaroo_jax.model.target import TargetModel
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=264,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=8,
+    max_position_embeddings=128,
+    qkv_bias=True,
+    o_bias=True,
+    mlp_bias=True,
+)
+
+
+def mesh_of(data: int, fsdp: int, model: int) -> types.SimpleNamespace:
+    """As much of a mesh as the table reads."""
+    return types.SimpleNamespace(shape={"data": data, "fsdp": fsdp, "model": model}, size=data * fsdp * model)
+
+
+def test_every_parameter_and_its_optimizer_state_has_a_partition_and_every_matrix_is_split():
+    target = named_leaves(nnx.eval_shape(lambda: TargetModel(CONFIG, rngs=nnx.Rngs(0))))
+    adapter = named_leaves(abstract_adapter(CONFIG, jnp.float32))
+    state = named_leaves(jax.eval_shape(optax.adamw(1e-3).init, dict(adapter.items())))
+    assert len(state) > 2 * len(adapter)
+    mesh = mesh_of(1, 2, 2)
+    for path, x in (target | adapter | state).items():
+        spec = partition(path, x.shape, mesh)
+        axes = [axis for names in spec for axis in ((names,) if isinstance(names, str) else names or ())]
+        assert len(axes) == len(set(axes)), path
+        if x.ndim > 1 and "bias" not in path:
+            assert sorted(axes) == ["fsdp", "model"], path
+    with pytest.raises(ValueError, match=r"no partition is known for layers\.0\.router"):
+        partition("layers.0.router", (4, 4), mesh)
+
+
+def test_axes_that_do_not_divide_leave_a_dimension_whole_and_say_so():
+    assert partition("layers.0.self_attn.qkv_proj", (32, 2, 4, 6), mesh_of(1, 4, 4)) == P(None, None, None, None)
+    assert partition("layers.0.self_attn.qkv_proj", (32, 4, 4, 6), mesh_of(1, 2, 4)) == P(None, "model", None, "fsdp")
+    assert partition("embed_tokens", (32001, 32), mesh_of(1, 2, 2)) == P(None, None)
+    assert partition("embed_tokens", (6, 32), mesh_of(1, 2, 2)) == P("model", None)
+    shapes = {"a.qkv_proj": np.zeros((4, 2, 4, 8)), "b.qkv_proj": np.zeros((4, 2, 4, 8)), "norm.weight": np.zeros(4)}
+    notes = undivided(shapes, mesh_of(1, 2, 4))
+    assert len(notes) == 1
+    assert notes[0].startswith("mesh.model 4 divides no dimension of qkv_proj [4, 2, 4, 8]")
+    assert undivided(shapes, mesh_of(4, 2, 2)) == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((1, 3, -1), "expected sizes whose product is a divisor of 8, the number of devices; found 3"),
+        ((1, 2, 2), "expected sizes whose product is exactly 8, the number of devices; found 4"),
+        ((-1, -1, 1), "at most one -1"),
+        ((0, -1, 1), "expected 1 or more each"),
+    ],
+)
+def test_meshes_that_do_not_fit_the_devices_are_named(sizes, message):
+    with pytest.raises(InputError, match=message):
+        make_mesh(dict(zip(("data", "fsdp", "model"), sizes, strict=True)), [None] * 8)
+
+
+def test_batches_that_do_not_divide_are_named():
+    check_batch_size(8, mesh_of(2, 4, 3))
+    with pytest.raises(InputError, match=r"batch_size: expected a multiple of 8, .* found 12"):
+        check_batch_size(12, mesh_of(2, 4, 1))
+
+
+_ON_8_DEVICES = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+import safetensors
+from flax import nnx
+
+from kangaroo_jax import DraftConfig, generate, load_target
+from kangaroo_jax.checkpoint import huggingface
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter, named_leaves
+from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.model import sharding
+from kangaroo_jax.train import loop
+from tests.train.test_loop import demo_config
+
+counted = [0]
+opened = safetensors.safe_open
+
+class Counting:
+    "A safetensors file that counts what is taken out of it."
+    def __init__(self, *args, **kwargs): self.file = opened(*args, **kwargs)
+    def __enter__(self): self.inner = self.file.__enter__(); return self
+    def __exit__(self, *error): return self.file.__exit__(*error)
+    def keys(self): return self.inner.keys()
+    def get_slice(self, name): return CountingSlice(self.inner.get_slice(name))
+
+class CountingSlice:
+    def __init__(self, inner): self.inner = inner; self.get_shape = inner.get_shape; self.get_dtype = inner.get_dtype
+    def __getitem__(self, index):
+        part = self.inner[index]
+        counted[0] += part.nbytes
+        return part
+
+safetensors.safe_open = Counting
+folder, rows = sys.argv[1], []
+rng = np.random.default_rng(0)
+batches = [
+    {"tokens": rng.integers(0, 256, (8, 24)).astype(np.int32), "loss_mask": (rng.random((8, 24)) < 0.7) * np.float32(1)}
+    for _ in range(4)
+]
+for count, sizes in [(1, (1, 1, 1)), (2, (1, 2, 1)), (4, (1, 1, 4)), (8, (2, 2, 2))]:
+    config = demo_config()
+    config.update_from_flattened_dict(
+        dict(zip(("mesh.data", "mesh.fsdp", "mesh.model"), sizes))
+        | {"target": folder, "exit_layer": 1, "batch_size": 8, "sequence_length": 24, "loss_chunk": 10}
+        | {"optimizer.warmup_steps": 1, "optimizer.learning_rate": 3e-3}
+    )
+    settings = loop.check_config(config)
+    counted[0] = 0
+    target = load_target(folder, "float32", loop.make_mesh(settings, jax.devices()[:count]))
+    run = loop._Run(settings, target, iter(batches), [], {})
+    losses = []
+    for batch in batches:
+        arrays = run._put(batch)
+        run.parameters, run.state, metrics = run._train_step(run.parameters, run.state, target.model, arrays)
+        losses.append(float(metrics["loss"]))
+    held = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(target.model)]
+    rows.append({"losses": losses, "read": counted[0], "said": target.bytes_read, "held": sum(held)})
+
+prompts = [[5, 6, 7, 8], [9, 10, 11]]
+decoded = []
+for mesh in (None, sharding.decoding_mesh(4, jax.devices())):
+    target = load_target(folder, "float32", mesh)
+    adapter = Adapter(target.config, rngs=nnx.Rngs(3))
+    trained = TrainedAdapter(adapter, 1, "random", None)
+    out = generate(target, trained, prompts, 40, draft=DraftConfig(None, 2, 0.0), eos_token_ids=[])
+    decoded.append([out.tokens, out.accept_lengths])
+print(json.dumps({"rows": rows, "decoded": decoded}))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_8_devices(tmp_path_factory):
+    """What one process with 8 devices makes of a small target, and the size of its file."""
+    folder = tmp_path_factory.mktemp("target") / "small"
+    rng = np.random.default_rng(0)
+    abstract = nnx.eval_shape(lambda: TargetModel(CONFIG, rngs=nnx.Rngs(0)))
+    model = jax.tree.map(lambda x: jnp.asarray(rng.normal(float(x.ndim == 1), 0.2, x.shape), jnp.float32), abstract)
+    save_target(model, folder, jnp.float32)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _ON_8_DEVICES, folder], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), (folder / "model.safetensors").stat().st_size
+
+
+def test_losses_are_the_same_on_1_2_4_and_8_devices(on_8_devices):
+    one, *others = (row["losses"] for row in on_8_devices[0]["rows"])
+    assert len(set(one)) == 4
+    for losses in others:
+        np.testing.assert_allclose(losses, one, rtol=1e-5)
+
+
+def test_each_byte_of_the_checkpoint_is_read_once_and_each_device_holds_its_part(on_8_devices):
+    result, size = on_8_devices
+    # The process has all devices here, so it reads everything; twice would be a device that reads for itself.
+    for row in result["rows"]:
+        assert row["read"] == row["said"]
+        assert row["read"] < 1.05 * size + 30 * 64 * 32 * 4  # and the fingerprint's first rows of each tensor
+    held = [row["held"] for row in result["rows"]]
+    for parts, found in zip((1, 2, 4, 4), held, strict=True):  # but norms and some biases, which are small
+        assert held[0] / parts <= found < 1.2 * held[0] / parts
+
+
+def test_decoding_on_4_devices_gives_the_tokens_and_accept_lengths_of_one(on_8_devices):
+    one, four = on_8_devices[0]["decoded"]
+    assert one == four

@@ -1,0 +1,81 @@
+"""--preflight: its table against sizes known beforehand, both verdicts, and what is wrong with the flag."""
+
+import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from kangaroo_jax import preflight
+from kangaroo_jax.errors import InputError, MachineError
+from kangaroo_jax.preflight import Machine
+from tests.train.test_loop import configured
+
+ROOT = pathlib.Path(__file__).parents[1]
+TARGET = ROOT / "tests" / "fixtures" / "golden" / "tiny-gqa"
+SMALL = {"target": str(TARGET), "batch_size": 2, "sequence_length": 32, "loss_chunk": 16, "data.files": "none/*.txt"}
+
+
+def command(*words):
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_prints_the_training_steps_table_and_says_that_it_fits():
+    overrides = [f"--config.{name}={value}" for name, value in SMALL.items()]
+    done = command("train.py", "--config=configs/demo.py", "--preflight=local", *overrides)
+    assert done.returncode == 0, done.stderr
+    found = dict(re.findall(r"^  (.+?), (?:per device|all devices)  +(\S+) ", done.stdout, re.MULTILINE))
+    assert set(found) == {"arguments", "temporary", "peak", "matrix products"}
+    assert "mesh data 1, fsdp 1, model 1" in done.stdout
+    # The target's matrices once forward, the adapter's three times, both heads and the draft's gradient once more.
+    layer, adapter, head = 128 * (128 * 2 + 64 * 2 + 3 * 352), 128 * (128 * 2 + 64 * 2), 128 * 259
+    tokens = 2 * 32
+    assert float(found["matrix products"]) >= 2 * tokens * (8 * layer + 3 * adapter + 3 * head)
+    assert float(found["matrix products"]) < 2 * tokens * (8 * layer + 3 * adapter + 5 * head) * 1.3
+    assert re.search(r"^fits: \d\.\d\d GiB of ", done.stdout, re.MULTILINE)
+
+
+def test_what_does_not_fit_is_said_so_and_a_round_of_decoding_has_its_table(capsys):
+    assert preflight.training(configured(SMALL), Machine("here", jax.devices(), memory=1000)) is False
+    assert "does not fit: 0.0" in capsys.readouterr().out
+    arguments = (str(TARGET), "float32", 2, 1, 64, 32, 1)
+    assert preflight.decoding(*arguments, Machine("here", jax.devices(), memory=2**30)) is True
+    out = capsys.readouterr().out
+    assert out.index("\nprefill\n") < out.index("\nrounds ") < out.index("\nfits: ")
+    assert out.count("peak, per device") == 2
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:4x", "v9:2x2", "v5e:0x4", "gpu"])
+def test_machines_that_are_none_are_named(name):
+    with pytest.raises(InputError, match=f"--preflight={name}: expected local, or a TPU topology"):
+        preflight.find_machine(name)
+
+
+def test_without_tpus_compiler_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MachineError, match=r"pip install -r requirements-preflight\.txt"):
+        preflight.find_machine("v5e:2x2")
+
+
+def test_targets_of_unknown_shape_are_named():
+    config = configured(SMALL, target="no_such_shape")
+    with pytest.raises(InputError, match=r"no_such_shape: no folder with config\.json.*llama7b, llama13b, llama3_8b"):
+        preflight.training(config, Machine("here", jax.devices(), memory=1))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_tpu_topology_on_a_machine_without_tpus():
+    overrides = [f"--config.{name}={value}" for name, value in (SMALL | {"dtype": "bfloat16"}).items()]
+    done = command("train.py", "--config=configs/demo.py", "--preflight=v5e:2x2", "--config.mesh.fsdp=2", *overrides)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "whose product is exactly 4" in done.stderr
+    overrides += ["--config.mesh.fsdp=2", "--config.mesh.model=2"]
+    done = command("train.py", "--config=configs/demo.py", "--preflight=v5e:2x2", *overrides)
+    assert done.returncode == 0, done.stderr
+    assert "v5e:2x2 (4 x TPU v5 lite): mesh data 1, fsdp 2, model 2" in done.stdout
+    assert re.search(r"all-gather, per device +0\.0\d GiB in \d+", done.stdout)
+    assert "of 16.00 GiB" in done.stdout
+    assert done.stderr == ""

@@ -1,0 +1,62 @@
+"""Reading compiled programs: operations against a count by hand, communication against programs written by hand."""
+
+import jax
+import jax.numpy as jnp
+
+from kangaroo_jax.program import Collective, collectives, matmul_operations
+
+TEXT = """
+HloModule step
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %all-reduce.1 = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1}}, to_apply=%add
+  ROOT %t = (s32[], f32[8]{0}) tuple(%i, %all-reduce.1)
+}
+
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%fused_a (p: bf16[2,4]) -> bf16[4,4] {
+  ROOT %all-gather.7 = bf16[4,4]{1,0:T(8,128)} all-gather(%p), channel_id=9, dimensions={0}
+}
+
+%fused_b (p: bf16[2,4]) -> bf16[4,4] {
+  ROOT %all-gather.8 = bf16[4,4]{1,0:T(8,128)} all-gather(%p), channel_id=9, dimensions={0}
+}
+
+%unused (p: f32[64]) -> f32[64] {
+  ROOT %all-reduce.9 = f32[64]{0} all-reduce(%p), channel_id=5, to_apply=%add
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %start = (f32[2]{0}, f32[4]{0}) all-gather-start(%a), channel_id=3, dimensions={0}
+  %done = f32[4]{0} all-gather-done(%start)
+  %f = bf16[4,4]{1,0} fusion(%b), kind=kCustom, calls=%fused_a
+  %g = bf16[4,4]{1,0} fusion(%b), kind=kCustom, calls=%fused_b
+  %both = (f32[8]{0}, s8[3]{0}) reduce-scatter(%a, %c), channel_id=4, dimensions={0}, to_apply=%add
+  ROOT %w = (s32[], f32[8]{0}) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+
+
+def test_collectives_count_loops_asynchronous_ones_once_and_spread_ones_once():
+    assert collectives(TEXT) == {
+        "all-gather": Collective(2, 4 * 4 + 16 * 2),
+        "all-reduce": Collective(5, 5 * 8 * 4),
+        "reduce-scatter": Collective(1, 8 * 4 + 3),
+    }
+
+
+def test_matmul_operations_count_loops_branches_and_remade_products():
+    def work(x, weights):
+        def layer(x, weight):
+            return jnp.tanh(x @ weight), None
+
+        x, _ = jax.lax.scan(layer, x, weights)
+        return jax.lax.cond(x[0, 0] > 0, lambda: x, lambda: x @ weights[0])
+
+    jaxpr = jax.make_jaxpr(work)(jnp.ones((3, 4)), jnp.ones((5, 4, 4))).jaxpr
+    assert matmul_operations(jaxpr) == 6 * (2 * 3 * 4 * 4)

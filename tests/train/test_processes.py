@@ -1,0 +1,120 @@
+"""A run of 2 processes with 4 devices each, against the same run on one device: losses, checkpoints, who reports."""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import socket
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from kangaroo_jax.checkpoint.adapter import newest_step, read_arrays, read_metadata
+from kangaroo_jax.train.loop import train
+from tests.train.test_loop import configured
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Twice, so that the second restores what the first saved.
+_RUN = """
+import json, sys
+from absl import app
+from kangaroo_jax import command_line, distributed
+from kangaroo_jax.train.loop import train
+from tests.train.test_loop import configured
+
+def main():
+    distributed.initialize("run")
+    settings = json.loads({settings!r})
+    for steps in (3, 6):
+        train(configured(settings, steps=steps))
+
+command_line.run("run", main)
+"""
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, small_target_folder):
+    text = tmp_path_factory.mktemp("data") / "text.jsonl"
+    rng = np.random.default_rng(0)
+    words = ["kangaroo", "drafts", "tokens", "exits", "early", "and", "verifies", "them"]
+    lines = (" ".join(rng.choice(words, 30)) for _ in range(30))
+    text.write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
+    return {
+        "target": str(small_target_folder),
+        "exit_layer": 1,
+        "batch_size": 8,
+        "sequence_length": 32,
+        "loss_chunk": 16,
+        "data.files": str(text),
+        "data.held_out": 0.1,
+        "optimizer.schedule": "constant",
+        "optimizer.warmup_steps": 2,
+        "log_every": 1,
+        "evaluate_every": 3,
+        "evaluation_windows": 8,
+        "save_every": 3,
+    }
+
+
+def _losses(folder: pathlib.Path) -> dict[int, float]:
+    """Step -> training loss, from TensorBoard's files (records of length, checksum, event, checksum)."""
+    losses = {}
+    for file in sorted(folder.glob("events.*")):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            for value in event.summary.value:
+                if value.tag == "train/loss":
+                    losses[event.step] = value.simple_value
+            data = data[16 + length :]
+    return losses
+
+
+def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_reports(settings, tmp_path):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        train(configured(settings, steps=6, output=str(tmp_path / "one")))
+
+    both = settings | {"output": str(tmp_path / "two"), "mesh.data": 2, "mesh.fsdp": -1, "mesh.model": 2}
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    flags = [f"--coordinator=localhost:{port}", "--num_processes=2"]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": str(ROOT),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _RUN.format(settings=json.dumps(both)), *flags, f"--process_id={i}"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    (out, err), (other_out, other_err) = (process.communicate(timeout=300) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], err + other_err
+    assert "8 devices: data 2, fsdp 2, model 2" in out
+    assert "going on from step 3" in out
+    assert "held-out loss" in out + err
+    assert "held-out" not in other_out + other_err
+    assert [line for line in other_out.splitlines() if not line.startswith("[Gloo]")] == []
+    assert "step/s" not in other_err
+
+    expected, found = _losses(tmp_path / "one"), _losses(tmp_path / "two")
+    assert sorted(found) == sorted(expected) == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose([found[i] for i in range(1, 7)], [expected[i] for i in range(1, 7)], rtol=1e-5)
+    assert len(set(expected.values())) == 6
+
+    one, two = newest_step(tmp_path / "one"), newest_step(tmp_path / "two")
+    shapes = {path: np.zeros(shape) for path, shape in read_metadata(one)["parameters"].items()}
+    first, second = read_arrays(one, "adapter", shapes), read_arrays(two, "adapter", shapes)
+    for path in shapes:
+        np.testing.assert_allclose(second[path], first[path], rtol=1e-4, atol=1e-6)
