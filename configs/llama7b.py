@@ -34,8 +34,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.files = "data/*.jsonl"
     config.data.evaluation_files = ""  # empty: a share of the records, held out
     config.data.held_out = 0.005
-    # Chat template. Vicuna's tokenizer has none; others: llama-2, llama-3, or empty for the tokenizer's own.
-    config.data.template = "vicuna_v1.1"
+    # Chat template: llama-2, llama-3, vicuna_v1.1, or empty for the tokenizer's own. A base model has none.
+    config.data.template = "llama-2"
     config.data.cache = ""  # folder for the token ids; empty: ~/.cache/kangaroo_jax/data. On a cluster, a shared one
     config.data.max_bad_share = 0.01  # more bad records than this share of all are refused, fewer are skipped
 

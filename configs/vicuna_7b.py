@@ -16,5 +16,6 @@ from configs import llama7b
 def get_config() -> ml_collections.ConfigDict:
     config = llama7b.get_config()
     config.target = "lmsys/vicuna-7b-v1.3"
+    config.data.template = "vicuna_v1.1"  # its tokenizer has none
     config.output = "runs/vicuna_7b"
     return config

@@ -1,0 +1,80 @@
+"""Chooses the tokens that drafts are made of, for an adapter of a target with a large vocabulary.
+
+    python -m kangaroo_jax.train.draft_vocabulary --adapter=runs/llama3 --model=FOLDER_OR_HUB_ID \\
+        --files='sharegpt/*.json' --size=32000
+
+Counts the tokens that are learned from the training data (answers in conversations, all of a text), and writes the
+most frequent of them to draft_vocabulary.npy in the adapter's folder, where load_adapter finds them. Drafts then come
+from these alone, and a draft step reads their rows of the LM head in place of the whole; verification stays over the
+whole vocabulary, so the output does not change. Removing the file undoes it.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+from absl import flags
+from jaxtyping import Int
+
+from kangaroo_jax import command_line
+from kangaroo_jax.checkpoint.adapter import load_adapter, write_draft_vocabulary
+from kangaroo_jax.checkpoint.huggingface import load_target
+from kangaroo_jax.errors import InputError
+from kangaroo_jax.train.cache import TokenCache, cache_folder, open_cache
+from kangaroo_jax.train.encode import Encoder
+from kangaroo_jax.train.records import find_sources
+
+_NAME = "draft_vocabulary"
+
+
+def count_tokens(cache: TokenCache, vocab_size: int) -> Int[np.ndarray, " vocab"]:
+    """How often each token follows a position that counts in the loss."""
+    counts = np.zeros(vocab_size, np.int64)
+    starts = cache.starts
+    for record, (start, length) in enumerate(zip(starts, cache.lengths, strict=True)):
+        tokens = cache.tokens(record)
+        run = np.searchsorted(cache.counted[:, 1], start, side="right")
+        while run < len(cache.counted) and cache.counted[run, 0] < start + length:
+            first, end = cache.counted[run] - start
+            counts += np.bincount(tokens[max(first, 0) + 1 : min(end, length) + 1], minlength=vocab_size)
+            run += 1
+    return counts
+
+
+def choose(counts: Int[np.ndarray, " vocab"], size: int, always: tuple[int, ...]) -> Int[np.ndarray, " size"]:
+    """The `size` most frequent tokens, ascending; `always` are among them, and the lower id is of two as frequent.
+
+    Raises:
+      InputError: for a size that is not below the vocabulary's.
+    """
+    if not len(always) < size < len(counts):
+        raise InputError(f"--size: expected more than {len(always)} and less than {len(counts)}, found {size}")
+    ranked = counts.astype(np.float64)
+    ranked[list(always)] = np.inf
+    return np.sort(np.argsort(-ranked, kind="stable")[:size])
+
+
+def main() -> None:
+    for flag in (_ADAPTER, _MODEL, _FILES, _SIZE):
+        if flag.value is None:
+            raise InputError(f"--{flag.name} is missing")
+    sources = find_sources(_FILES.value)
+    target = load_target(_MODEL.value)
+    load_adapter(_ADAPTER.value, target)  # wrong folders are named before the data is read
+    cache = open_cache(cache_folder(_CACHE.value), sources, Encoder(target, _TEMPLATE.value), max_bad_share=0.01)
+    counts = count_tokens(cache, target.config.vocab_size)
+    token_ids = choose(counts, _SIZE.value, target.eos_token_ids)
+    covered = counts[token_ids].sum() / counts.sum()
+    path = write_draft_vocabulary(pathlib.Path(_ADAPTER.value), token_ids)
+    print(f"wrote {path}: {len(token_ids)} of {len(counts)} tokens, {covered:.2%} of those in the data")
+
+
+if __name__ == "__main__":
+    _ADAPTER = flags.DEFINE_string("adapter", None, "The adapter's folder.")
+    _MODEL = flags.DEFINE_string("model", None, "Its target.")
+    _FILES = flags.DEFINE_string("files", None, "Paths and globs of training data, separated by commas.")
+    _SIZE = flags.DEFINE_integer("size", None, "Tokens in the draft vocabulary.")
+    _TEMPLATE = flags.DEFINE_string("template", "", "Chat template: as data.template in a config.")
+    _CACHE = flags.DEFINE_string("cache", "", "Folder for the tokens; empty for the user's cache folder.")
+    command_line.run(_NAME, main)
