@@ -20,11 +20,11 @@ import pytest
 import scipy.stats
 from flax import nnx
 
-from kangaroo_jax import DraftConfig, InputError, SamplingConfig, generate, generate_plain
+from kangaroo_jax import DraftConfig, InputError, SamplingConfig, TreeConfig, generate, generate_plain
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.config import ModelConfig
-from kangaroo_jax.decode import sampling, verify
+from kangaroo_jax.decode import pick, sampling, verify
 from kangaroo_jax.decode.autoregressive import plain_round
 from kangaroo_jax.decode.generate import kangaroo_round
 from kangaroo_jax.decode.host_loop import advance_rounds
@@ -107,21 +107,23 @@ def exact(prompt, config, length=NEW):
 
 
 @functools.cache
-def program(gamma, batch, widths, new, accepts, residual):
+def program(gamma, batch, widths, new, accepts, residual, tree, walk):
     """From keys and settings to tokens and statistics, in batches of `batch`; gamma 0 is plain decoding. `accepts` and
-    `residual` are the rule's functions, which become part of what is compiled."""
+    `residual`, or with a tree `walk`, are the rule's functions, which become part of what is compiled."""
     prompts = batch_prompts(batch)
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((batch, lengths.max()), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     if gamma:
-        one_round = functools.partial(kangaroo_round, exit_layer=EXIT_LAYER, max_draft_len=gamma, widths=widths)
+        shape = {"exit_layer": EXIT_LAYER, "max_draft_len": gamma, "widths": widths, "tree": tree}
+        one_round = functools.partial(kangaroo_round, **shape)
     else:
         one_round = plain_round
     room = new + gamma + 1
     most = np.full(batch, new, np.int32)
-    shapes = {"exit_layer": EXIT_LAYER, "capacity": int(lengths.max()) + room, "room": room}
+    capacity = int(lengths.max()) + room + (0 if tree is None else tree.topk * gamma + tree.budget)
+    shapes = {"exit_layer": EXIT_LAYER, "capacity": capacity, "room": room}
 
     def one_batch(target, adapter, sampler, eta, keys):
         sampler = sampler.replace(keys=keys)
@@ -148,11 +150,12 @@ def write_by_selection(buffer, new, start, axis):
     return buffer
 
 
-def draw(config, gamma, eta, batch, widths=None, count=SAMPLES, new=NEW):
+def draw(config, gamma, eta, batch, widths=None, count=SAMPLES, new=NEW, tree=None):
     """Tokens [count, new] of `count` sequences with a seed each; and the numbers of tokens that each round drafted and
     committed."""
     target, adapter = small_models()
-    run = program(gamma, batch, widths or (gamma + 1,), new, sampling.accepts, sampling.residual)
+    widths = widths or ((gamma if tree is None else tree.budget) + 1,)
+    run = program(gamma, batch, widths, new, sampling.accepts, sampling.residual, tree, pick.walk)
     prompts = [prompt for _ in range(count // batch) for prompt in batch_prompts(batch)]
     sampler = sampling.Sampler.create(dataclasses.replace(config, seed=range(count)), prompts)
     with pytest.MonkeyPatch.context() as patch:
@@ -249,6 +252,37 @@ def test_a_wrong_rule_is_found(monkeypatch, name, rule):
     config = SamplingConfig(1.0)
     tokens, _, _ = draw(config, 1, 0.0, 4000)
     assert p_value(tokens, 4, lambda prompt: exact(prompt, config)) < FALSE_ALARM
+
+
+TREES = [
+    # temperature, top_p, top_k, gamma, eta, batch, K, budget
+    (1.0, 1.0, 0, 2, 0.0, 1, 3, 7),
+    (1.3, 0.9, 9, 3, 0.6, 4, 2, 5),
+]
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "top_k", "gamma", "eta", "batch", "topk", "budget"), TREES)
+def test_tokens_of_trees_are_distributed_as_the_target_s(temperature, top_p, top_k, gamma, eta, batch, topk, budget):
+    config = SamplingConfig(temperature, top_p, top_k)
+    tokens, levels, committed = draw(config, gamma, eta, batch, tree=TreeConfig(topk, budget))
+    assert p_value(tokens, batch, lambda prompt: exact(prompt, config)) > FALSE_ALARM
+    assert 0.1 < (committed == 1).mean() < 0.9
+    assert set(levels) == ({gamma} if eta == 0 else set(range(1, gamma + 1)))
+
+
+def test_a_tree_that_is_accepted_always_is_found(monkeypatch):
+    walk = pick.walk
+
+    def first_child(choices, drafted, length, tree):
+        nodes = jnp.arange(choices.shape[1])
+        follows = tree.parents[:, None, : drafted.shape[1]] == nodes[:, None]
+        child = jnp.take_along_axis(drafted, jnp.argmax(follows, axis=-1), axis=1)
+        return walk(jnp.where(jnp.any(follows, axis=-1), child, choices), drafted, length, tree)
+
+    monkeypatch.setattr(pick, "walk", first_child)
+    config = SamplingConfig(1.0)
+    tokens, _, _ = draw(config, 2, 0.0, 1, tree=TreeConfig(3, 7))
+    assert p_value(tokens, 1, lambda prompt: exact(prompt, config)) < FALSE_ALARM
 
 
 def test_chi_square_is_calibrated():
