@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 
 from kangaroo_jax import program
 from kangaroo_jax.checkpoint.huggingface import parameter_paths
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.config import DraftConfig, ModelConfig
 from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.adapter import abstract_adapter
