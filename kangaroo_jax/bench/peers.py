@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from kangaroo_jax import compilation_cache, demo, generate, generate_plain, load_adapter, load_target
+from kangaroo_jax import DraftConfig, compilation_cache, demo, generate, generate_plain, load_adapter, load_target
 from kangaroo_jax.bench import machine, parts
 from kangaroo_jax.bench.prompts import held_out_prompts, held_out_tokens
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
