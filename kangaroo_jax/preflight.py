@@ -42,7 +42,6 @@ _GIB = 2**30
 # Memory of one device of each kind, as the runtime counts devices (a chip of TPU7x is two).
 _HBM = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}
 _NAMES = ("v5e", "v5p", "v6e", "tpu7x")
-_NO_ROOM = re.compile(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,10 +238,10 @@ def _report(name: str, function: Callable[..., Any], inputs: tuple[Any, ...], ma
         with _quiet():
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        found = _NO_ROOM.search(str(error))
-        if found is None:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(f"  the compiler found no room: {found.group(1)} needed of the {found.group(2)} there are per device")
+        reason = str(error).split("RESOURCE_EXHAUSTED:")[-1].strip().splitlines()[0]
+        print(f"  the compiler found no room: {reason}")
         return _Report(float("inf"), None)
     memory = compiled.memory_analysis()
     if machine.devices[0].platform == "tpu":

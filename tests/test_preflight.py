@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from kangaroo_jax import preflight
 from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.preflight import Machine
+from kangaroo_jax.train import loop
 from tests.train.test_loop import configured
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -46,6 +48,28 @@ def test_what_does_not_fit_is_said_so_and_a_round_of_decoding_has_its_table(caps
     out = capsys.readouterr().out
     assert out.index("\nprefill\n") < out.index("\nrounds ") < out.index("\nfits: ")
     assert out.count("peak, per device") == 2
+
+
+class NoRoom:
+    """A step that XLA for TPU finds no room for, in its words."""
+
+    trace = lower = lambda self, *inputs: self
+    jaxpr = types.SimpleNamespace(jaxpr=types.SimpleNamespace(eqns=[]))
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (21.51G) "
+            "exceeds available HBM (15.75G).\nmore lines"
+        )
+
+
+def test_a_program_that_the_compiler_finds_no_room_for_does_not_fit(monkeypatch, capsys):
+    monkeypatch.setattr(loop, "compiled", lambda *_: (NoRoom(), None))
+    assert preflight.training(configured(SMALL), Machine("here", jax.devices(), memory=2**30)) is False
+    out = capsys.readouterr().out
+    assert "no room: Ran out of memory on HBM" in out
+    assert "21.51G" in out
+    assert out.endswith("\ndoes not fit\n")
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:4x", "v9:2x2", "v5e:0x4", "gpu"])
