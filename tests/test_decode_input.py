@@ -28,7 +28,7 @@ for line in json.load(sys.stdin):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         saved = flagsaver.save_flag_values()
         try:
-            command_line.run("decode.py", decode.main, ["decode.py", *line])
+            command_line.run("decode.py", decode.main, ["decode.py", "--num_processes=1", *line])  # JAX joins a cluster but once
         except SystemExit as stop:
             code = stop.code
         flagsaver.restore_flag_values(saved)

@@ -129,7 +129,12 @@ safetensors.safe_open = Counting
 folder, rows = sys.argv[1], []
 rng = np.random.default_rng(0)
 batches = [
-    {"tokens": rng.integers(0, 256, (8, 24)).astype(np.int32), "loss_mask": (rng.random((8, 24)) < 0.7) * np.float32(1)}
+    {
+        "tokens": rng.integers(0, 256, (8, 24)).astype(np.int32),
+        "loss_mask": (rng.random((8, 24)) < 0.7) * np.float32(1),
+        "segment_ids": np.repeat(np.int32([[1, 2, 0]]), 8, axis=1).reshape(1, 24).repeat(8, axis=0),
+        "positions": np.tile(np.arange(8, dtype=np.int32), (8, 3)),
+    }
     for _ in range(4)
 ]
 for count, sizes in [(1, (1, 1, 1)), (2, (1, 2, 1)), (4, (1, 1, 4)), (8, (2, 2, 2))]:
