@@ -15,7 +15,8 @@ from tests.bench.models import save_model
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = [{"id": i, "prompt": f"{i}: class Stack{i}", "max_new_tokens": 60 + 7 * i % 60} for i in range(60)]
 
-# Many command lines in one process, most of whose time is Python's imports.
+# Many command lines in one process, most of whose time is Python's imports. JAX looks for a cluster once in a process
+# only, hence --num_processes.
 RUNNER = """
 import contextlib, io, json, sys
 from absl.testing import flagsaver
@@ -28,7 +29,7 @@ for line in json.load(sys.stdin):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         saved = flagsaver.save_flag_values()
         try:
-            command_line.run("decode.py", decode.main, ["decode.py", "--num_processes=1", *line])  # JAX joins a cluster but once
+            command_line.run("decode.py", decode.main, ["decode.py", "--num_processes=1", *line])
         except SystemExit as stop:
             code = stop.code
         flagsaver.restore_flag_values(saved)
