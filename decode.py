@@ -225,7 +225,8 @@ def answer_file() -> None:
     given, sampling = settings()
     prompts, bad = read_prompts(_INPUT.value)
     output = answers.check_place(_OUTPUT.value, _INPUT.value)
-    for message in bad:
+    first = jax.process_index() == 0
+    for message in bad if first else ():
         print(f"decode.py: {message}", file=sys.stderr)
     if prompts:
         target, adapter, draft = load(given)
@@ -244,8 +245,9 @@ def answer_file() -> None:
             process_count=jax.process_count(),
             barrier=multihost_utils.sync_global_devices if jax.process_count() > 1 else lambda _: None,
         )
+        mine = "" if jax.process_count() == 1 else f"process {jax.process_index()}: "
         print(
-            f"{done.prompts} prompts answered, {done.before} were before, {done.errors + len(bad)} could not be; "
+            f"{mine}{done.prompts} prompts answered, {done.before} were before, {done.errors + len(bad)} could not be; "
             f"{done.new_tokens} tokens in {done.seconds:.1f} s, {done.new_tokens / done.seconds:.1f} tokens/s, "
             f"mean accept length {done.mean_accept_length:.2f}; compilation, not counted: {done.compile_seconds:.1f} s"
         )
@@ -262,6 +264,8 @@ def main() -> None:
     if _INPUT.value is not None or _OUTPUT.present or _BATCH_SIZE.present:
         answer_file()
         return
+    if jax.process_count() > 1:
+        raise InputError("several processes need --input, whose prompts they share; give it, or run one process")
     given, sampling = settings()
     greedy = sampling.temperature == 0
     profiling.check(command_line.PROFILE.value)

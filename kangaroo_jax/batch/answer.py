@@ -6,8 +6,11 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 from kangaroo_jax import resumable
 from kangaroo_jax.batch import answers
@@ -179,6 +182,17 @@ def _settings(
         "exit_layer": resolve_exit_layer(target, adapter, draft),
         "max_draft_len": draft.max_draft_len,
         "threshold": draft.threshold,
+        "tree": None if draft.tree is None else dataclasses.asdict(draft.tree),
+        "draft_vocabulary": _draft_vocabulary(adapter),
         **dataclasses.asdict(sampling),
         "stop": list(stop),
     }
+
+
+def _draft_vocabulary(adapter: TrainedAdapter) -> str | None:
+    """Which tokens can be drafted, where they are not all: in sampling, the text depends on it."""
+    vocabulary = adapter.model.draft_vocabulary
+    if vocabulary is None:
+        return None
+    token_ids = np.asarray(vocabulary.token_ids[...])
+    return f"{len(token_ids)} tokens ({zlib.crc32(token_ids):08x})"

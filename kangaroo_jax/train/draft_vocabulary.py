@@ -11,21 +11,22 @@ whole vocabulary, so the output does not change. Removing the file undoes it.
 
 from __future__ import annotations
 
-import pathlib
+import argparse
 
 import numpy as np
-from absl import flags
 from jaxtyping import Int
 
 from kangaroo_jax import command_line
 from kangaroo_jax.checkpoint.adapter import load_adapter, write_draft_vocabulary
 from kangaroo_jax.checkpoint.huggingface import load_target
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.train import chat
 from kangaroo_jax.train.cache import TokenCache, cache_folder, open_cache
 from kangaroo_jax.train.encode import Encoder
 from kangaroo_jax.train.records import find_sources
 
 _NAME = "draft_vocabulary"
+_MAX_BAD_SHARE = 0.01  # the configs'
 
 
 def count_tokens(cache: TokenCache, vocab_size: int) -> Int[np.ndarray, " vocab"]:
@@ -56,25 +57,27 @@ def choose(counts: Int[np.ndarray, " vocab"], size: int, always: tuple[int, ...]
 
 
 def main() -> None:
-    for flag in (_ADAPTER, _MODEL, _FILES, _SIZE):
-        if flag.value is None:
-            raise InputError(f"--{flag.name} is missing")
-    sources = find_sources(_FILES.value)
-    target = load_target(_MODEL.value)
-    load_adapter(_ADAPTER.value, target)  # wrong folders are named before the data is read
-    cache = open_cache(cache_folder(_CACHE.value), sources, Encoder(target, _TEMPLATE.value), max_bad_share=0.01)
-    counts = count_tokens(cache, target.config.vocab_size)
-    token_ids = choose(counts, _SIZE.value, target.eos_token_ids)
+    parser = argparse.ArgumentParser(prog=_NAME, description=__doc__.split("\n")[0])
+    parser.add_argument("--adapter", required=True, help="The adapter's folder.")
+    parser.add_argument("--model", required=True, help="Its target: a folder in Hugging Face format, or a hub id.")
+    parser.add_argument("--files", required=True, help="Paths and globs of training data, separated by commas.")
+    parser.add_argument("--size", required=True, type=int, help="Tokens in the draft vocabulary.")
+    parser.add_argument("--template", default="", choices=["", *chat.NAMED], help="As data.template in a config.")
+    parser.add_argument("--cache", default="", help="As data.cache in a config.")
+    args = parser.parse_args()
+    try:
+        sources = find_sources(args.files)
+        target = load_target(args.model)
+        load_adapter(args.adapter, target)  # wrong folders are named before the data is read
+        cache = open_cache(cache_folder(args.cache), sources, Encoder(target, args.template), _MAX_BAD_SHARE)
+        counts = count_tokens(cache, target.config.vocab_size)
+        token_ids = choose(counts, args.size, target.eos_token_ids)
+        path = write_draft_vocabulary(args.adapter, token_ids)
+    except InputError as error:
+        command_line.fail(_NAME, error)
     covered = counts[token_ids].sum() / counts.sum()
-    path = write_draft_vocabulary(pathlib.Path(_ADAPTER.value), token_ids)
     print(f"wrote {path}: {len(token_ids)} of {len(counts)} tokens, {covered:.2%} of those in the data")
 
 
 if __name__ == "__main__":
-    _ADAPTER = flags.DEFINE_string("adapter", None, "The adapter's folder.")
-    _MODEL = flags.DEFINE_string("model", None, "Its target.")
-    _FILES = flags.DEFINE_string("files", None, "Paths and globs of training data, separated by commas.")
-    _SIZE = flags.DEFINE_integer("size", None, "Tokens in the draft vocabulary.")
-    _TEMPLATE = flags.DEFINE_string("template", "", "Chat template: as data.template in a config.")
-    _CACHE = flags.DEFINE_string("cache", "", "Folder for the tokens; empty for the user's cache folder.")
-    command_line.run(_NAME, main)
+    main()

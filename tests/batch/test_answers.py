@@ -3,6 +3,7 @@
 Truth: `generate_plain` alone, and the prompts' own ids.
 """
 
+import dataclasses
 import fcntl
 import functools
 import json
@@ -11,12 +12,15 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
-from kangaroo_jax import DraftConfig, InputError, SamplingConfig, generate_plain
+from kangaroo_jax import DraftConfig, InputError, SamplingConfig, TreeConfig, generate_plain
 from kangaroo_jax.batch import answers
 from kangaroo_jax.batch.answer import answer_prompts
 from kangaroo_jax.batch.prompts import read_prompts
+from kangaroo_jax.model.adapter import DraftVocabulary
 from tests.decode.models import lettered_target, tiny_adapter
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -32,8 +36,14 @@ def write(path, lines):
 def answer(source, output, **kwargs):
     prompts, bad = read_prompts(source)
     assert bad == []
-    kwargs = {"batch_size": 1, "max_new_tokens": 20, "draft": DRAFT, **kwargs}
-    return answer_prompts(lettered_target(), tiny_adapter(1), prompts, output, source=source, **kwargs)
+    kwargs = {"adapter": tiny_adapter(1), "batch_size": 1, "max_new_tokens": 20, "draft": DRAFT, **kwargs}
+    return answer_prompts(lettered_target(), prompts=prompts, output=output, source=source, **kwargs)
+
+
+def with_draft_vocabulary(token_ids):
+    model = nnx.clone(tiny_adapter(1).model)
+    model.draft_vocabulary = DraftVocabulary(lettered_target().model, jnp.asarray(token_ids))
+    return dataclasses.replace(tiny_adapter(1), model=model)
 
 
 def read(output):
@@ -130,6 +140,11 @@ def test_a_prompt_that_cannot_be_answered_gets_its_error_and_is_tried_again(tmp_
         ({"sampling": SamplingConfig(1.0)}, "made with temperature 0.0, not 1.0"),
         ({"sampling": SamplingConfig(seed=3)}, "made with seed 0, not 3"),
         ({"stop": ["x"]}, r"made with stop \[\], not \['x'\]"),
+        (
+            {"draft": dataclasses.replace(DRAFT, tree=TreeConfig(2, 4))},
+            "made with tree None, not {'topk': 2, 'budget': 4}",
+        ),
+        ({"adapter": with_draft_vocabulary([3, 1])}, r"made with draft_vocabulary None, not '2 tokens \(\w+\)'"),
     ],
 )
 def test_answers_of_other_settings_are_refused(whole, change, message):
