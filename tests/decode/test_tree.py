@@ -100,32 +100,40 @@ def test_rounds_equal_the_definition(exit_layer, gamma, topk, budget, threshold)
 
 
 def test_a_tree_of_width_one_is_the_single_sequence():
-    target, adapter, prompts = tiny_target(), tiny_adapter(2), [[1, 2, 3], list(range(30))]
-    single = DraftConfig(2, 4, 0.0)
-    tree = dataclasses.replace(single, tree=TreeConfig(1, 4))
-    one, other = (generate(target, adapter, prompts, 50, draft) for draft in (single, tree))
-    assert (one.tokens, one.accept_lengths, one.draft_lengths) == (
-        other.tokens,
-        other.accept_lengths,
-        other.draft_lengths,
-    )
+    target, adapter = tiny_target(), tiny_adapter(4)
+    single = DraftConfig(4, 3, 0.0)
+    tree = dataclasses.replace(single, tree=TreeConfig(1, 3))
+    for prompt in ([1, 2, 3], list(range(30)), [7]):
+        one, other = (generate(target, adapter, [prompt], 50, draft) for draft in (single, tree))
+        assert one.tokens == other.tokens
+        assert one.accept_lengths == other.accept_lengths
+        assert one.draft_lengths == other.draft_lengths
 
 
-def test_a_wider_tree_is_accepted_further():
-    target, adapter, prompts = tiny_target(), tiny_adapter(2), [[1, 2, 3], list(range(30))]
-    single = generate(target, adapter, prompts, 60, DraftConfig(2, 2, 0.0))
-    tree = generate(target, adapter, prompts, 60, DraftConfig(2, 2, 0.0, TreeConfig(6, 42)))
-    assert tree.mean_accept_length > 1.1 * single.mean_accept_length
+# One shape for the tests below, so that they share compiled programs.
+PROMPTS = [[1, 2, 3], list(range(30))]
+TREE = DraftConfig(2, 3, 0.1, TreeConfig(3, 9))
+
+
+def test_a_tree_is_accepted_further():
+    target, adapter = tiny_target(), tiny_adapter(2)
+    tree = generate(target, adapter, PROMPTS, 50, dataclasses.replace(TREE, threshold=0.0))
+    single = generate(target, adapter, PROMPTS, 50, DraftConfig(2, 3, 0.0))
+    assert tree.mean_accept_length > 1.05 * single.mean_accept_length
 
 
 def test_neighbours_change_nothing():
     target, adapter = tiny_target(), tiny_adapter(2)
-    draft = DraftConfig(2, 3, 0.1, TreeConfig(3, 9))
-    prompts = [[1, 2, 3], list(range(30)), [7]]
-    end = generate_plain(target, [prompts[1]], 50).tokens[0][20]
-    together = generate(target, adapter, prompts, 50, draft, eos_token_ids=[end])
-    assert len({len(sequence) for sequence in together.tokens}) > 1  # some end early
-    for i, prompt in enumerate(prompts):
+    draft = dataclasses.replace(TREE, threshold=0.2)
+    tokens = generate_plain(target, PROMPTS, 50).tokens
+    end = next(token for token in tokens[1][30:] if token not in tokens[0])
+    together = generate(target, adapter, PROMPTS, 50, draft, eos_token_ids=[end])
+    assert len({len(sequence) for sequence in together.tokens}) > 1  # one ends early
+    # A sequence that goes on where the other has stopped drafting, and the other way round.
+    pairs = list(zip(*together.draft_lengths, strict=False))
+    assert any(a < b for a, b in pairs)
+    assert any(a > b for a, b in pairs)
+    for i, prompt in enumerate(PROMPTS):
         alone = generate(target, adapter, [prompt], 50, draft, eos_token_ids=[end])
         assert together.tokens[i] == alone.tokens[0]
         assert together.accept_lengths[i] == alone.accept_lengths[0]
@@ -166,10 +174,10 @@ def test_caches_hold_what_prefill_of_the_committed_tokens_would_leave():
 
 def test_sampled_text_is_that_of_plain_decoding_with_the_same_seed():
     # Trees hold no random numbers, so every token is drawn as plain decoding draws it.
-    target, adapter, prompts = tiny_target(), tiny_adapter(2), [[1, 2, 3], list(range(30))]
+    target, adapter = tiny_target(), tiny_adapter(2)
     sampling = SamplingConfig(0.8, 0.95, seed=4)
-    out = generate(target, adapter, prompts, 60, DraftConfig(2, 3, 0.05, TreeConfig(4, 16)), sampling)
-    assert out.tokens == generate_plain(target, prompts, 60, sampling).tokens
+    out = generate(target, adapter, PROMPTS, 50, dataclasses.replace(TREE, threshold=0.02), sampling)
+    assert out.tokens == generate_plain(target, PROMPTS, 50, sampling).tokens
     assert out.mean_accept_length > 1.2
 
 
@@ -182,22 +190,21 @@ def with_draft_vocabulary(adapter, target, token_ids):
     return dataclasses.replace(adapter, model=model)
 
 
-@pytest.mark.parametrize("tree", [None, TreeConfig(3, 8)], ids=["single", "tree"])
+@pytest.mark.parametrize("tree", [None, TREE.tree], ids=["single", "tree"])
 def test_a_draft_vocabulary_changes_drafts_and_not_tokens(tree):
     target, whole = tiny_target(), tiny_adapter(2)
-    prompts = [[1, 2, 3], list(range(30))]
-    draft = DraftConfig(2, 2, 0.0, tree)
-    plain = generate_plain(target, prompts, 60)
+    draft = DraftConfig(2, 3, 0.0, tree)
+    plain = generate_plain(target, PROMPTS, 50)
     # In an order of its own, so that a token taken for its place in the list would show.
     used = sorted({token for sequence in plain.tokens for token in sequence}, key=lambda token: token * 29 % 48)
     unused = [token for token in range(48) if token not in used]
     some = (used + unused)[:24]
     results = []
     for token_ids in (some, [token for token in range(48) if token not in some]):
-        out = generate(target, with_draft_vocabulary(whole, target, token_ids), prompts, 60, draft)
+        out = generate(target, with_draft_vocabulary(whole, target, token_ids), PROMPTS, 50, draft)
         assert out.tokens == plain.tokens
         results.append(out.mean_accept_length)
-    usual = generate(target, whole, prompts, 60, draft).mean_accept_length
+    usual = generate(target, whole, PROMPTS, 50, draft).mean_accept_length
     assert 0.9 * usual < results[0]
     assert results[1] < 0.9 * results[0]
 
