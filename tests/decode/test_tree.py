@@ -126,7 +126,7 @@ def test_neighbours_change_nothing():
     target, adapter = tiny_target(), tiny_adapter(2)
     draft = dataclasses.replace(TREE, threshold=0.2)
     tokens = generate_plain(target, PROMPTS, 50).tokens
-    end = next(token for token in tokens[1][30:] if token not in tokens[0])
+    end = next(token for token in tokens[1][30:] if token not in tokens[0] + tokens[1][:30])
     together = generate(target, adapter, PROMPTS, 50, draft, eos_token_ids=[end])
     assert len({len(sequence) for sequence in together.tokens}) > 1  # one ends early
     # A sequence that goes on where the other has stopped drafting, and the other way round.
