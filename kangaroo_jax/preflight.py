@@ -137,18 +137,19 @@ def training(config: Any, machine: Machine) -> bool:
     # Training's packages are not needed to decode.
     from kangaroo_jax.checkpoint.adapter import check_exit_layer
     from kangaroo_jax.shapes import model_config
-    from kangaroo_jax.train import loop
+    from kangaroo_jax.train import settings as training_settings
+    from kangaroo_jax.train import step as training_step
 
-    settings = loop.check_config(config)
+    settings = training_settings.check_config(config)
     shape = model_config(settings["target"])
     check_exit_layer(settings["exit_layer"], shape)
-    loop.check_context(settings, shape, settings["target"])
-    mesh = loop.make_mesh(settings, machine.devices)
+    training_settings.check_context(settings, shape, settings["target"])
+    mesh = training_settings.make_mesh(settings, machine.devices)
     target = abstract_target(shape, settings["dtype"], mesh)
-    optimizer = loop.make_optimizer(settings)
-    state = loop.abstract_state(optimizer, shape, mesh)
-    batch = loop.abstract_batch(settings, mesh)
-    step, _ = loop.compiled(optimizer, shape, settings, mesh)
+    optimizer = training_step.make_optimizer(settings)
+    state = training_step.abstract_state(optimizer, shape, mesh)
+    batch = training_step.abstract_batch(settings, mesh)
+    step, _ = training_step.compiled(optimizer, shape, settings, mesh)
     print(f"{machine}: {_describe(mesh)}")
     print(
         f"training step: {settings['target']}, exit layer {settings['exit_layer']}, batch {settings['batch_size']} x "

@@ -13,7 +13,7 @@ import pytest
 from kangaroo_jax import preflight
 from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.preflight import Machine
-from kangaroo_jax.train import loop
+from kangaroo_jax.train import step
 from tests.train.test_loop import configured
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -64,7 +64,7 @@ class NoRoom:
 
 
 def test_a_program_that_the_compiler_finds_no_room_for_does_not_fit(monkeypatch, capsys):
-    monkeypatch.setattr(loop, "compiled", lambda *_: (NoRoom(), None))
+    monkeypatch.setattr(step, "compiled", lambda *_: (NoRoom(), None))
     assert preflight.training(configured(SMALL), Machine("here", jax.devices(), memory=2**30)) is False
     out = capsys.readouterr().out
     assert "no room: Ran out of memory on HBM" in out

@@ -7,12 +7,10 @@ configuration again goes on from the newest checkpoint, with the same results as
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -20,22 +18,17 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import tensorboardX
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, PyTree
+from jax.sharding import Mesh
+from jaxtyping import Array
 from tqdm import tqdm
 
 from kangaroo_jax import profiling
 from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
-from kangaroo_jax.checkpoint.huggingface import Target, load_target, parameter_paths
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.checkpoint.huggingface import Target, load_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
-from kangaroo_jax.model.adapter import abstract_adapter
-from kangaroo_jax.model.target import TargetModel
-from kangaroo_jax.train import chat
 from kangaroo_jax.train.input import (
     DataConfig,
     check_files,
@@ -44,53 +37,11 @@ from kangaroo_jax.train.input import (
     load_rows,
     training_batches,
 )
-from kangaroo_jax.train.objective import adapter_loss
+from kangaroo_jax.train.settings import check_config, check_context, check_same_run, make_mesh
+from kangaroo_jax.train.step import abstract_state, compiled, initial_parameters, make_optimizer
 
 # Steps that --profile traces, counted from where the run starts: the first compiles.
 _PROFILED = range(2, 5)
-
-Parameters = dict[str, Array]  # dotted path -> float32 array
-
-_SETTINGS: dict[str, type] = {
-    "target": str,
-    "dtype": str,
-    "exit_layer": int,
-    "output": str,
-    "seed": int,
-    "steps": int,
-    "batch_size": int,
-    "sequence_length": int,
-    "loss_chunk": int,
-    "data.files": str,
-    "data.evaluation_files": str,
-    "data.held_out": float,
-    "data.template": str,
-    "data.cache": str,
-    "data.max_bad_share": float,
-    "optimizer.learning_rate": float,
-    "optimizer.warmup_steps": int,
-    "optimizer.schedule": str,
-    "optimizer.weight_decay": float,
-    "optimizer.clip_norm": float,
-    "log_every": int,
-    "evaluate_every": int,
-    "evaluation_windows": int,
-    "save_every": int,
-    "keep_checkpoints": int,
-    "mesh.data": int,
-    "mesh.fsdp": int,
-    "mesh.model": int,
-}
-_MAY_BE_ZERO = {"seed", "data.max_bad_share", "optimizer.warmup_steps", "optimizer.weight_decay"}
-_MAY_BE_THE_REST = {"mesh.data", "mesh.fsdp", "mesh.model"}  # -1
-# float16 is for decoding only: the gradients of a mean over a batch underflow in it.
-_CHOICES = {
-    "dtype": ("float32", "bfloat16"),
-    "optimizer.schedule": ("constant", "cosine"),
-    "data.template": (*chat.NAMED, ""),
-}
-# What a run's results follow from, with the target and the data, which have fingerprints.
-_FIXED = ("exit_layer", "dtype", "seed", "batch_size", "sequence_length", "optimizer.")
 
 
 def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict[str, float]:
@@ -122,7 +73,7 @@ def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict
     if newest is not None:
         stored = adapter_checkpoint.read_metadata(newest)
         adapter_checkpoint.check_target(stored, target, newest)
-        _check_same_run(settings, stored["training"]["settings"], newest)
+        check_same_run(settings, stored["training"]["settings"], newest)
         if int(newest.name) >= settings["steps"]:
             _say(f"{output}: complete, {newest.name} steps; {_describe(stored['training']['held_out'])}")
             return stored["training"]["held_out"]
@@ -161,131 +112,6 @@ def _process(batch_size: int, mesh: Mesh) -> dict[str, int]:
     if not np.array_equal(sharding.rows_here(batch_size, mesh), rows):
         return {"process_index": 0, "process_count": 1}
     return {"process_index": index, "process_count": count}
-
-
-def make_mesh(settings: dict[str, Any], devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh that the settings ask for, over all devices of the run by default.
-
-    Raises:
-      InputError: for sizes that do not fit the devices or the batch.
-    """
-    mesh = sharding.make_mesh({axis: settings[f"mesh.{axis}"] for axis in sharding.AXES}, devices)
-    sharding.check_batch_size(settings["batch_size"], mesh)
-    return mesh
-
-
-def check_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The settings by dotted name, checked.
-
-    Raises:
-      InputError: for a setting that is missing, unknown, of the wrong type or out of range.
-    """
-    settings = _flat(config.to_dict())
-    for name in settings:
-        if name not in _SETTINGS:
-            raise InputError(f"config: {name} is not a setting; expected {', '.join(_SETTINGS)}")
-    for name, kind in _SETTINGS.items():
-        if name not in settings:
-            raise InputError(f"config: {name} is missing; expected a value of type {kind.__name__}")
-        value = settings[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-            raise InputError(f"{name}: expected a value of type {kind.__name__}, found {value!r}")
-        if name in _MAY_BE_THE_REST and value == -1:
-            continue
-        if kind is not str and not (0 < value < math.inf or (value == 0 and name in _MAY_BE_ZERO)):
-            least = "zero or more" if name in _MAY_BE_ZERO else "more than zero"
-            raise InputError(f"{name}: expected a number that is {least}, found {value}")
-        if name in _CHOICES and value not in _CHOICES[name]:
-            raise InputError(f"{name}: expected {' or '.join(_CHOICES[name])}, found {value!r}")
-    for name in ("target", "output", "data.files"):
-        if not settings[name].strip():
-            raise InputError(f"{name}: empty; give one with --config.{name}=...")
-    if settings["data.held_out"] > 0.5:
-        raise InputError(f"data.held_out: expected a share of at most 0.5, found {settings['data.held_out']}")
-    if settings["seed"] >= 2**32:
-        raise InputError(f"seed: expected less than 2**32, found {settings['seed']}")
-    if settings["optimizer.warmup_steps"] >= settings["steps"]:
-        raise InputError(
-            f"optimizer.warmup_steps: expected less than steps ({settings['steps']}), "
-            f"found {settings['optimizer.warmup_steps']}"
-        )
-    # Before the data files are looked for, so that the first of two mistakes is the first to be named.
-    target = pathlib.Path(settings["target"]).expanduser()
-    if (target.is_absolute() or settings["target"].startswith(".")) and not target.is_dir():
-        raise InputError(f"{settings['target']}: no such folder; expected a target in Hugging Face format or a hub id")
-    return settings
-
-
-def check_context(settings: dict[str, Any], config: ModelConfig, name: str) -> None:
-    """Raises `InputError` for sequences that are longer than the context of the target called `name`."""
-    context = config.max_position_embeddings
-    if settings["sequence_length"] > context:
-        raise InputError(
-            f"sequence_length: expected at most {context}, the context of {name}; found {settings['sequence_length']}"
-        )
-
-
-def make_optimizer(settings: dict[str, Any]) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm, with linear warm-up and then a constant or cosine rate.
-
-    Norm weights are not decayed. Betas, warm-up and clipping as in the authors' code.
-    """
-    rate, warmup = settings["optimizer.learning_rate"], settings["optimizer.warmup_steps"]
-    if settings["optimizer.schedule"] == "cosine":
-        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, settings["steps"])
-    else:
-        schedule = optax.warmup_constant_schedule(0.0, rate, warmup)
-    return optax.chain(
-        optax.clip_by_global_norm(settings["optimizer.clip_norm"]),
-        optax.adamw(
-            schedule,
-            b1=0.9,
-            b2=0.95,
-            weight_decay=settings["optimizer.weight_decay"],
-            mask=lambda parameters: {path: x.ndim > 1 for path, x in parameters.items()},
-        ),
-    )
-
-
-def initial_parameters(target: TargetModel, exit_layer: int) -> Parameters:
-    """float32 parameters to start from: the attention and input norm of the target's layer `exit_layer`, the first
-    that the adapter stands in for, and the target's final norm."""
-    layer = target.layers[exit_layer]
-    parts = {
-        "layers.0.input_layernorm": layer.input_layernorm,
-        "layers.0.self_attn": layer.self_attn,
-        "norm": target.norm,
-    }
-    # Copies: the training step donates its parameters, and must not take the target's with them.
-    return {
-        f"{prefix}.{path}": jnp.array(x, jnp.float32, copy=True)
-        for prefix, module in parts.items()
-        for path, x in adapter_checkpoint.named_leaves(module).items()
-    }
-
-
-def abstract_state(
-    optimizer: optax.GradientTransformation, config: ModelConfig, mesh: Mesh
-) -> tuple[Parameters, optax.OptState]:
-    """Shapes and shardings of the parameters and of the optimizer's state."""
-
-    def placed(tree: PyTree) -> PyTree:
-        leaves = adapter_checkpoint.named_leaves(tree)
-        where = sharding.shardings(leaves, mesh)
-        structs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[path]) for path, x in leaves.items()]
-        return jax.tree.unflatten(jax.tree.structure(tree), structs)
-
-    parameters = adapter_checkpoint.named_leaves(abstract_adapter(config, jnp.float32))
-    parameters = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in parameters.items()}
-    return placed(parameters), placed(jax.eval_shape(optimizer.init, parameters))
-
-
-def abstract_batch(settings: dict[str, Any], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a batch."""
-    shape = (settings["batch_size"], settings["sequence_length"])
-    kinds = {"tokens": jnp.int32, "loss_mask": jnp.float32, "segment_ids": jnp.int32, "positions": jnp.int32}
-    where = NamedSharding(mesh, sharding.BATCH)
-    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=where) for name, kind in kinds.items()}
 
 
 class _Run:
@@ -425,58 +251,10 @@ class _Run:
         )
 
 
-def compiled(
-    optimizer: optax.GradientTransformation, config: ModelConfig, settings: dict[str, Any], mesh: Mesh
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The training step and the evaluation of a batch, jitted. The target is an argument of both, not a constant in
-    them. The gradients' sum over data and fsdp follows from the batch being split over both."""
-    where = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, config, mesh))
-
-    def loss(parameters: Parameters, model: TargetModel, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        adapter = adapter_checkpoint.adapter_from_parameters(config, parameters)
-        return adapter_loss(
-            sharding.gathered(adapter, parameter_paths(adapter), mesh),
-            sharding.gathered(model, parameter_paths(model), mesh),
-            batch["tokens"],
-            batch["loss_mask"],
-            batch["segment_ids"],
-            batch["positions"],
-            exit_layer=settings["exit_layer"],
-            chunk=settings["loss_chunk"],
-        )
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*where, None))
-    def train_step(parameters, state, model, batch):
-        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(parameters, model, batch)
-        updates, state = optimizer.update(gradients, state, parameters)
-        metrics["gradient_norm"] = optax.tree.norm(gradients)
-        metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0)
-        return optax.apply_updates(parameters, updates), state, metrics
-
-    @jax.jit
-    def evaluate_batch(parameters, model, batch):
-        return loss(parameters, model, batch)[1]
-
-    return train_step, evaluate_batch
-
-
 def _say(message: str) -> None:
     """For the user; of several processes, the first alone speaks."""
     if jax.process_index() == 0:
         print(message)
-
-
-def _check_same_run(settings: dict[str, Any], stored: dict[str, Any], folder: pathlib.Path) -> None:
-    """Raises `InputError` where going on with a run would not give what the settings ask for."""
-    fixed = [name for name in _SETTINGS if name.startswith(_FIXED)]
-    if settings["optimizer.schedule"] == "cosine":
-        fixed.append("steps")  # the rate's course was laid out for them
-    for name in fixed:
-        if settings[name] != stored.get(name):
-            raise InputError(
-                f"{folder}: a run with other settings; expected {name} {settings[name]}, found {stored.get(name)}; "
-                "give the same settings to go on with it, or another output"
-            )
 
 
 def _describe(held_out: dict[str, float]) -> str:
@@ -484,10 +262,3 @@ def _describe(held_out: dict[str, float]) -> str:
         f"held-out loss {held_out['loss']:.4f}, expected acceptance {held_out['expected_acceptance']:.4f}, "
         f"top-1 agreement {held_out['top1_agreement']:.4f}"
     )
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in nested.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

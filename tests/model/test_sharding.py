@@ -104,7 +104,8 @@ from kangaroo_jax.checkpoint import huggingface
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter, named_leaves
 from kangaroo_jax.model.adapter import Adapter
 from kangaroo_jax.model import sharding
-from kangaroo_jax.train import loop
+from kangaroo_jax.train.loop import _Run
+from kangaroo_jax.train.settings import check_config, make_mesh
 from tests.train.test_loop import demo_config
 
 counted = [0]
@@ -144,10 +145,10 @@ for count, sizes in [(1, (1, 1, 1)), (2, (1, 2, 1)), (4, (1, 1, 4)), (8, (2, 2, 
         | {"target": folder, "exit_layer": 1, "batch_size": 8, "sequence_length": 24, "loss_chunk": 10}
         | {"optimizer.warmup_steps": 1, "optimizer.learning_rate": 3e-3}
     )
-    settings = loop.check_config(config)
+    settings = check_config(config)
     counted[0] = 0
-    target = load_target(folder, "float32", loop.make_mesh(settings, jax.devices()[:count]))
-    run = loop._Run(settings, target, iter(batches), [], {})
+    target = load_target(folder, "float32", make_mesh(settings, jax.devices()[:count]))
+    run = _Run(settings, target, iter(batches), [], {})
     losses = []
     for batch in batches:
         arrays = run._put(batch)

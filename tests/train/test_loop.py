@@ -24,7 +24,9 @@ import pytest
 
 from kangaroo_jax.checkpoint.adapter import abstract_adapter, item_handlers, load_adapter, named_leaves
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.train.loop import check_config, initial_parameters, make_optimizer, train
+from kangaroo_jax.train.loop import train
+from kangaroo_jax.train.settings import check_config
+from kangaroo_jax.train.step import initial_parameters, make_optimizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 

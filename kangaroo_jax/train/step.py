@@ -1,0 +1,121 @@
+"""The training step: what it starts from, its optimizer, and the jitted programs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, PyTree
+
+from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
+from kangaroo_jax.checkpoint.huggingface import parameter_paths
+from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.model import sharding
+from kangaroo_jax.model.adapter import abstract_adapter
+from kangaroo_jax.model.target import TargetModel
+from kangaroo_jax.train.objective import adapter_loss
+
+Parameters = dict[str, Array]  # dotted path -> float32 array
+
+
+def make_optimizer(settings: dict[str, Any]) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm, with linear warm-up and then a constant or cosine rate.
+
+    Norm weights are not decayed. Betas, warm-up and clipping as in the authors' code.
+    """
+    rate, warmup = settings["optimizer.learning_rate"], settings["optimizer.warmup_steps"]
+    if settings["optimizer.schedule"] == "cosine":
+        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, settings["steps"])
+    else:
+        schedule = optax.warmup_constant_schedule(0.0, rate, warmup)
+    return optax.chain(
+        optax.clip_by_global_norm(settings["optimizer.clip_norm"]),
+        optax.adamw(
+            schedule,
+            b1=0.9,
+            b2=0.95,
+            weight_decay=settings["optimizer.weight_decay"],
+            mask=lambda parameters: {path: x.ndim > 1 for path, x in parameters.items()},
+        ),
+    )
+
+
+def initial_parameters(target: TargetModel, exit_layer: int) -> Parameters:
+    """float32 parameters to start from: the attention and input norm of the target's layer `exit_layer`, the first
+    that the adapter stands in for, and the target's final norm."""
+    layer = target.layers[exit_layer]
+    parts = {
+        "layers.0.input_layernorm": layer.input_layernorm,
+        "layers.0.self_attn": layer.self_attn,
+        "norm": target.norm,
+    }
+    # Copies: the training step donates its parameters, and must not take the target's with them.
+    return {
+        f"{prefix}.{path}": jnp.array(x, jnp.float32, copy=True)
+        for prefix, module in parts.items()
+        for path, x in adapter_checkpoint.named_leaves(module).items()
+    }
+
+
+def abstract_state(
+    optimizer: optax.GradientTransformation, config: ModelConfig, mesh: Mesh
+) -> tuple[Parameters, optax.OptState]:
+    """Shapes and shardings of the parameters and of the optimizer's state."""
+
+    def placed(tree: PyTree) -> PyTree:
+        leaves = adapter_checkpoint.named_leaves(tree)
+        where = sharding.shardings(leaves, mesh)
+        structs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[path]) for path, x in leaves.items()]
+        return jax.tree.unflatten(jax.tree.structure(tree), structs)
+
+    parameters = adapter_checkpoint.named_leaves(abstract_adapter(config, jnp.float32))
+    parameters = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in parameters.items()}
+    return placed(parameters), placed(jax.eval_shape(optimizer.init, parameters))
+
+
+def abstract_batch(settings: dict[str, Any], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a batch."""
+    shape = (settings["batch_size"], settings["sequence_length"])
+    kinds = {"tokens": jnp.int32, "loss_mask": jnp.float32, "segment_ids": jnp.int32, "positions": jnp.int32}
+    where = NamedSharding(mesh, sharding.BATCH)
+    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=where) for name, kind in kinds.items()}
+
+
+def compiled(
+    optimizer: optax.GradientTransformation, config: ModelConfig, settings: dict[str, Any], mesh: Mesh
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The training step and the evaluation of a batch, jitted. The target is an argument of both, not a constant in
+    them. The gradients' sum over data and fsdp follows from the batch being split over both."""
+    where = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, config, mesh))
+
+    def loss(parameters: Parameters, model: TargetModel, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        adapter = adapter_checkpoint.adapter_from_parameters(config, parameters)
+        return adapter_loss(
+            sharding.gathered(adapter, parameter_paths(adapter), mesh),
+            sharding.gathered(model, parameter_paths(model), mesh),
+            batch["tokens"],
+            batch["loss_mask"],
+            batch["segment_ids"],
+            batch["positions"],
+            exit_layer=settings["exit_layer"],
+            chunk=settings["loss_chunk"],
+        )
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*where, None))
+    def train_step(parameters, state, model, batch):
+        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(parameters, model, batch)
+        updates, state = optimizer.update(gradients, state, parameters)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
+        metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0)
+        return optax.apply_updates(parameters, updates), state, metrics
+
+    @jax.jit
+    def evaluate_batch(parameters, model, batch):
+        return loss(parameters, model, batch)[1]
+
+    return train_step, evaluate_batch
