@@ -14,7 +14,7 @@ from kangaroo_jax import preflight
 from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.preflight import Machine
 from kangaroo_jax.train import step
-from tests.train.test_loop import configured
+from tests.train.runs import configured
 
 ROOT = pathlib.Path(__file__).parents[1]
 TARGET = ROOT / "tests" / "fixtures" / "golden" / "tiny-gqa"

@@ -1,8 +1,8 @@
 """Adapter checkpoints (Orbax): written by training or `save_adapter`, read by `load_adapter`.
 
 A checkpoint is a folder with the items `adapter` (dotted parameter path -> array) and `metadata` (JSON). Each step of
-a training run is such a folder with two more items beside them, `optimizer` and `position`, which loading an adapter
-never touches. The target's weights are in none of them.
+a training run is such a folder with more items beside them, `optimizer`, `position` and `metrics`, which loading an
+adapter never touches. The target's weights are in none of them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from kangaroo_jax.model.adapter import Adapter, DraftVocabulary, abstract_adapte
 # Beside an adapter: how to draft with it, and what tokens its drafts are made of.
 DRAFT_SETTINGS = "decode.json"
 DRAFT_VOCABULARY = "draft_vocabulary.npy"
+# The held-out figure by which one step of a run is better than another.
+BEST_BY = "expected_acceptance"
 _FORMAT = "kangaroo_jax adapter"
 _VERSION = 1
 _TARGET_SHAPE = (
@@ -39,6 +41,10 @@ _TARGET_SHAPE = (
     "head_dim",
     "vocab_size",
 )
+
+
+class DamagedError(InputError):
+    """What was written is not what is read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +140,8 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
     """Loads an adapter for `target`, in the target's dtype.
 
     Args:
-      path: a folder that `save_adapter` wrote, a training run (its newest step), one step of a run, or the authors'
-        PyTorch folder (config.json and pytorch_model.bin).
+      path: a folder that `save_adapter` wrote, a training run (its best step by held-out expected acceptance), one
+        step of a run, or the authors' PyTorch folder (config.json and pytorch_model.bin).
       target: what the adapter is for.
 
     Raises:
@@ -151,7 +157,7 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
     if (folder / "pytorch_model.bin").exists():
         model = load_upstream(folder, target, target.model.dtype)
         return _with_companions(TrainedAdapter(model, None, str(path), None), folder, target)
-    step = folder if (folder / "adapter").is_dir() else newest_step(folder)
+    step = folder if (folder / "adapter").is_dir() else best_step(folder)
     if step is None:
         found = ", ".join(sorted(x.name for x in folder.iterdir())[:5]) or "an empty folder"
         raise InputError(
@@ -244,11 +250,25 @@ def write_draft_settings(folder: str | pathlib.Path, draft: DraftConfig) -> path
 
 def newest_step(run: pathlib.Path) -> pathlib.Path | None:
     """The newest finished checkpoint of a training run, or None."""
+    return max(_steps(run), key=lambda step: int(step.name), default=None)
+
+
+def best_step(run: pathlib.Path) -> pathlib.Path | None:
+    """The finished checkpoint of a training run with the highest held-out expected acceptance, the newest of equals;
+    None where there is no checkpoint. One that was saved without being evaluated is the last choice."""
+
+    def rank(step: pathlib.Path) -> tuple[float, int]:
+        held_out = (read_metadata(step)["training"] or {}).get("held_out") or {}
+        return held_out.get(BEST_BY, -1.0), int(step.name)
+
+    return max(_steps(run), key=rank, default=None)
+
+
+def _steps(run: pathlib.Path) -> list[pathlib.Path]:
     if not run.is_dir():
-        return None
+        return []
     # Orbax gives a step its final name when it is complete, so a bare number is a finished checkpoint.
-    steps = [step for step in run.iterdir() if step.name.isdigit() and (step / "adapter").is_dir()]
-    return max(steps, key=lambda step: int(step.name), default=None)
+    return [step for step in run.iterdir() if step.name.isdigit() and step.is_dir()]
 
 
 def read_metadata(folder: pathlib.Path) -> dict[str, Any]:
@@ -257,13 +277,18 @@ def read_metadata(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
       InputError: where it is missing, damaged, or of another format.
     """
-    metadata = _read(folder, metadata=ocp.args.JsonRestore())["metadata"]
+    metadata = read_json(folder, "metadata")
+    check_format(metadata, folder)
+    return metadata
+
+
+def check_format(metadata: Any, folder: pathlib.Path) -> None:
+    """Raises `InputError` for a `metadata` item of another format."""
     if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT or metadata.get("version") != _VERSION:
         found = (
             f"{metadata.get('format')!r} {metadata.get('version')!r}" if isinstance(metadata, dict) else repr(metadata)
         )
         raise InputError(f"{folder}: metadata: expected format {_FORMAT!r} {_VERSION}, found {found}")
-    return metadata
 
 
 def check_target(metadata: dict[str, Any], target: Target, folder: pathlib.Path) -> None:
@@ -286,7 +311,8 @@ def read_arrays(folder: pathlib.Path, item: str, expected: dict[str, Any]) -> di
       expected: path -> anything with a shape.
 
     Raises:
-      InputError: where the item is damaged, or its paths and shapes are not those expected.
+      DamagedError: where the item cannot be read.
+      InputError: where its paths and shapes are not those expected.
     """
     found = {}
     # One at a time: where a file is damaged, reads under way beside it would print tracebacks of their own.
@@ -301,9 +327,13 @@ def read_arrays(folder: pathlib.Path, item: str, expected: dict[str, Any]) -> di
     return found
 
 
-def read_position(folder: pathlib.Path) -> dict[str, Any]:
-    """The `position` item of a step of a training run."""
-    return _read(folder, position=ocp.args.JsonRestore())["position"]
+def read_json(folder: pathlib.Path, item: str) -> Any:
+    """A JSON item of a checkpoint: "metadata", or "position" of a step of a training run.
+
+    Raises:
+      DamagedError: where it cannot be read.
+    """
+    return _read(folder, **{item: ocp.args.JsonRestore()})[item]
 
 
 def check_parameters(found: dict[str, tuple[int, ...]], expected: dict[str, Any], folder: pathlib.Path) -> None:
@@ -349,13 +379,25 @@ def _read(folder: pathlib.Path, **items: Any) -> dict[str, Any]:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers())) as checkpointer:
             return checkpointer.restore(folder, ocp.args.Composite(**items))
     except Exception as error:  # Orbax and TensorStore raise bare exceptions of many kinds for damaged files
-        # TensorStore appends its whole specification, in brackets.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(" [tensorstore_spec")[0]
         item = folder / next(iter(items))
-        raise InputError(f"{item}: damaged or not an adapter checkpoint ({reason}); copy or train it again") from None
+        raise DamagedError(
+            f"{item}: damaged or not an adapter checkpoint ({reason(error)}); copy or train it again"
+        ) from None
+
+
+def reason(error: Exception) -> str:
+    """What happened, of an error of Orbax or TensorStore."""
+    # TensorStore appends its whole specification, in brackets.
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(" [tensorstore_spec")[0]
 
 
 def item_handlers() -> dict[str, ocp.CheckpointHandler]:
     """Orbax's handler for each item of a checkpoint. All are always given: it warns of items it has none for."""
     arrays, values = ocp.PyTreeCheckpointHandler, ocp.JsonCheckpointHandler
-    return {"adapter": arrays(), "metadata": values(), "optimizer": arrays(), "position": values()}
+    return {
+        "adapter": arrays(),
+        "metadata": values(),
+        "optimizer": arrays(),
+        "position": values(),
+        "metrics": values(),
+    }

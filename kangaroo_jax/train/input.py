@@ -2,7 +2,8 @@
 
 A batch is a dict of arrays [batch, time]: `tokens`; `loss_mask`, the weight of each position in the loss;
 `segment_ids`, from 1 in each row, 0 where there is padding: positions attend within their segment alone; `positions`,
-from 0 in each segment. And `row_ids` [batch], which `Rows.record_ids` takes, for messages: it stays on the host.
+from 0 in each segment. And `row_ids`, which `Rows.record_ids` takes, for messages: it stays on the host, and on every
+process it is that of the whole global batch.
 
 The order is one of global batches, of which each process takes its rows. So the batches do not depend on the number of
 processes, and neither does the state of the iterator.
@@ -184,7 +185,7 @@ def training_batches(
             f"{rows.sequence_length} tokens, found {len(rows)}; give more data or a smaller batch_size"
         )
     order = grain.MapDataset.range(len(rows)).shuffle(seed).repeat().batch(batch_size, drop_remainder=True)
-    dataset = order.map(lambda batch: rows.batch(batch[mine]))
+    dataset = order.map(lambda batch: rows.batch(batch[mine]) | {"row_ids": batch})
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 

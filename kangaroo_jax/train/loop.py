@@ -1,7 +1,7 @@
 """Training an adapter, from a configuration to the checkpoints of a run.
 
 A run folder holds numbered checkpoints (see checkpoint/adapter.py) and TensorBoard events. Running the same
-configuration again goes on from the newest checkpoint, with the same results as if it had never stopped.
+configuration again goes on from the newest checkpoint that is whole, with the same results as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorboardX
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -29,8 +28,11 @@ from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
 from kangaroo_jax.checkpoint.huggingface import Target, load_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
+from kangaroo_jax.train import checkpoints, preemption
 from kangaroo_jax.train.input import (
+    Batch,
     DataConfig,
+    Rows,
     check_files,
     device_part,
     evaluation_batches,
@@ -44,7 +46,7 @@ from kangaroo_jax.train.step import abstract_state, compiled, initial_parameters
 _PROFILED = range(2, 5)
 
 
-def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict[str, float]:
+def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict[str, float] | None:
     """Trains an adapter, or goes on with a run that was interrupted.
 
     Args:
@@ -52,7 +54,8 @@ def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict
       profile: folder for a trace of a few steps.
 
     Returns:
-      The held-out `loss` (nats), `expected_acceptance` and `top1_agreement` at the last step.
+      The held-out `loss` (nats), `expected_acceptance` and `top1_agreement` at the last step. None where SIGTERM came
+      before it: the run was saved and goes on with the next call.
 
     Raises:
       InputError: for a setting, target or text that is wrong, an output folder that holds a run with other settings,
@@ -68,24 +71,26 @@ def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict
     adapter_checkpoint.check_exit_layer(settings["exit_layer"], target.config)
     check_context(settings, target.config, target.name)
     output = pathlib.Path(settings["output"]).expanduser().resolve()
-    newest = adapter_checkpoint.newest_step(output)
-    stored = None
-    if newest is not None:
-        stored = adapter_checkpoint.read_metadata(newest)
-        adapter_checkpoint.check_target(stored, target, newest)
-        check_same_run(settings, stored["training"]["settings"], newest)
-        if int(newest.name) >= settings["steps"]:
-            _say(f"{output}: complete, {newest.name} steps; {_describe(stored['training']['held_out'])}")
-            return stored["training"]["held_out"]
+    run = _Run(settings, target)
+
+    def check(metadata: dict[str, Any], folder: pathlib.Path) -> None:
+        adapter_checkpoint.check_target(metadata, target, folder)
+        check_same_run(settings, metadata["training"]["settings"], folder)
+
+    saved = checkpoints.newest(output, run.parameters, run.named_state(), check)
+    if saved is not None and saved.step >= settings["steps"]:
+        held_out = saved.metadata["training"]["held_out"]
+        _say(f"{output}: complete, {saved.step} steps" + (f"; {_describe(held_out)}" if held_out else ""))
+        return held_out
 
     process = _process(settings["batch_size"], mesh)
     rows, held_out = load_rows(
         data, target, settings["sequence_length"], settings["seed"], quiet=jax.process_index() > 0
     )
-    if stored is not None and stored["training"]["data_fingerprint"] != rows.fingerprint:
+    if saved is not None and saved.metadata["training"]["data_fingerprint"] != rows.fingerprint:
         raise InputError(
-            f"{newest}: trained on other data; expected data with fingerprint {rows.fingerprint}, found "
-            f"{stored['training']['data_fingerprint']}; give the same files, or another output"
+            f"{saved.folder}: trained on other data; expected data with fingerprint {rows.fingerprint}, found "
+            f"{saved.metadata['training']['data_fingerprint']}; give the same files, or another output"
         )
     if target.mesh.size > 1:
         _say(f"{target.mesh.size} devices: " + ", ".join(f"{axis} {size}" for axis, size in target.mesh.shape.items()))
@@ -93,15 +98,14 @@ def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict
             _say(f"note: {note}")
     batches = training_batches(rows, settings["batch_size"], settings["seed"], **process)
     evaluation = evaluation_batches(held_out, settings["batch_size"], settings["evaluation_windows"], **process)
-    training = {"settings": settings, "data_fingerprint": rows.fingerprint}
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output: {output} cannot be made a folder ({error.strerror}); name another") from None
-    run = _Run(settings, target, batches, evaluation, training)
-    if newest is not None:
-        run.restore(newest)
-    return run.run(output, profile)
+    if saved is not None:
+        run.restore(saved)
+        batches.set_state(saved.input)
+    return run.run(rows, batches, evaluation, output, profile)
 
 
 def _process(batch_size: int, mesh: Mesh) -> dict[str, int]:
@@ -117,16 +121,8 @@ def _process(batch_size: int, mesh: Mesh) -> dict[str, int]:
 class _Run:
     """A run in memory: what is trained, where it stands, and how it goes on."""
 
-    def __init__(
-        self,
-        settings: dict[str, Any],
-        target: Target,
-        batches: grain.DatasetIterator,
-        evaluation: list[dict[str, Array]],
-        training: dict[str, Any],
-    ):
+    def __init__(self, settings: dict[str, Any], target: Target):
         self.settings, self.target = settings, target
-        self.batches, self.evaluation, self.training = batches, evaluation, training
         self.optimizer = make_optimizer(settings)
         self.step = 0
         self._where = jax.tree.map(lambda x: x.sharding, abstract_state(self.optimizer, target.config, target.mesh))
@@ -136,27 +132,32 @@ class _Run:
         self._train_step, self._evaluate_batch = compiled(self.optimizer, target.config, settings, target.mesh)
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
-    def restore(self, folder: pathlib.Path) -> None:
-        """Takes over a checkpoint of the run."""
-        position = adapter_checkpoint.read_position(folder)
-        expected = adapter_checkpoint.named_leaves(self.state)
-        self.parameters = sharding.put(
-            adapter_checkpoint.read_arrays(folder, "adapter", self.parameters), self._where[0]
-        )
-        found = adapter_checkpoint.read_arrays(folder, "optimizer", expected)
-        state = jax.tree.unflatten(jax.tree.structure(self.state), [found[path] for path in expected])
-        # Copies: what is donated must be JAX's own, not the reader's.
-        self.parameters, self.state = self._copy((self.parameters, sharding.put(state, self._where[1])))
-        self.step = position["step"]
-        self.batches.set_state(position["input"])
+    def named_state(self) -> dict[str, Array]:
+        """The optimizer's state by dotted path."""
+        return adapter_checkpoint.named_leaves(self.state)
 
-    def run(self, output: pathlib.Path, profile: str | None) -> dict[str, float]:
+    def restore(self, saved: checkpoints.Saved) -> None:
+        """Takes over a checkpoint of the run."""
+        parameters = sharding.put(saved.parameters, self._where[0])
+        state = [saved.optimizer[path] for path in self.named_state()]
+        state = sharding.put(jax.tree.unflatten(jax.tree.structure(self.state), state), self._where[1])
+        # Copies: what is donated must be JAX's own, not the reader's.
+        self.parameters, self.state = self._copy((parameters, state))
+        self.step = saved.step
+
+    def run(
+        self,
+        rows: Rows,
+        batches: grain.DatasetIterator,
+        evaluation: list[Batch],
+        output: pathlib.Path,
+        profile: str | None,
+    ) -> dict[str, float] | None:
+        """Trains to the last step, or until SIGTERM. `batches` stands where the run does."""
         settings, steps = self.settings, self.settings["steps"]
-        options = ocp.CheckpointManagerOptions(max_to_keep=settings["keep_checkpoints"], cleanup_tmp_directories=True)
-        manager = ocp.CheckpointManager(output, options=options, item_handlers=adapter_checkpoint.item_handlers())
+        training = {"settings": settings, "data_fingerprint": rows.fingerprint}
         # Of several processes, the first alone reports.
         main = jax.process_index() == 0
-        writer = tensorboardX.SummaryWriter(str(output), purge_step=self.step + 1, write_to_disk=main)
         if self.step:
             _say(f"{output}: going on from step {self.step}")
         # A file or a pipe gets a line now and then instead of a moving bar.
@@ -164,30 +165,38 @@ class _Run:
         bar = tqdm(
             total=steps, initial=self.step, unit="step", mininterval=interval, dynamic_ncols=True, disable=not main
         )
-        with manager, writer, bar, contextlib.ExitStack() as tracing:
+        with contextlib.ExitStack() as stack:
+            manager = stack.enter_context(checkpoints.opened(output, settings["keep_checkpoints"]))
+            writer = tensorboardX.SummaryWriter(str(output), purge_step=self.step + 1, write_to_disk=main)
+            stack.enter_context(writer)
+            stack.enter_context(bar)
+            preempted = stack.enter_context(preemption.notice())
+            tracing = stack.enter_context(contextlib.ExitStack())
+            held_out = None
             if self.step == 0:
-                self._evaluate(writer)
+                self._evaluate(evaluation, writer)
             pending, since = [], time.monotonic()
             first = self.step
             while self.step < steps:
                 if self.step == first + _PROFILED.start:
                     tracing.enter_context(profiling.trace(profile))
+                batch = next(batches)
                 self.parameters, self.state, metrics = self._train_step(
-                    self.parameters, self.state, self.target.model, self._put(next(self.batches))
+                    self.parameters, self.state, self.target.model, self._put(batch)
                 )
                 self.step += 1
                 bar.update()
-                pending.append(metrics)
+                pending.append((batch["row_ids"], metrics))
                 if self.step == first + _PROFILED.stop or self.step == steps:
                     jax.block_until_ready(metrics)
                     tracing.close()
-                saves = self.step % settings["save_every"] == 0 or self.step == steps
-                # A checkpoint records its own held-out figures.
-                evaluates = saves or self.step % settings["evaluate_every"] == 0
-                if self.step % settings["log_every"] == 0 or evaluates:
-                    means = self._means(pending)
-                    seconds = time.monotonic() - since
-                    means["tokens_per_second"] = sum(batch["tokens"] for batch in pending) / seconds
+                stops = preempted(self.step) and self.step < steps
+                saves = stops or self.step % settings["save_every"] == 0 or self.step == steps
+                # A checkpoint records its own held-out figures, unless time is short.
+                evaluates = not stops and (saves or self.step % settings["evaluate_every"] == 0)
+                if self.step % settings["log_every"] == 0 or saves or evaluates:
+                    means = self._means(pending, rows)
+                    means["tokens_per_second"] = means.pop("tokens") / (time.monotonic() - since)
                     for name, value in means.items():
                         writer.add_scalar(f"train/{name}", value, self.step)
                     bar.set_postfix_str(
@@ -196,59 +205,55 @@ class _Run:
                         refresh=False,
                     )
                     pending, since = [], time.monotonic()
-                if evaluates:
-                    self._evaluate(writer)
+                held_out = self._evaluate(evaluation, writer) if evaluates else None
                 if saves:
-                    self._save(manager)
+                    self._save(manager, training | {"step": self.step, "held_out": held_out}, batches.get_state())
                 if evaluates:
                     since = time.monotonic()
-        return self.training["held_out"]
+                if stops:
+                    break
+        if self.step < steps:
+            _say(f"{output}: SIGTERM; saved step {self.step}, and the same command goes on from there")
+        return held_out
 
     def _put(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
         return sharding.put_batch(device_part(batch), self.settings["batch_size"], self.target.mesh)
 
-    def _means(self, pending: list[dict[str, Array]]) -> dict[str, float]:
-        """Means over the steps since the last report, whose metrics are fetched here."""
-        pending[:] = [{name: float(x) for name, x in metrics.items()} for metrics in jax.device_get(pending)]
-        means = {name: sum(batch[name] for batch in pending) / len(pending) for name in pending[0]}
-        del means["positions"], means["tokens"]
-        if not math.isfinite(means["loss"]) or not math.isfinite(means["gradient_norm"]):
-            raise InputError(
-                f"the loss or its gradient is not finite between steps {self.step - len(pending) + 1} and {self.step} "
-                f"(loss {means['loss']}, gradient norm {means['gradient_norm']}); "
-                "lower optimizer.learning_rate or lengthen optimizer.warmup_steps"
-            )
-        return means
+    def _means(self, pending: list[tuple[np.ndarray, dict[str, Array]]], rows: Rows) -> dict[str, float]:
+        """Means over the steps since the last report, whose metrics are fetched here, and all of their `tokens`."""
+        fetched = jax.device_get([metrics for _, metrics in pending])
+        for i, (metrics, (row_ids, _)) in enumerate(zip(fetched, pending, strict=True)):
+            if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["gradient_norm"]):
+                raise InputError(
+                    f"step {self.step - len(pending) + 1 + i}: the loss or its gradient is not finite (loss "
+                    f"{metrics['loss']}, gradient norm {metrics['gradient_norm']}); lower optimizer.learning_rate, "
+                    "lengthen optimizer.warmup_steps, or look at the records of its batch: "
+                    + ", ".join(rows.record_ids(row_ids))
+                )
+        sums = {name: sum(float(metrics[name]) for metrics in fetched) for name in fetched[0]}
+        del sums["positions"]
+        return {name: value if name == "tokens" else value / len(fetched) for name, value in sums.items()}
 
-    def _evaluate(self, writer: tensorboardX.SummaryWriter) -> None:
+    def _evaluate(self, evaluation: list[Batch], writer: tensorboardX.SummaryWriter) -> dict[str, float]:
         results = jax.device_get(
-            [self._evaluate_batch(self.parameters, self.target.model, self._put(batch)) for batch in self.evaluation]
+            [self._evaluate_batch(self.parameters, self.target.model, self._put(batch)) for batch in evaluation]
         )
         weights = [float(batch.pop("positions")) for batch in results]
-        self.training["held_out"] = {
+        held_out = {
             name: sum(w * float(batch[name]) for w, batch in zip(weights, results, strict=True)) / sum(weights)
             for name in results[0]
         }
-        for name, value in self.training["held_out"].items():
+        for name, value in held_out.items():
             writer.add_scalar(f"held_out/{name}", value, self.step)
         if jax.process_index() == 0:
-            tqdm.write(f"step {self.step}: {_describe(self.training['held_out'])}")
+            tqdm.write(f"step {self.step}: {_describe(held_out)}")
+        return held_out
 
-    def _save(self, manager: ocp.CheckpointManager) -> None:
+    def _save(self, manager: Any, training: dict[str, Any], input_state: Any) -> None:
         # Written in the background; the next steps overwrite what they donate, so it gets copies.
-        parameters, state = self._copy((self.parameters, adapter_checkpoint.named_leaves(self.state)))
-        metadata = adapter_checkpoint.adapter_metadata(
-            parameters, self.target, self.settings["exit_layer"], self.training | {"step": self.step}
-        )
-        manager.save(
-            self.step,
-            args=ocp.args.Composite(
-                adapter=ocp.args.PyTreeSave(parameters),
-                metadata=ocp.args.JsonSave(metadata),
-                optimizer=ocp.args.PyTreeSave(state),
-                position=ocp.args.JsonSave({"step": self.step, "input": self.batches.get_state()}),
-            ),
-        )
+        parameters, state = self._copy((self.parameters, self.named_state()))
+        metadata = adapter_checkpoint.adapter_metadata(parameters, self.target, self.settings["exit_layer"], training)
+        checkpoints.save(manager, self.step, parameters, state, metadata, input_state)
 
 
 def _say(message: str) -> None:

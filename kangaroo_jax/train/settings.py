@@ -83,6 +83,10 @@ def check_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
     for name in ("target", "output", "data.files"):
         if not settings[name].strip():
             raise InputError(f"{name}: empty; give one with --config.{name}=...")
+    if "://" in settings["output"]:
+        raise InputError(
+            f"output: expected a folder, found {settings['output']}; mount the bucket, or name a local folder"
+        )
     if settings["data.held_out"] > 0.5:
         raise InputError(f"data.held_out: expected a share of at most 0.5, found {settings['data.held_out']}")
     if settings["seed"] >= 2**32:

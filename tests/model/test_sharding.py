@@ -106,7 +106,7 @@ from kangaroo_jax.model.adapter import Adapter
 from kangaroo_jax.model import sharding
 from kangaroo_jax.train.loop import _Run
 from kangaroo_jax.train.settings import check_config, make_mesh
-from tests.train.test_loop import demo_config
+from tests.train.runs import demo_config
 
 counted = [0]
 opened = safetensors.safe_open

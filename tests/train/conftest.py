@@ -1,7 +1,10 @@
 """A small trained target with a tokenizer: the golden tiny-gqa with bytes as tokens."""
 
+import contextlib
+import io
 import pathlib
 import shutil
+import sysconfig
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +16,9 @@ from flax import nnx
 from kangaroo_jax.checkpoint.huggingface import load_target, save_target
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.model.target import TargetModel
+from kangaroo_jax.train.loop import train
 
+from .runs import configured
 from .tokens import byte_tokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "fixtures" / "golden"
@@ -65,3 +70,36 @@ def small_target_folder(tmp_path_factory):
     save_target(model, folder, jnp.float32)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory, target_folder):
+    """A run of 20 steps, as overrides of configs/demo.py."""
+    text = tmp_path_factory.mktemp("data")
+    stdlib = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    for name in ("argparse.py", "textwrap.py", "ast.py"):
+        shutil.copy(stdlib / name, text)
+    return {
+        "target": str(target_folder),
+        "exit_layer": 3,
+        "steps": 20,
+        "batch_size": 4,
+        "sequence_length": 64,
+        "loss_chunk": 16,
+        "data.files": str(text / "a*.py"),
+        "data.evaluation_files": str(text / "textwrap.py"),
+        "data.cache": str(tmp_path_factory.mktemp("cache")),
+        "optimizer.warmup_steps": 3,
+        "optimizer.learning_rate": 3e-3,
+        "evaluate_every": 100,
+        "save_every": 10,
+    }
+
+
+@pytest.fixture(scope="session")
+def run(settings, tmp_path_factory):
+    """The folder of the run, never interrupted, its result and what it printed."""
+    output = tmp_path_factory.mktemp("run") / "whole"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        result = train(configured(settings, output=str(output)))
+    return output, result, printed.getvalue()

@@ -16,24 +16,32 @@ from tensorboardX.proto.event_pb2 import Event
 
 from kangaroo_jax.checkpoint.adapter import newest_step, read_arrays, read_metadata
 from kangaroo_jax.train.loop import train
-from tests.train.test_loop import configured
+from tests.train.runs import configured
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Twice, so that the second restores what the first saved.
+# Twice, so that the second restores what the first saved. The second is meant to be long, but when it has saved step 6
+# process 1 gets a signal that its machine will be taken away.
 _RUN = """
-import json, sys
-from absl import app
+import json, os, pathlib, signal, sys, threading, time
+import jax
 from kangaroo_jax import command_line, distributed
 from kangaroo_jax.train.loop import train
-from tests.train.test_loop import configured
+from tests.train.runs import configured
 
 sys.stdout = open({out!r}, "w")  # Gloo prints as it connects, in pieces, from threads of its own
+
+def signalled(folder):
+    while not folder.exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 def main():
     distributed.initialize("run")
     settings = json.loads({settings!r})
-    for steps in (3, 6):
-        train(configured(settings, steps=steps))
+    train(configured(settings, steps=3))
+    if jax.process_index() == 1:
+        threading.Thread(target=signalled, args=[pathlib.Path(settings["output"]) / "6"], daemon=True).start()
+    train(configured(settings, steps=100_000))
 
 command_line.run("run", main)
 """
@@ -60,6 +68,7 @@ def settings(tmp_path_factory, small_target_folder):
         "evaluate_every": 3,
         "evaluation_windows": 8,
         "save_every": 3,
+        "keep_checkpoints": 1000,
     }
 
 
@@ -78,7 +87,7 @@ def _losses(folder: pathlib.Path) -> dict[int, float]:
     return losses
 
 
-def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_reports(settings, tmp_path):
+def test_two_processes_give_the_losses_of_one_device_stop_together_and_the_first_alone_reports(settings, tmp_path):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train(configured(settings, steps=6, output=str(tmp_path / "one")))
 
@@ -118,12 +127,16 @@ def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_reports
     assert other_out == ""
     assert "step/s" not in other_err
 
+    stopped = newest_step(tmp_path / "two")
+    assert f"SIGTERM; saved step {stopped.name}, and the same command goes on from there" in out
+
     expected, found = _losses(tmp_path / "one"), _losses(tmp_path / "two")
-    assert sorted(found) == sorted(expected) == [1, 2, 3, 4, 5, 6]
+    assert sorted(expected) == [1, 2, 3, 4, 5, 6]
+    assert sorted(found) == list(range(1, int(stopped.name) + 1))
     np.testing.assert_allclose([found[i] for i in range(1, 7)], [expected[i] for i in range(1, 7)], rtol=1e-5)
     assert len(set(expected.values())) == 6
 
-    one, two = newest_step(tmp_path / "one"), newest_step(tmp_path / "two")
+    one, two = tmp_path / "one" / "6", tmp_path / "two" / "6"
     shapes = {path: np.zeros(shape) for path, shape in read_metadata(one)["parameters"].items()}
     first, second = read_arrays(one, "adapter", shapes), read_arrays(two, "adapter", shapes)
     for path in shapes:

@@ -1,0 +1,229 @@
+"""The checkpoints of a training run: written whole or not at all, and taken only where they are as they were written.
+
+Neither Orbax's arrays nor JSON have checksums, so that a bit that has changed on disk would be trained on. The item
+`position` has them: one for each array, and one for the two JSON items.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jaxtyping import Array, UInt32
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
+from kangaroo_jax.checkpoint.adapter import DamagedError
+from kangaroo_jax.errors import MachineError
+
+Arrays = dict[str, Any]  # dotted path -> array of 4-byte numbers
+
+_NONE, _FAILED = -1, -2  # in place of a step
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A checkpoint, read.
+
+    Attributes:
+      folder: where it is.
+      step: steps done.
+      metadata: its `metadata` item.
+      parameters: of the adapter.
+      optimizer: the optimizer's state.
+      input: the state of the batches' iterator.
+    """
+
+    folder: pathlib.Path
+    step: int
+    metadata: dict[str, Any]
+    parameters: dict[str, np.ndarray]
+    optimizer: dict[str, np.ndarray]
+    input: Any
+
+
+@contextlib.contextmanager
+def opened(output: pathlib.Path, keep: int) -> Iterator[ocp.CheckpointManager]:
+    """Orbax's manager of a run's folder, which ends with the last checkpoint written. It keeps the newest `keep`
+    checkpoints, and the best: the one with the highest held-out expected acceptance. What an earlier run left
+    half-written is removed.
+
+    Raises:
+      MachineError: at the end, where the last checkpoint cannot be written.
+    """
+
+    def acceptance(metrics: dict[str, float]) -> float:
+        return metrics.get(adapter_checkpoint.BEST_BY, -1.0)  # one saved at SIGTERM is not evaluated
+
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=AnyPreservationPolicy([LatestN(keep), BestN(get_metric_fn=acceptance, n=1)]),
+        best_fn=acceptance,
+        cleanup_tmp_directories=True,
+    )
+    manager = ocp.CheckpointManager(output, options=options, item_handlers=adapter_checkpoint.item_handlers())
+    try:
+        yield manager
+    finally:
+        with _writing(manager):
+            manager.close()
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    parameters: Arrays,
+    optimizer: Arrays,
+    metadata: dict[str, Any],
+    input_state: Any,
+) -> None:
+    """Starts to write a checkpoint; it is finished in the background. The arrays must not be donated until then.
+
+    Args:
+      manager: of `opened`.
+      step: steps done, its name.
+      parameters: of the adapter.
+      optimizer: the optimizer's state.
+      metadata: the `metadata` item, with what was measured at this step (or None) as its `training.held_out`.
+      input_state: of the batches' iterator.
+
+    Raises:
+      MachineError: where this checkpoint or the one before it cannot be written.
+    """
+    position = {"step": step, "input": input_state}
+    sums = jax.device_get(_checksums({"adapter": parameters, "optimizer": optimizer}))
+    position["checksums"] = {item: {path: int(x) for path, x in arrays.items()} for item, arrays in sums.items()}
+    position["digest"] = _digest(metadata, position)
+    with _writing(manager):
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                adapter=ocp.args.PyTreeSave(parameters),
+                metadata=ocp.args.JsonSave(metadata),
+                optimizer=ocp.args.PyTreeSave(optimizer),
+                position=ocp.args.JsonSave(position),
+            ),
+            metrics=metadata["training"]["held_out"] or {},
+        )
+
+
+def newest(
+    output: pathlib.Path,
+    parameters: dict[str, Any],
+    optimizer: dict[str, Any],
+    check: Callable[[dict[str, Any], pathlib.Path], None],
+) -> Saved | None:
+    """The newest checkpoint of a run that is whole; None where there is none. Damaged ones are reported and set aside,
+    under another name. Of several processes, the first decides.
+
+    Args:
+      output: the run's folder.
+      parameters: path -> anything with a shape, of the adapter.
+      optimizer: the same for the optimizer's state.
+      check: raises for the metadata of a checkpoint that is not to be gone on with.
+
+    Raises:
+      InputError: what `check` raises, or for parameters of other shapes.
+      MachineError: on the other processes, where the first has raised.
+    """
+    if jax.process_index() > 0:
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(0)))
+        if step == _FAILED:
+            raise MachineError(f"{output}: process 0 found no checkpoint to go on with; see what it says")
+        return None if step == _NONE else _read(output / str(step), parameters, optimizer, check)
+    step, saved = _FAILED, None
+    try:
+        while (folder := adapter_checkpoint.newest_step(output)) is not None and saved is None:
+            try:
+                saved = _read(folder, parameters, optimizer, check)
+            except DamagedError as error:
+                aside = _set_aside(folder)
+                print(f"{error}; set aside as {aside.name}", flush=True)
+        step = saved.step if saved else _NONE
+    finally:
+        if jax.process_count() > 1:
+            multihost_utils.broadcast_one_to_all(np.int32(step))
+    return saved
+
+
+@contextlib.contextmanager
+def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Around what writes a checkpoint or waits for one: a failure is one line, and leaves the finished ones alone."""
+    try:
+        yield
+    except Exception as error:  # of many kinds, from Orbax, TensorStore and the system
+        output = pathlib.Path(manager.directory)
+        if jax.process_index() == 0:
+            for scratch in output.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(scratch, ignore_errors=True)
+        newest = adapter_checkpoint.newest_step(output)
+        raise MachineError(
+            f"{output}: a checkpoint could not be written ({adapter_checkpoint.reason(error)}); make room, then the "
+            f"same command goes on from {f'step {newest.name}' if newest else 'the start'}"
+        ) from None
+
+
+def _read(
+    folder: pathlib.Path,
+    parameters: dict[str, Any],
+    optimizer: dict[str, Any],
+    check: Callable[[dict[str, Any], pathlib.Path], None],
+) -> Saved:
+    metadata = adapter_checkpoint.read_json(folder, "metadata")
+    position = adapter_checkpoint.read_json(folder, "position")
+    # Before anything is made of what they say.
+    if not isinstance(position, dict) or position.pop("digest", None) != _digest(metadata, position):
+        raise DamagedError(f"{folder}: damaged (metadata and position are not as they were written)")
+    adapter_checkpoint.check_format(metadata, folder)
+    check(metadata, folder)
+    found = {}
+    for item, expected in (("adapter", parameters), ("optimizer", optimizer)):
+        found[item] = adapter_checkpoint.read_arrays(folder, item, expected)
+        for path, array in found[item].items():
+            if _host_checksum(array) != position["checksums"][item][path]:
+                raise DamagedError(f"{folder / item}: damaged ({path} is not as it was written)")
+    return Saved(folder, position["step"], metadata, found["adapter"], found["optimizer"], position["input"])
+
+
+def _set_aside(folder: pathlib.Path) -> pathlib.Path:
+    names = (f"damaged-{folder.name}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
+    aside = next(folder.with_name(name) for name in names if not folder.with_name(name).exists())
+    try:
+        return folder.rename(aside)
+    except OSError as error:
+        raise MachineError(f"{folder}: damaged, and cannot be renamed ({error.strerror}); move it away") from None
+
+
+@jax.jit
+def _checksums(arrays: dict[str, Arrays]) -> dict[str, Arrays]:
+    return jax.tree.map(_checksum, arrays)
+
+
+def _checksum(x: Array) -> UInt32[Array, ""]:
+    """Sum of the array's words, each times an odd number of its own, modulo 2**32: any one word that has changed
+    changes it. In whole numbers, so that it does not depend on how the array is split over devices."""
+    words = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    places, size = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+        places += jnp.uint32(size) * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        size *= x.shape[axis]
+    return jnp.sum(words * (2 * places + 1), dtype=jnp.uint32)
+
+
+def _host_checksum(x: np.ndarray) -> int:
+    words = np.ascontiguousarray(x).reshape(-1).view(np.uint32)
+    return int((words * (2 * np.arange(words.size, dtype=np.uint32) + 1)).sum(dtype=np.uint32))
+
+
+def _digest(metadata: Any, position: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([metadata, position], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,35 @@
+"""Configurations of small training runs, and what is in their checkpoints."""
+
+import importlib.util
+import pathlib
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from kangaroo_jax.checkpoint.adapter import item_handlers
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def demo_config():
+    spec = importlib.util.spec_from_file_location("demo_config", ROOT / "configs" / "demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def configured(settings, **overrides):
+    config = demo_config()
+    config.update_from_flattened_dict(settings | overrides)
+    return config
+
+
+def checkpoint(step_folder):
+    """All items of a checkpoint, arrays as numpy."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers())) as checkpointer:
+        listed = checkpointer.metadata(step_folder).item_metadata
+        restore = {"metadata": ocp.args.JsonRestore(), "position": ocp.args.JsonRestore()}
+        for item in ("adapter", "optimizer"):
+            as_numpy = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in listed[item].tree}
+            restore[item] = ocp.args.PyTreeRestore(restore_args=as_numpy)
+        return checkpointer.restore(step_folder, ocp.args.Composite(**restore))

@@ -1,0 +1,193 @@
+"""What goes wrong around a run: signals, a kill in the middle of a save, damaged checkpoints, a full disk, losses that
+are not finite. A run that went on must equal, bit for bit, one to which nothing happened."""
+
+import itertools
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kangaroo_jax.checkpoint.adapter import adapter_metadata, load_adapter, named_leaves
+from kangaroo_jax.errors import InputError
+from kangaroo_jax.train import checkpoints
+from kangaroo_jax.train.input import DataConfig, load_rows, training_batches
+from kangaroo_jax.train.loop import train
+
+from .runs import ROOT, checkpoint, configured
+
+# train.py, that dies at the moment in which step 20 is to be given its final name.
+_DIES = """
+import os, runpy, signal, sys
+def hook(event, arguments):
+    if event == "os.rename" and str(arguments[1]).endswith("/20"):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def flags(settings):
+    return ["--config=configs/demo.py", *(f"--config.{name}={value}" for name, value in settings.items())]
+
+
+def started(command):
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def assert_same(run, other):
+    """Whether two runs ended in the same state."""
+    expected, found = checkpoint(run / "20"), checkpoint(other / "20")
+    assert found["position"] == expected["position"]
+    for item in ("adapter", "optimizer"):
+        assert found[item].keys() == expected[item].keys()
+        for path, array in expected[item].items():
+            assert np.array_equal(found[item][path], array), (item, path)
+
+
+def test_killed_in_the_middle_of_a_save_and_then_preempted_equals_uninterrupted(run, settings, tmp_path, capsys):
+    output = tmp_path / "run"
+    # Evaluating at every step leaves time for a signal between the checkpoint and the end.
+    slow = settings | {"output": str(output), "evaluate_every": 1, "evaluation_windows": 256}
+    killed = started([sys.executable, "-c", _DIES, *flags(slow)])
+    _, err = killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL, err
+    assert (output / "10").exists()
+    assert not (output / "20").exists()
+    assert list(output.glob("20.*tmp*"))
+
+    preempted = started([sys.executable, "train.py", *flags(slow)])
+    lines = iter(preempted.stdout.readline, "")
+    assert any(line.startswith("step 12:") for line in lines)  # evaluated after the one it goes on from
+    preempted.send_signal(signal.SIGTERM)
+    last = list(lines)[-1]
+    assert preempted.wait(timeout=60) == 0, preempted.stderr.read()
+    step = int(re.fullmatch(rf"{output}: SIGTERM; saved step (\d+), and the same command .*\n", last).group(1))
+    assert 12 <= step < 20
+    assert not list(output.glob("*tmp*"))
+    assert json.loads((output / str(step) / "metrics" / "metrics").read_text()) == {}
+
+    result = train(configured(settings, output=str(output)))
+    assert f"going on from step {step}" in capsys.readouterr().out
+    assert_same(run[0], output)
+    assert result == run[1]
+
+
+def flip(path, after):
+    """Changes one bit: of the byte after a text, or at a share of the file."""
+    data = bytearray(path.read_bytes())
+    data[data.index(after) + len(after) if isinstance(after, bytes) else int(after * len(data))] ^= 1
+    path.write_bytes(data)
+
+
+def largest(folder):
+    """Of the files that hold arrays."""
+    return max((x for x in folder.rglob("*") if x.is_file()), key=lambda x: x.stat().st_size)
+
+
+def truncate(folder):
+    path = largest(folder / "optimizer")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES = {
+    "optimizer truncated": truncate,
+    "adapter, one bit": lambda folder: flip(largest(folder / "adapter"), 0.5),
+    "optimizer, one bit": lambda folder: flip(largest(folder / "optimizer"), 0.8),
+    "a digit of a position": lambda folder: flip(folder / "position" / "metadata", b'"step": '),
+    "a digit of metadata": lambda folder: flip(folder / "metadata" / "metadata", b'"steps": '),
+    "metadata no JSON": lambda folder: (folder / "metadata" / "metadata").write_text("{"),
+    "an item missing": lambda folder: shutil.rmtree(folder / "adapter"),
+    "all of it missing": lambda folder: [shutil.rmtree(x) if x.is_dir() else x.unlink() for x in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damage_is_seen_and_the_checkpoint_before_is_used(run, tmp_path, capsys, damage):
+    output = tmp_path / "run"
+    shutil.copytree(run[0], output)
+    whole = checkpoint(output / "10")
+    damage(output / "20")
+    saved = checkpoints.newest(output, whole["adapter"], whole["optimizer"], lambda *_: None)
+    out = capsys.readouterr().out
+    assert re.fullmatch(rf"{output}/20\S*: damaged .*; set aside as damaged-20\n", out)
+    assert saved.folder == output / "10"
+    assert saved.step == 10
+    assert (output / "damaged-20").exists()
+    assert not (output / "20").exists()
+
+
+def test_a_run_goes_on_from_before_the_damage(run, settings, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(run[0], output)
+    for step in ("10", "20"):
+        shutil.copytree(output / step, output / "earlier" / step)
+    truncate(output / "20")
+    (output / "damaged-20").mkdir()  # of another time
+    train(configured(settings, output=str(output)))
+    out = capsys.readouterr().out
+    assert "set aside as damaged-20-2" in out
+    assert "going on from step 10" in out
+    assert_same(run[0], output)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_alone(run, settings, tmp_path):
+    room = sum(x.stat().st_size for x in run[0].rglob("*") if x.is_file())  # two checkpoints
+    mounted, copied = tmp_path / "mounted", tmp_path / "copied"
+    mounted.mkdir()
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", mounted], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here: user namespaces are not allowed")
+    script = (
+        f'mount -t tmpfs -o size={room * 3 // 4} none {mounted} && "$@"; code=$?; '
+        f"cp -r {mounted}/run {copied}; exit $code"
+    )
+    command = [sys.executable, "train.py", *flags(settings | {"output": str(mounted / "run")})]
+    result = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", *command], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1, result.stderr
+    lines = [line for line in result.stderr.splitlines() if "step/s" not in line]  # the progress bar
+    assert len(lines) == 1
+    assert re.match(
+        rf"train\.py: error: {mounted}/run: a checkpoint could not be written \(.*No space left.*\); make room, then "
+        "the same command goes on from step 10",
+        lines[0],
+    )
+    assert {x.name for x in copied.iterdir() if x.is_dir()} == {"10"}
+    expected, found = checkpoint(run[0] / "10"), checkpoint(copied / "10")
+    assert found["position"]["checksums"] == expected["position"]["checksums"]
+
+
+def test_a_loss_that_is_not_finite_names_step_and_records_and_saves_nothing(settings, tmp_path, target):
+    output = tmp_path / "run"
+    config = configured(settings, **{"output": str(output), "save_every": 1, "optimizer.learning_rate": 1e38})
+    with pytest.raises(InputError, match=r"not finite .*lower optimizer\.learning_rate") as error:
+        train(config)
+    step = int(re.match(r"step (\d+): ", str(error.value)).group(1))
+    assert step > 1
+    assert max(int(x.name) for x in output.iterdir() if x.is_dir()) == step - 1
+    data = DataConfig(**config.data.to_dict())
+    rows, _ = load_rows(data, target, 64, 0, quiet=True)
+    batch = next(itertools.islice(training_batches(rows, 4, 0), step - 1, None))
+    assert str(error.value).endswith(": " + ", ".join(rows.record_ids(batch["row_ids"])))
+    assert "argparse.py" in str(error.value) or "ast.py" in str(error.value)
+
+
+def test_the_best_is_kept_beside_the_newest_and_is_what_loads(run, target, tmp_path):
+    stored = checkpoint(run[0] / "10")
+    acceptance = {1: 0.2, 2: 0.5, 3: 0.3, 4: None, 5: 0.4}
+    with checkpoints.opened(tmp_path / "run", keep=2) as manager:
+        for step, value in acceptance.items():
+            parameters = {path: jnp.asarray(x) + step for path, x in stored["adapter"].items()}
+            held_out = None if value is None else {"expected_acceptance": value}
+            metadata = adapter_metadata(parameters, target, 3, {"step": step, "held_out": held_out})
+            checkpoints.save(manager, step, parameters, stored["optimizer"], metadata, {})
+    assert {x.name for x in (tmp_path / "run").iterdir()} == {"2", "4", "5"}
+    best = named_leaves(load_adapter(tmp_path / "run", target).model)
+    for path, x in stored["adapter"].items():
+        assert np.array_equal(best[path], x + 2)
