@@ -27,6 +27,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 16
     config.sequence_length = 256
     config.loss_chunk = 64  # positions of each sequence whose logits exist at once
+    config.loss = "cross_entropy"  # or total_variation, or both: see docs/adapter.md
+    config.initialization = "layer"  # attention of the target's layer exit_layer; or zero_output, or random
 
     config.data = ml_collections.ConfigDict()
     config.data.files = "stdlib"  # or paths, globs and gs:// paths of text, JSON and JSONL files, separated by commas

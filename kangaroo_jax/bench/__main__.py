@@ -11,6 +11,7 @@ _COMMANDS = {
     "tune": "the best gamma and eta for an adapter on this machine",
     "tree": "trees of several widths and budgets beside the single sequence",
     "batch": "batches against plain decoding, refilled slots against fixed batches",
+    "adapters": "adapters of one target beside each other: accept lengths",
     "load": "bytes read and host memory of loading a target split over devices and processes",
     "spec_bench": "Spec-Bench's questions, with Kangaroo and plainly",
 }

@@ -126,8 +126,8 @@ class _Run:
         self.optimizer = make_optimizer(settings)
         self.step = 0
         self._where = jax.tree.map(lambda x: x.sharding, abstract_state(self.optimizer, target.config, target.mesh))
-        start = jax.jit(initial_parameters, static_argnums=1, out_shardings=self._where[0])
-        self.parameters = start(target.model, settings["exit_layer"])
+        start = jax.jit(initial_parameters, static_argnums=(1, 2), out_shardings=self._where[0])
+        self.parameters = start(target.model, *(settings[name] for name in ("exit_layer", "initialization", "seed")))
         self.state = jax.jit(self.optimizer.init, out_shardings=self._where[1])(self.parameters)
         self._train_step, self._evaluate_batch = compiled(self.optimizer, target.config, settings, target.mesh)
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))

@@ -16,6 +16,13 @@ from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_
 
 Sums = dict[str, Float[Array, ""]]
 
+# Of the means over the positions, what training lowers.
+LOSSES = {
+    "cross_entropy": lambda means: means["loss"],
+    "total_variation": lambda means: 1 - means["expected_acceptance"],
+    "both": lambda means: means["loss"] + 1 - means["expected_acceptance"],
+}
+
 
 def chunk_sums(
     target: TargetModel,
@@ -54,15 +61,16 @@ def distillation(
     mask: Float[Array, "batch time"],
     *,
     chunk: int,
+    loss: str = "cross_entropy",
 ) -> tuple[Float[Array, ""], Sums]:
     """Mean loss and metrics over the masked positions, `chunk` positions of each sequence at a time.
 
-    Arguments as for `chunk_sums`; `chunk` need not divide the sequence length, and sets memory alone: at most
-    [batch, chunk, vocabulary] logits exist at once, of teacher and draft each.
+    Arguments as for `chunk_sums`, and a name in `LOSSES`; `chunk` need not divide the sequence length, and sets memory
+    alone: at most [batch, chunk, vocabulary] logits exist at once, of teacher and draft each.
 
     Returns:
-      The mean loss, and the means of `loss`, `expected_acceptance` and `top1_agreement` with `positions`, the total
-      weight they are over.
+      The mean loss of that name, and the means of `loss` (cross entropy, whatever is trained on), `expected_acceptance`
+      and `top1_agreement` with `positions`, the total weight they are over.
     """
     batch, time, _ = draft.shape
     chunk = min(chunk, time)
@@ -81,7 +89,7 @@ def distillation(
     sums, _ = jax.lax.scan(add, zeros, (split(teacher), split(draft), split(mask.astype(jnp.float32))))
     positions = sums.pop("positions")
     means = {name: value / jnp.maximum(positions, 1) for name, value in sums.items()}
-    return means["loss"], means | {"positions": positions}
+    return LOSSES[loss](means), means | {"positions": positions}
 
 
 def segment_mask(segment_ids: Int[Array, "batch time"]) -> Bool[Array, "batch time time"]:
@@ -100,6 +108,7 @@ def adapter_loss(
     *,
     exit_layer: int,
     chunk: int,
+    loss: str = "cross_entropy",
 ) -> tuple[Float[Array, ""], Sums]:
     """The training objective, with the frozen target as teacher in the same pass.
 
@@ -113,6 +122,7 @@ def adapter_loss(
       positions: of each token in its example.
       exit_layer: number of shallow layers, static.
       chunk: positions of each sequence whose logits exist at once, static.
+      loss: a name in `LOSSES`, static.
 
     Returns:
       As for `distillation`.
@@ -123,4 +133,4 @@ def adapter_loss(
     shallow, _ = shallow_apply(target, tokens, positions, exit_layer=exit_layer, mask=mask)
     teacher, _ = deep_apply(target, shallow, positions, exit_layer=exit_layer, mask=mask)
     draft, _ = adapter_apply(adapter, shallow, positions, mask=mask)
-    return distillation(target, teacher, draft, loss_mask, chunk=chunk)
+    return distillation(target, teacher, draft, loss_mask, chunk=chunk, loss=loss)

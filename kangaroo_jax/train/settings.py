@@ -14,6 +14,8 @@ from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.train import chat
+from kangaroo_jax.train.objective import LOSSES
+from kangaroo_jax.train.step import INITIALIZATIONS
 
 _SETTINGS: dict[str, type] = {
     "target": str,
@@ -25,6 +27,8 @@ _SETTINGS: dict[str, type] = {
     "batch_size": int,
     "sequence_length": int,
     "loss_chunk": int,
+    "loss": str,
+    "initialization": str,
     "data.files": str,
     "data.evaluation_files": str,
     "data.held_out": float,
@@ -51,10 +55,21 @@ _MAY_BE_THE_REST = {"mesh.data", "mesh.fsdp", "mesh.model"}  # -1
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "optimizer.schedule": ("constant", "cosine"),
+    "loss": tuple(LOSSES),
+    "initialization": INITIALIZATIONS,
     "data.template": (*chat.NAMED, ""),
 }
 # What a run's results follow from, with the target and the data, which have fingerprints.
-_FIXED = ("exit_layer", "dtype", "seed", "batch_size", "sequence_length", "optimizer.")
+_FIXED = (
+    "exit_layer",
+    "dtype",
+    "seed",
+    "batch_size",
+    "sequence_length",
+    "loss",  # loss_chunk, too: sums are made in its order
+    "initialization",
+    "optimizer.",
+)
 
 
 def check_config(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from kangaroo_jax.model.adapter import abstract_adapter
 from kangaroo_jax.model.target import TargetModel
 from kangaroo_jax.train.objective import adapter_loss
 
+INITIALIZATIONS = ("layer", "zero_output", "random")
+
 Parameters = dict[str, Array]  # dotted path -> float32 array
 
 
@@ -45,9 +47,18 @@ def make_optimizer(settings: dict[str, Any]) -> optax.GradientTransformation:
     )
 
 
-def initial_parameters(target: TargetModel, exit_layer: int) -> Parameters:
-    """float32 parameters to start from: the attention and input norm of the target's layer `exit_layer`, the first
-    that the adapter stands in for, and the target's final norm."""
+def initial_parameters(target: TargetModel, exit_layer: int, initialization: str, seed: int) -> Parameters:
+    """float32 parameters to start from.
+
+    Args:
+      target: the frozen target.
+      exit_layer: number of shallow layers.
+      initialization: one of `INITIALIZATIONS`. "layer": the attention and input norm of the target's layer
+        `exit_layer`, the first that the adapter stands in for, and the target's final norm. "zero_output": the same
+        final norm over an attention that adds nothing at first (its output projection is zero), random before that.
+        "random": matrices from a normal distribution of the target's usual deviation, 0.02; norms of one.
+      seed: of what is random.
+    """
     layer = target.layers[exit_layer]
     parts = {
         "layers.0.input_layernorm": layer.input_layernorm,
@@ -55,11 +66,25 @@ def initial_parameters(target: TargetModel, exit_layer: int) -> Parameters:
         "norm": target.norm,
     }
     # Copies: the training step donates its parameters, and must not take the target's with them.
-    return {
+    copied = {
         f"{prefix}.{path}": jnp.array(x, jnp.float32, copy=True)
         for prefix, module in parts.items()
         for path, x in adapter_checkpoint.named_leaves(module).items()
     }
+    if initialization == "layer":
+        return copied
+
+    def drawn(key: Array, path: str, like: Array) -> Array:
+        if path.endswith("norm.weight"):
+            return jnp.ones_like(like)
+        return jnp.zeros_like(like) if path.endswith("bias") else 0.02 * jax.random.normal(key, like.shape)
+
+    keys = jax.random.split(jax.random.key(seed), len(copied))
+    random = {path: drawn(key, path, like) for key, (path, like) in zip(keys, copied.items(), strict=True)}
+    if initialization == "zero_output":
+        output = "layers.0.self_attn.o_proj"
+        random |= {output: jnp.zeros_like(copied[output]), "norm.weight": copied["norm.weight"]}
+    return random
 
 
 def abstract_state(
@@ -104,6 +129,7 @@ def compiled(
             batch["positions"],
             exit_layer=settings["exit_layer"],
             chunk=settings["loss_chunk"],
+            loss=settings["loss"],
         )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*where, None))

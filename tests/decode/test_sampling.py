@@ -30,7 +30,7 @@ from kangaroo_jax.decode.generate import kangaroo_round
 from kangaroo_jax.decode.host_loop import advance_rounds
 from kangaroo_jax.decode.prefill import prefill
 from kangaroo_jax.model import cache
-from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.model.adapter import Adapter, DraftVocabulary
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 
 FALSE_ALARM = 1e-4
@@ -150,10 +150,13 @@ def write_by_selection(buffer, new, start, axis):
     return buffer
 
 
-def draw(config, gamma, eta, batch, widths=None, count=SAMPLES, new=NEW, tree=None):
+def draw(config, gamma, eta, batch, widths=None, count=SAMPLES, new=NEW, tree=None, drafted=None):
     """Tokens [count, new] of `count` sequences with a seed each; and the numbers of tokens that each round drafted and
-    committed."""
+    committed. `drafted`: the tokens that drafts are made of, if not all."""
     target, adapter = small_models()
+    if drafted is not None:
+        adapter = nnx.clone(adapter)
+        adapter.draft_vocabulary = DraftVocabulary(target, jnp.asarray(drafted))
     widths = widths or ((gamma if tree is None else tree.budget) + 1,)
     run = program(gamma, batch, widths, new, sampling.accepts, sampling.residual, tree, pick.walk)
     prompts = [prompt for _ in range(count // batch) for prompt in batch_prompts(batch)]
@@ -236,6 +239,15 @@ def test_tokens_are_distributed_as_the_target_s(temperature, top_p, top_k, gamma
     if gamma:
         assert 0.1 < (committed == 1).mean() < 0.9
         assert set(drafted) == {0.0: {gamma}, 0.6: set(range(1, gamma + 1)), 1.0: {1}}[eta]
+
+
+def test_a_draft_vocabulary_leaves_the_distribution_alone():
+    config = SamplingConfig(1.0)
+    # In an order of its own, so that a probability left at its place in the list would show.
+    drafted = [9, 2, 14, 0, 7, 5, 12, 3, 10]
+    tokens, _, committed = draw(config, 1, 0.0, 4000, drafted=drafted)
+    assert p_value(tokens, 4, lambda prompt: exact(prompt, config)) > FALSE_ALARM
+    assert 0.1 < (committed == 1).mean() < 0.9
 
 
 def accept_always(p, q, uniform):

@@ -163,7 +163,7 @@ def test_unknown_and_missing_settings_are_named():
 
 
 def test_starting_parameters_are_copies_of_the_targets(target):
-    parameters = initial_parameters(target.model, 3)
+    parameters = initial_parameters(target.model, 3, "layer", 0)
     assert parameters.keys() == named_leaves(abstract_adapter(target.config, jnp.float32)).keys()
     layer = target.model.layers[3]
     assert np.array_equal(parameters["layers.0.self_attn.qkv_proj"], layer.self_attn.qkv_proj[...])
