@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
@@ -72,11 +74,26 @@ def opened(output: pathlib.Path, keep: int) -> Iterator[ocp.CheckpointManager]:
         cleanup_tmp_directories=True,
     )
     manager = ocp.CheckpointManager(output, options=options, item_handlers=adapter_checkpoint.item_handlers())
+    loggers = [absl_logging.get_absl_logger(), logging.getLogger("asyncio")]
+    for logger in loggers:
+        logger.addFilter(_not_of_saving)
     try:
         yield manager
     finally:
-        with _writing(manager):
-            manager.close()
+        try:
+            with _writing(output):
+                manager.close()
+        finally:
+            for logger in loggers:
+                logger.removeFilter(_not_of_saving)
+            if jax.process_index() == 0:  # there is something where a checkpoint could not be written
+                for scratch in output.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _not_of_saving(record: logging.LogRecord) -> bool:
+    """Orbax's threads and tasks that cannot write each log a traceback. They raise as well, which becomes one line."""
+    return record.levelname != "ERROR" or not ("orbax" in record.pathname or record.name == "asyncio")
 
 
 def save(
@@ -100,11 +117,16 @@ def save(
     Raises:
       MachineError: where this checkpoint or the one before it cannot be written.
     """
+    output = pathlib.Path(manager.directory)
+    size = sum(x.nbytes for x in (*parameters.values(), *optimizer.values()))
+    # Beforehand, where it can be known: a disk that fills up while Orbax writes ends in messages of many threads.
+    if jax.process_index() == 0 and (free := shutil.disk_usage(output).free) < size:
+        raise _not_written(output, f"it takes {size / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free")
     position = {"step": step, "input": input_state}
     sums = jax.device_get(_checksums({"adapter": parameters, "optimizer": optimizer}))
     position["checksums"] = {item: {path: int(x) for path, x in arrays.items()} for item, arrays in sums.items()}
     position["digest"] = _digest(metadata, position)
-    with _writing(manager):
+    with _writing(output):
         manager.save(
             step,
             args=ocp.args.Composite(
@@ -157,20 +179,20 @@ def newest(
 
 
 @contextlib.contextmanager
-def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
+def _writing(output: pathlib.Path) -> Iterator[None]:
     """Around what writes a checkpoint or waits for one: a failure is one line, and leaves the finished ones alone."""
     try:
         yield
     except Exception as error:  # of many kinds, from Orbax, TensorStore and the system
-        output = pathlib.Path(manager.directory)
-        if jax.process_index() == 0:
-            for scratch in output.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(scratch, ignore_errors=True)
-        newest = adapter_checkpoint.newest_step(output)
-        raise MachineError(
-            f"{output}: a checkpoint could not be written ({adapter_checkpoint.reason(error)}); make room, then the "
-            f"same command goes on from {f'step {newest.name}' if newest else 'the start'}"
-        ) from None
+        raise _not_written(output, adapter_checkpoint.reason(error)) from None
+
+
+def _not_written(output: pathlib.Path, reason: str) -> MachineError:
+    newest = adapter_checkpoint.newest_step(output)
+    return MachineError(
+        f"{output}: a checkpoint could not be written ({reason}); make room, then the same command goes on from "
+        + (f"step {newest.name}" if newest else "the start")
+    )
 
 
 def _read(
