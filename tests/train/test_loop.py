@@ -1,7 +1,5 @@
-"""Training runs against themselves: a run that was killed and went on must equal, bit for bit, one that was not.
-
-What a checkpoint may hold is read from the adapter's own parameter list; what training is for is measured as held-out
-expected acceptance.
+"""Training runs. What a checkpoint may hold is read from the adapter's own parameter list; what training is for is
+measured as held-out expected acceptance.
 """
 
 import json
@@ -19,6 +17,8 @@ from kangaroo_jax.errors import InputError
 from kangaroo_jax.train.loop import train
 from kangaroo_jax.train.settings import check_config
 from kangaroo_jax.train.step import initial_parameters, make_optimizer
+
+from .runs import checkpoint, configured, demo_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
