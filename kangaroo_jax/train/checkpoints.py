@@ -31,7 +31,7 @@ from kangaroo_jax.errors import MachineError
 
 Arrays = dict[str, Any]  # dotted path -> array of 4-byte numbers
 
-_NONE, _FAILED = -1, -2  # in place of a step
+_NONE = -1  # in place of a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ def newest(
     check: Callable[[dict[str, Any], pathlib.Path], None],
 ) -> Saved | None:
     """The newest checkpoint of a run that is whole; None where there is none. Damaged ones are reported and set aside,
-    under another name. Of several processes, the first decides.
+    under another name. Several processes take the same one: what is damaged to one of them is so to all.
 
     Args:
       output: the run's folder.
@@ -156,26 +156,27 @@ def newest(
 
     Raises:
       InputError: what `check` raises, or for parameters of other shapes.
-      MachineError: on the other processes, where the first has raised.
+      MachineError: for a damaged checkpoint that cannot be set aside.
     """
-    if jax.process_index() > 0:
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(0)))
-        if step == _FAILED:
-            raise MachineError(f"{output}: process 0 found no checkpoint to go on with; see what it says")
-        return None if step == _NONE else _read(output / str(step), parameters, optimizer, check)
-    step, saved = _FAILED, None
-    try:
-        while (folder := adapter_checkpoint.newest_step(output)) is not None and saved is None:
-            try:
-                saved = _read(folder, parameters, optimizer, check)
-            except DamagedError as error:
-                aside = _set_aside(folder)
-                print(f"{error}; set aside as {aside.name}", flush=True)
-        step = saved.step if saved else _NONE
-    finally:
-        if jax.process_count() > 1:
-            multihost_utils.broadcast_one_to_all(np.int32(step))
-    return saved
+    while True:
+        folder = adapter_checkpoint.newest_step(output)
+        # The first process decides which is the newest; another may see a shared folder later.
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(_NONE if folder is None else int(folder.name))))
+        if step == _NONE:
+            return None
+        folder, saved = output / str(step), None
+        try:
+            saved = _read(folder, parameters, optimizer, check)
+        except DamagedError as error:
+            damage = str(error)
+        else:
+            damage = f"{folder}: damaged, as another process reads it"
+        if np.all(multihost_utils.process_allgather(np.bool_(saved is not None))):
+            return saved
+        if jax.process_index() == 0:
+            aside = _set_aside(folder)
+            print(f"{damage}; set aside as {aside.name}", flush=True)
+        multihost_utils.sync_global_devices("checkpoint set aside")
 
 
 @contextlib.contextmanager

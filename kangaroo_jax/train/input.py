@@ -203,7 +203,7 @@ def evaluation_batches(
         raise InputError("data.evaluation_files: nothing held out that counts in the loss; give more data")
     count = min(most, len(rows))
     chosen = np.append(np.arange(count) * len(rows) // count, np.full(-count % batch_size, -1))
-    return [rows.batch(batch[mine]) for batch in chosen.reshape(-1, batch_size)]
+    return [rows.batch(batch[mine]) | {"row_ids": batch} for batch in chosen.reshape(-1, batch_size)]
 
 
 def device_part(batch: Batch) -> Batch:

@@ -145,18 +145,16 @@ def test_global_batches_do_not_depend_on_the_number_of_processes(rows, processes
         assert all(batch["tokens"].shape == (8 // processes, LENGTH) for batch in found)
         # The rows' ids are those of the global batch on each process: the first names its records.
         assert all(np.array_equal(batch.pop("row_ids"), expected["row_ids"]) for batch in found)
-        assert equal(
-            {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}, device_part(expected)
-        )
+        joined = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
+        assert equal(joined, device_part(expected))
         assert all(part.get_state() == whole.get_state() for part in parts)
     evaluation = evaluation_batches(rows[1], 8, 13)
     parts = [evaluation_batches(rows[1], 8, 13, process, processes) for process in range(processes)]
     for expected, *found in zip(evaluation, *parts, strict=True):
         # The rows' ids are those of the global batch on each process: the first names its records.
         assert all(np.array_equal(batch.pop("row_ids"), expected["row_ids"]) for batch in found)
-        assert equal(
-            {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}, device_part(expected)
-        )
+        joined = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
+        assert equal(joined, device_part(expected))
 
 
 @pytest.mark.parametrize("seen", [0, 1, 40])  # 40: in the second epoch
