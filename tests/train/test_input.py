@@ -64,6 +64,13 @@ def equal(left, right):
     return all(np.array_equal(left[name], right[name]) for name in left)
 
 
+def joined(parts):
+    """The global batch of the parts of all processes. Each has the ids of all of its rows: the first names records."""
+    row_ids = parts[0]["row_ids"]
+    assert all(np.array_equal(part["row_ids"], row_ids) for part in parts)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} | {"row_ids": row_ids}
+
+
 def test_rows_hold_each_record_piece_by_piece(rows, settings, target):
     cache = cache_of(settings, target)
     counted = np.zeros(cache.lengths.sum())
@@ -143,18 +150,12 @@ def test_global_batches_do_not_depend_on_the_number_of_processes(rows, processes
     for _ in range(2 * len(rows[0]) // 8):
         expected, found = next(whole), [next(part) for part in parts]
         assert all(batch["tokens"].shape == (8 // processes, LENGTH) for batch in found)
-        # The rows' ids are those of the global batch on each process: the first names its records.
-        assert all(np.array_equal(batch.pop("row_ids"), expected["row_ids"]) for batch in found)
-        joined = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
-        assert equal(joined, device_part(expected))
+        assert equal(joined(found), expected)
         assert all(part.get_state() == whole.get_state() for part in parts)
     evaluation = evaluation_batches(rows[1], 8, 13)
     parts = [evaluation_batches(rows[1], 8, 13, process, processes) for process in range(processes)]
     for expected, *found in zip(evaluation, *parts, strict=True):
-        # The rows' ids are those of the global batch on each process: the first names its records.
-        assert all(np.array_equal(batch.pop("row_ids"), expected["row_ids"]) for batch in found)
-        joined = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
-        assert equal(joined, device_part(expected))
+        assert equal(joined(found), expected)
 
 
 @pytest.mark.parametrize("seen", [0, 1, 40])  # 40: in the second epoch
@@ -168,7 +169,7 @@ def test_a_restored_position_goes_on_where_it_was(rows, seen):
         batches.set_state(state)
     for batch in expected:
         parts = [next(batches) for batches in restored]
-        assert equal({name: np.concatenate([part[name] for part in parts]) for name in batch}, batch)
+        assert equal(joined(parts), batch)
 
 
 def test_evaluation_batches_are_spread_and_padding_does_not_count(rows):
