@@ -97,11 +97,12 @@ def adapter_loss(
     loss_mask: Float[Array, "batch time"],
     segment_ids: Int[Array, "batch time"],
     positions: Int[Array, "batch time"],
+    teacher: Float[Array, "batch time hidden"] | None = None,
     *,
     exit_layer: int,
     chunk: int,
 ) -> tuple[Float[Array, ""], Sums]:
-    """The training objective, with the frozen target as teacher in the same pass.
+    """The training objective, with the frozen target as teacher: in the same pass, or in an earlier one.
 
     Args:
       adapter: the only argument to differentiate. Its weights may be float32 masters; they are cast to the
@@ -111,6 +112,8 @@ def adapter_loss(
       loss_mask: weight of each position.
       segment_ids: which example of its row each position belongs to; examples do not see each other.
       positions: of each token in its example.
+      teacher: the target's normed hidden states where `loss_mask` is not 0, anything finite elsewhere; None to compute
+        them here, by the deep layers.
       exit_layer: number of shallow layers, static.
       chunk: positions of each sequence whose logits exist at once, static.
 
@@ -121,6 +124,7 @@ def adapter_loss(
     adapter = jax.tree.map(lambda x: x.astype(target.dtype), adapter)
     mask = segment_mask(segment_ids)
     shallow, _ = shallow_apply(target, tokens, positions, exit_layer=exit_layer, mask=mask)
-    teacher, _ = deep_apply(target, shallow, positions, exit_layer=exit_layer, mask=mask)
+    if teacher is None:
+        teacher, _ = deep_apply(target, shallow, positions, exit_layer=exit_layer, mask=mask)
     draft, _ = adapter_apply(adapter, shallow, positions, mask=mask)
-    return distillation(target, teacher, draft, loss_mask, chunk=chunk)
+    return distillation(target, teacher.astype(target.dtype), draft, loss_mask, chunk=chunk)

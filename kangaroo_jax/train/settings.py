@@ -19,6 +19,7 @@ _SETTINGS: dict[str, type] = {
     "target": str,
     "dtype": str,
     "exit_layer": int,
+    "teacher": str,
     "output": str,
     "seed": int,
     "steps": int,
@@ -50,11 +51,13 @@ _MAY_BE_THE_REST = {"mesh.data", "mesh.fsdp", "mesh.model"}  # -1
 # float16 is for decoding only: the gradients of a mean over a batch underflow in it.
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
+    "teacher": ("online", "cached"),
     "optimizer.schedule": ("constant", "cosine"),
     "data.template": (*chat.NAMED, ""),
 }
 # What a run's results follow from, with the target and the data, which have fingerprints.
-_FIXED = ("exit_layer", "dtype", "seed", "batch_size", "sequence_length", "optimizer.")
+_FIXED = ("exit_layer", "teacher", "dtype", "seed", "batch_size", "sequence_length", "optimizer.")
+_BEFORE = {"teacher": "online"}  # what runs did that do not record a setting: they are older than it
 
 
 def check_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -114,9 +117,9 @@ def check_same_run(settings: dict[str, Any], stored: dict[str, Any], folder: pat
     if settings["optimizer.schedule"] == "cosine":
         fixed.append("steps")  # the rate's course was laid out for them
     for name in fixed:
-        if settings[name] != stored.get(name):
+        if settings[name] != (found := stored.get(name, _BEFORE.get(name))):
             raise InputError(
-                f"{folder}: a run with other settings; expected {name} {settings[name]}, found {stored.get(name)}; "
+                f"{folder}: a run with other settings; expected {name} {settings[name]}, found {found}; "
                 "give the same settings to go on with it, or another output"
             )
 
