@@ -1,15 +1,20 @@
 """What the adapter learns: the target's next-token distribution, from the shallow hidden states (paper, section 3.1).
 
 Teacher and draft model are compared at the same position, so there are no shifted labels. Logits exist for one chunk
-of positions at a time; the backward pass makes them anew.
+of positions at a time, and the loss's gradient for the chunk's hidden states is taken while they do: the backward pass
+does not make them anew.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kangaroo_jax.model.adapter import Adapter, adapter_apply
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
@@ -55,7 +60,8 @@ def distillation(
     *,
     chunk: int,
 ) -> tuple[Float[Array, ""], Sums]:
-    """Mean loss and metrics over the masked positions, `chunk` positions of each sequence at a time.
+    """Mean loss and metrics over the masked positions, `chunk` positions of each sequence at a time. Only the loss has
+    a gradient, and only for `draft`.
 
     Arguments as for `chunk_sums`; `chunk` need not divide the sequence length, and sets memory alone: at most
     [batch, chunk, vocabulary] logits exist at once, of teacher and draft each.
@@ -64,24 +70,59 @@ def distillation(
       The mean loss, and the means of `loss`, `expected_acceptance` and `top1_agreement` with `positions`, the total
       weight they are over.
     """
-    batch, time, _ = draft.shape
-    chunk = min(chunk, time)
+    sums = _sums(min(chunk, draft.shape[1]), target, teacher, draft, mask.astype(jnp.float32))
+    positions = sums.pop("positions")
+    means = {name: value / jnp.maximum(positions, 1) for name, value in sums.items()}
+    return means["loss"], means | {"positions": positions}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(chunk: int, target: TargetModel, teacher: Array, draft: Array, mask: Array) -> Sums:
+    """`chunk_sums` over all positions."""
+    return _over_chunks(chunk, lambda *inputs: (chunk_sums(target, *inputs), None), teacher, draft, mask)[0]
+
+
+def _sums_forward(
+    chunk: int, target: TargetModel, teacher: Array, draft: Array, mask: Array
+) -> tuple[Sums, Float[Array, "batch time hidden"]]:
+    def with_gradient(teacher: Array, draft: Array, mask: Array) -> tuple[Sums, Array]:
+        def loss(draft: Array) -> tuple[Array, Sums]:
+            sums = chunk_sums(target, teacher, draft, mask)
+            return sums["loss"], sums
+
+        (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(draft)
+        return sums, gradient
+
+    sums, gradients = _over_chunks(chunk, with_gradient, teacher, draft, mask)
+    batch, time, hidden = draft.shape
+    return sums, jnp.moveaxis(gradients, 0, 1).reshape(batch, -1, hidden)[:, :time]
+
+
+def _sums_backward(chunk: int, gradient: Array, cotangents: Sums) -> tuple[None, None, Array, None]:
+    return None, None, (gradient * cotangents["loss"]).astype(gradient.dtype), None
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _over_chunks(
+    chunk: int, function: Callable[[Array, Array, Array], tuple[Sums, Any]], *inputs: Shaped[Array, "batch time ..."]
+) -> tuple[Sums, Any]:
+    """Calls `function` on the inputs' chunks one after the other; adds up its sums and stacks its other results."""
+    batch, time = inputs[0].shape[:2]
     count = -(-time // chunk)
 
     def split(x: Array) -> Array:  # [batch, time, ...] -> [count, batch, chunk, ...]; the padding has mask 0
         x = jnp.pad(x, [(0, 0), (0, count * chunk - time)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def add(sums: Sums, chunk_inputs: tuple[Array, Array, Array]) -> tuple[Sums, None]:
-        return jax.tree.map(jnp.add, sums, chunk_sums(target, *chunk_inputs)), None
+    def add(sums: Sums, chunk_inputs: tuple[Array, ...]) -> tuple[Sums, Any]:
+        of_chunk, other = function(*chunk_inputs)
+        return jax.tree.map(jnp.add, sums, of_chunk), other
 
     zeros = dict.fromkeys(("loss", "expected_acceptance", "top1_agreement", "positions"), jnp.float32(0))
     # The batch axis stays whole, so that it can be sharded.
-    sums, _ = jax.lax.scan(add, zeros, (split(teacher), split(draft), split(mask.astype(jnp.float32))))
-    positions = sums.pop("positions")
-    means = {name: value / jnp.maximum(positions, 1) for name, value in sums.items()}
-    return means["loss"], means | {"positions": positions}
+    return jax.lax.scan(add, zeros, tuple(map(split, inputs)))
 
 
 def segment_mask(segment_ids: Int[Array, "batch time"]) -> Bool[Array, "batch time time"]:
