@@ -19,14 +19,16 @@ from kangaroo_jax.train.loop import train
 from tests.train.test_loop import configured
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Twice, so that the second restores what the first saved.
+# Twice, so that the second restores what the first saved; and with the teacher computed beforehand, by both.
 _RUN = """
 import json, sys
 from absl import app
 from kangaroo_jax import command_line, distributed
+from kangaroo_jax.train import teacher
 from kangaroo_jax.train.loop import train
 from tests.train.test_loop import configured
 
+teacher._PART_BYTES = 20 * 32 * 32 * 2  # 20 rows
 sys.stdout = open({out!r}, "w")  # Gloo prints as it connects, in pieces, from threads of its own
 
 def main():
@@ -34,6 +36,7 @@ def main():
     settings = json.loads({settings!r})
     for steps in (3, 6):
         train(configured(settings, steps=steps))
+    train(configured(settings, steps=3, teacher="cached", output=settings["output"] + "-cached"))
 
 command_line.run("run", main)
 """
@@ -53,6 +56,7 @@ def settings(tmp_path_factory, small_target_folder):
         "sequence_length": 32,
         "loss_chunk": 16,
         "data.files": str(text),
+        "data.cache": str(tmp_path_factory.mktemp("cache")),
         "data.held_out": 0.1,
         "optimizer.schedule": "constant",
         "optimizer.warmup_steps": 2,
@@ -122,6 +126,9 @@ def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_reports
     assert sorted(found) == sorted(expected) == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose([found[i] for i in range(1, 7)], [expected[i] for i in range(1, 7)], rtol=1e-5)
     assert len(set(expected.values())) == 6
+    assert len(list(pathlib.Path(settings["data.cache"]).glob("teacher-*/*.array_record"))) > 2
+    cached = _losses(tmp_path / "two-cached")
+    np.testing.assert_allclose([cached[i] for i in (1, 2, 3)], [expected[i] for i in (1, 2, 3)], rtol=2e-3)
 
     one, two = newest_step(tmp_path / "one"), newest_step(tmp_path / "two")
     shapes = {path: np.zeros(shape) for path, shape in read_metadata(one)["parameters"].items()}

@@ -234,6 +234,19 @@ def test_bytes_that_changed_are_named_when_they_are_read(whole, copy, rows, smal
     assert contents(made(rows, small, copy)) == contents(whole)
 
 
+@pytest.mark.parametrize("owners", [[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1], [2, 0, 0, 2]])
+def test_each_process_gets_whole_parts_and_each_row_is_computed_once(rows, small, tmp_path, owners):
+    cache = TeacherCache(rows, small, tmp_path)
+    todo = np.asarray([0, 1, 3, 4, 5])
+    written = collections.defaultdict(list)
+    for batch in cache._schedule(todo, np.asarray(owners)):
+        for owner, row in zip(owners, batch.tolist(), strict=True):
+            written[owner].append(row)
+    for i, owner in enumerate(sorted(set(owners))):
+        expected = [row for part in todo[i :: len(set(owners))] for row in range(7 * part, 7 * part + 7)]
+        assert [row for row in written[owner] if row >= 0] == expected
+
+
 Usage = collections.namedtuple("Usage", "total used free")
 
 
