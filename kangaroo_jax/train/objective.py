@@ -27,8 +27,8 @@ def chunk_sums(
     teacher: Float[Array, "batch time hidden"],
     draft: Float[Array, "batch time hidden"],
     mask: Float[Array, "batch time"],
-) -> Sums:
-    """Sums over the positions of one chunk, each weighted by `mask`.
+) -> tuple[Sums, Float[Array, "batch time hidden"]]:
+    """Sums over the positions of one chunk, each weighted by `mask`, and the loss's gradient for `draft`.
 
     Args:
       target: its LM head makes both sets of logits.
@@ -37,11 +37,13 @@ def chunk_sums(
       mask: weight of each position in the loss; 0 leaves it out.
 
     Returns:
-      `loss` (cross entropy between the two softmaxes, nats), `expected_acceptance` (sum over the vocabulary of
-      min(p_target, p_draft): the probability that speculative sampling accepts the draft, Leviathan et al. 2023),
-      `top1_agreement` (1 where both have the same likeliest token), `positions` (the mask itself).
+      The sums: `loss` (cross entropy between the two softmaxes, nats), `expected_acceptance` (sum over the vocabulary
+      of min(p_target, p_draft): the probability that speculative sampling accepts the draft, Leviathan et al. 2023),
+      `top1_agreement` (1 where both have the same likeliest token), `positions` (the mask itself). And the gradient of
+      the summed loss.
     """
-    teacher_logits, draft_logits = lm_head(target, teacher), lm_head(target, draft)
+    teacher_logits = lm_head(target, teacher)
+    draft_logits, pull_back = jax.vjp(functools.partial(lm_head, target), draft)
     p, q = jax.nn.softmax(teacher_logits), jax.nn.softmax(draft_logits)
     values = {
         "loss": optax.losses.softmax_cross_entropy(draft_logits, p),
@@ -49,7 +51,9 @@ def chunk_sums(
         "top1_agreement": (teacher_logits.argmax(-1) == draft_logits.argmax(-1)).astype(jnp.float32),
         "positions": jnp.ones_like(mask),
     }
-    return {name: jnp.sum(value * mask) for name, value in values.items()}
+    sums = {name: jnp.sum(value * mask) for name, value in values.items()}
+    (gradient,) = pull_back((q - p) * mask[..., None])  # a softmax's cross entropy, differentiated by hand
+    return sums, gradient
 
 
 def distillation(
@@ -79,21 +83,13 @@ def distillation(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(chunk: int, target: TargetModel, teacher: Array, draft: Array, mask: Array) -> Sums:
     """`chunk_sums` over all positions."""
-    return _over_chunks(chunk, lambda *inputs: (chunk_sums(target, *inputs), None), teacher, draft, mask)[0]
+    return _over_chunks(chunk, lambda *inputs: (chunk_sums(target, *inputs)[0], None), teacher, draft, mask)[0]
 
 
 def _sums_forward(
     chunk: int, target: TargetModel, teacher: Array, draft: Array, mask: Array
 ) -> tuple[Sums, Float[Array, "batch time hidden"]]:
-    def with_gradient(teacher: Array, draft: Array, mask: Array) -> tuple[Sums, Array]:
-        def loss(draft: Array) -> tuple[Array, Sums]:
-            sums = chunk_sums(target, teacher, draft, mask)
-            return sums["loss"], sums
-
-        (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(draft)
-        return sums, gradient
-
-    sums, gradients = _over_chunks(chunk, with_gradient, teacher, draft, mask)
+    sums, gradients = _over_chunks(chunk, functools.partial(chunk_sums, target), teacher, draft, mask)
     batch, time, hidden = draft.shape
     return sums, jnp.moveaxis(gradients, 0, 1).reshape(batch, -1, hidden)[:, :time]
 
