@@ -180,27 +180,31 @@ class TeacherCache:
             _say(quiet, f"note: {settings['steps']} steps see {epochs:.0%} of the rows; teacher=online costs less")
 
     def _compute(self, todo: np.ndarray, target: Target, settings: dict[str, Any], quiet: bool) -> None:
-        """Runs the target over the rows of the parts in `todo`."""
-        batch_size, mesh = settings["batch_size"], target.mesh
-        owners = _owners(batch_size, mesh)
-        here = sharding.rows_here(batch_size, mesh)
-        states = program(settings, mesh)
+        """Runs the target over the rows of the parts in `todo`, and writes those of this process."""
+        owners = _owners(settings["batch_size"], target.mesh)
+        here = sharding.rows_here(settings["batch_size"], target.mesh).tolist()
         total = sum(len(self._part(part)) for part in todo)
         with self._writing() as write, _bar(total, quiet) as bar:
-            before = None
-            for rows in [*self._schedule(todo, owners), None]:
-                computed = None
-                if rows is not None:
-                    batch = device_part(self._rows.batch(rows[here]))
-                    computed = rows, states(target.model, sharding.put_batch(batch, batch_size, mesh)), batch
-                if before is not None:  # written while the device is at the next
-                    rows, of_batch, batch = before
-                    counts = dict(zip(here.tolist(), batch["loss_mask"] > 0, strict=True))
-                    for slot, of_row in _local_rows(of_batch):
-                        if owners[slot] == jax.process_index() and rows[slot] >= 0:
-                            write(int(rows[slot]), of_row[counts[slot]])
-                    bar.update(int((rows >= 0).sum()))
-                before = computed
+            for rows, counts, states in self._computed(self._schedule(todo, owners), here, target, settings):
+                for place, of_row in _local_rows(states):
+                    if owners[place] == jax.process_index() and rows[place] >= 0:
+                        write(int(rows[place]), of_row[counts[here.index(place)]])
+                bar.update(int((rows >= 0).sum()))
+
+    def _computed(
+        self, schedule: Iterator[np.ndarray], here: list[int], target: Target, settings: dict[str, Any]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, Array]]:
+        """For each batch its rows, which positions of those in the places `here` count, and the states. One batch
+        behind: a batch is written while the device is at the next."""
+        states, before = program(settings, target.mesh), None
+        for rows in schedule:
+            batch = device_part(self._rows.batch(rows[here]))
+            on_devices = sharding.put_batch(batch, settings["batch_size"], target.mesh)
+            computed = rows, batch["loss_mask"] > 0, states(target.model, on_devices)
+            if before is not None:
+                yield before
+            before = computed
+        yield before
 
     def _schedule(self, todo: np.ndarray, owners: Int[np.ndarray, " batch"]) -> Iterator[Int[np.ndarray, " batch"]]:
         """The rows of each batch, -1 for none. Each process that owns places gets its parts' rows there, in order."""
