@@ -95,9 +95,9 @@ def contents(cache):
     return {path.name: path.read_bytes() for path in parts(cache)}
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bfloat16", 5e-3)])
-def test_losses_and_gradients_are_the_online_ones_to_bfloat16(target_folder, data, tmp_path, dtype, tolerance):
-    target = load_target(str(target_folder), dtype, make_mesh(SETTINGS))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_losses_and_gradients_are_the_online_ones_to_bfloat16(small_target_folder, data, tmp_path, dtype):
+    target = load_target(str(small_target_folder), dtype, make_mesh(SETTINGS))
     rows = load_rows(data, target, LENGTH, seed=0, quiet=True)[0]
     cache = made(rows, target, tmp_path)
     batch = cache.extend(rows.batch([5, 2, 8, -1]))  # in other company than when they were computed
@@ -109,8 +109,8 @@ def test_losses_and_gradients_are_the_online_ones_to_bfloat16(target_folder, dat
 
     @jax.jit
     def online(model):
-        hidden, _ = shallow_apply(model, batch["tokens"], positions, exit_layer=3, mask=mask)
-        return deep_apply(model, hidden, positions, exit_layer=3, mask=mask)[0]
+        hidden, _ = shallow_apply(model, batch["tokens"], positions, exit_layer=1, mask=mask)
+        return deep_apply(model, hidden, positions, exit_layer=1, mask=mask)[0]
 
     expected = np.asarray(online(target.model).astype(jnp.bfloat16))
     assert batch["teacher"].dtype == ml_dtypes.bfloat16
@@ -123,18 +123,18 @@ def test_losses_and_gradients_are_the_online_ones_to_bfloat16(target_folder, dat
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(adapter, model, batch):
         arrays = (batch[name] for name in ("tokens", "loss_mask", "segment_ids", "positions"))
-        return adapter_loss(adapter, model, *arrays, batch.get("teacher"), exit_layer=3, chunk=16)
+        return adapter_loss(adapter, model, *arrays, batch.get("teacher"), exit_layer=1, chunk=16)
 
     without = {name: x for name, x in device_part(batch).items() if name != "teacher"}
     (_, cached), gradient = loss(adapter, target.model, device_part(batch))
     (_, live), live_gradient = loss(adapter, target.model, without)
     for name in ("loss", "expected_acceptance", "positions"):
-        np.testing.assert_allclose(cached[name], live[name], rtol=tolerance, err_msg=name)
+        np.testing.assert_allclose(cached[name], live[name], rtol=5e-4, err_msg=name)
     for found, wanted in zip(jax.tree.leaves(gradient), jax.tree.leaves(live_gradient), strict=True):
-        assert np.linalg.norm(found - wanted) < 10 * tolerance * np.linalg.norm(wanted)
+        assert np.linalg.norm(found - wanted) < 5e-3 * np.linalg.norm(wanted)
     # The states are used: others give another loss.
     (_, other), _ = loss(adapter, target.model, device_part(batch | {"teacher": batch["teacher"][:, ::-1]}))
-    assert abs(other["loss"] - live["loss"]) > 10 * tolerance * live["loss"]
+    assert abs(other["loss"] - live["loss"]) > 5e-3 * live["loss"]
 
 
 SCRIPT = """
@@ -304,10 +304,6 @@ def test_another_target_dtype_or_data_is_another_cache(data, rows, small, target
     assert again.folder == caches[0].folder
 
 
-def losses(result):
-    return [result[name] for name in ("loss", "expected_acceptance", "top1_agreement")]
-
-
 def test_a_run_that_stopped_goes_on_bit_for_bit_without_computing_again(
     data, small_target_folder, tmp_path, monkeypatch
 ):
@@ -344,11 +340,8 @@ def test_a_run_that_stopped_goes_on_bit_for_bit_without_computing_again(
         for path, expected in first[item].items():
             assert np.array_equal(second[item][path], expected), (item, path)
 
-    online, _ = run("online", 6, teacher="online")
-    np.testing.assert_allclose(losses(whole)[:2], losses(online)[:2], rtol=2e-3)
-    assert whole != online
-    with pytest.raises(InputError, match="expected teacher cached, found online"):
-        run("online", 9)
+    with pytest.raises(InputError, match="expected teacher online, found cached"):
+        run("whole", 9, teacher="online")
 
 
 def test_runs_from_before_the_setting_were_online(tmp_path):
