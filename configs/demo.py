@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.target = str(pathlib.Path(kangaroo_jax.__file__).parent / "demo" / "model")
     config.dtype = "float32"
     config.exit_layer = 2
+    config.teacher = "online"  # or cached: the target's last hidden states are computed once and kept on disk
     config.output = "runs/demo"
     config.seed = 0
 

@@ -21,6 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.target = "meta-llama/Llama-2-7b-hf"  # a folder in Hugging Face format, or a hub id
     config.dtype = "bfloat16"
     config.exit_layer = 2
+    config.teacher = "online"  # or cached: the target's last hidden states are computed once and kept on disk
     config.output = "runs/llama7b"
     config.seed = 0
 

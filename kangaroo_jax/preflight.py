@@ -139,6 +139,7 @@ def training(config: Any, machine: Machine) -> bool:
     from kangaroo_jax.shapes import model_config
     from kangaroo_jax.train import settings as training_settings
     from kangaroo_jax.train import step as training_step
+    from kangaroo_jax.train import teacher
 
     settings = training_settings.check_config(config)
     shape = model_config(settings["target"])
@@ -148,7 +149,7 @@ def training(config: Any, machine: Machine) -> bool:
     target = abstract_target(shape, settings["dtype"], mesh)
     optimizer = training_step.make_optimizer(settings)
     state = training_step.abstract_state(optimizer, shape, mesh)
-    batch = training_step.abstract_batch(settings, mesh)
+    batch = training_step.abstract_batch(settings, shape, mesh)
     step, _ = training_step.compiled(optimizer, shape, settings, mesh)
     print(f"{machine}: {_describe(mesh)}")
     print(
@@ -157,8 +158,11 @@ def training(config: Any, machine: Machine) -> bool:
     )
     for note in sharding.undivided(dict(zip(parameter_paths(target), jax.tree.leaves(target), strict=True)), mesh):
         print(f"note: {note}")
-    report = _report("training step", step, (*state, target, batch), machine)
-    return _conclude([report], machine)
+    reports = [_report("training step", step, (*state, target, batch), machine)]
+    if settings["teacher"] == "cached":
+        inputs = target, {name: x for name, x in batch.items() if name != "teacher"}
+        reports.append(_report("teacher's pass", teacher.program(settings, mesh), inputs, machine))
+    return _conclude(reports, machine)
 
 
 def decoding(

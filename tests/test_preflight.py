@@ -40,9 +40,13 @@ def test_the_command_prints_the_training_steps_table_and_says_that_it_fits():
     assert re.search(r"^fits: \d\.\d\d GiB of ", done.stdout, re.MULTILINE)
 
 
-def test_what_does_not_fit_is_said_so_and_a_round_of_decoding_has_its_table(capsys):
-    assert preflight.training(configured(SMALL), Machine("here", jax.devices(), memory=1000)) is False
-    assert "does not fit: 0.0" in capsys.readouterr().out
+def test_what_does_not_fit_is_said_so_with_a_cached_teachers_pass_and_a_round_of_decoding_has_its_table(capsys):
+    cached = configured(SMALL, teacher="cached")
+    assert preflight.training(cached, Machine("here", jax.devices(), memory=1000)) is False
+    out = capsys.readouterr().out
+    assert "does not fit: 0.0" in out
+    step, teacher = (float(x) for x in re.findall(r"matrix products, all devices +(\S+) FLOPs", out))
+    assert step < teacher  # 2 of 8 layers, and three times the adapter and the head, against 8 layers
     arguments = (str(TARGET), "float32", 2, 1, 64, 32, 1)
     assert preflight.decoding(*arguments, Machine("here", jax.devices(), memory=2**30)) is True
     out = capsys.readouterr().out

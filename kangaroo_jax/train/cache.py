@@ -109,7 +109,7 @@ def open_cache(
     if manifest is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder / f"{key}.lock", quiet) as held:
+            with locked(folder / f"{key}.lock", "the tokens", quiet) as held:
                 manifest = _manifest(path)  # another process may have made it meanwhile
                 if made := manifest is None:
                     if path.exists():
@@ -142,13 +142,14 @@ def _key(sources: Sequence[Source], encoder: Encoder) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path, quiet: bool) -> Iterator[bool]:
-    """Holds a lock that ends with the process, however it ends; False where the file system has none."""
+def locked(path: pathlib.Path, what: str, quiet: bool) -> Iterator[bool]:
+    """Holds a lock that ends with the process, however it ends; False where the file system has none. `what` is made
+    by the process that holds it."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(quiet, f"{path.parent}: waiting for another process that makes the tokens")
+            _say(quiet, f"{path.parent}: waiting for another process that makes {what}")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # some Lustre mounts; each process makes the cache, and the first that is done wins
             yield False
@@ -183,10 +184,10 @@ def _make(
         # Checked before the rename: what is refused leaves no cache.
         _check_bad(manifest, max_bad_share, sources)
         for name in manifest["files"]:
-            _to_disk(unfinished / name)
+            to_disk(unfinished / name)
         text = json.dumps(manifest)
         (unfinished / _MANIFEST).write_text(f"{_sha256(text)}\n{text}")
-        _to_disk(unfinished / _MANIFEST)
+        to_disk(unfinished / _MANIFEST)
         try:
             unfinished.rename(path)
         except OSError:
@@ -201,7 +202,8 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _to_disk(path: pathlib.Path) -> None:
+def to_disk(path: pathlib.Path) -> None:
+    """Waits until a file's bytes are on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -3,7 +3,7 @@
 A batch is a dict of arrays [batch, time]: `tokens`; `loss_mask`, the weight of each position in the loss;
 `segment_ids`, from 1 in each row, 0 where there is padding: positions attend within their segment alone; `positions`,
 from 0 in each segment. And `row_ids`, which `Rows.record_ids` takes, for messages: it stays on the host, and on every
-process it is that of the whole global batch.
+process it is that of the whole global batch. With a cached teacher (teacher.py), `teacher` [batch, time, hidden].
 
 The order is one of global batches, of which each process takes its rows. So the batches do not depend on the number of
 processes, and neither does the state of the iterator.
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.errors import InputError
@@ -73,6 +74,20 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self._packing)
+
+    @property
+    def counts(self) -> Int[np.ndarray, " rows"]:
+        """How many positions of each row count in the loss."""
+        packing, runs = self._packing, self._cache.counted
+        starts, ends = np.append(runs[:, 0], np.iinfo(np.int64).max), runs[:, 1]
+        in_runs = np.concatenate([[0], np.cumsum(ends - runs[:, 0])])
+
+        def before(token: np.ndarray) -> np.ndarray:  # that count before it, in the row of all records' tokens
+            run = np.searchsorted(ends, token, side="right")  # the first that does not end before it
+            return in_runs[run] + np.maximum(token - starts[run], 0)
+
+        first = self._starts[packing.records] + packing.offsets
+        return np.add.reduceat(before(first + packing.lengths) - before(first), packing.row_starts[:-1])
 
     @property
     def padding(self) -> float:
@@ -162,7 +177,12 @@ def load_rows(
 
 
 def training_batches(
-    rows: Rows, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+    rows: Rows,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    extend: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> grain.DatasetIterator:
     """Endless batches in an order shuffled anew each epoch. `get_state` and `set_state` of the iterator save and
     restore the position exactly; the state is the same on every process, whatever their number.
@@ -174,6 +194,7 @@ def training_batches(
       process_index: which of the processes this is; it gets rows process_index * n .. (process_index + 1) * n - 1 of
         each global batch, n = batch_size / process_count.
       process_count: number of processes.
+      extend: makes each batch what is given out, on the threads that read ahead.
 
     Raises:
       InputError: for fewer rows than one batch, or a batch that cannot be divided among the processes.
@@ -185,7 +206,7 @@ def training_batches(
             f"{rows.sequence_length} tokens, found {len(rows)}; give more data or a smaller batch_size"
         )
     order = grain.MapDataset.range(len(rows)).shuffle(seed).repeat().batch(batch_size, drop_remainder=True)
-    dataset = order.map(lambda batch: rows.batch(batch[mine]) | {"row_ids": batch})
+    dataset = order.map(lambda batch: extend(rows.batch(batch[mine])) | {"row_ids": batch})
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 

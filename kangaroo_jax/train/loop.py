@@ -29,6 +29,7 @@ from kangaroo_jax.checkpoint.huggingface import Target, load_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.train import checkpoints, preemption
+from kangaroo_jax.train.cache import cache_folder
 from kangaroo_jax.train.input import (
     Batch,
     DataConfig,
@@ -41,6 +42,7 @@ from kangaroo_jax.train.input import (
 )
 from kangaroo_jax.train.settings import check_config, check_context, check_same_run, make_mesh
 from kangaroo_jax.train.step import abstract_state, compiled, initial_parameters, make_optimizer
+from kangaroo_jax.train.teacher import TeacherCache
 
 # Steps that --profile traces, counted from where the run starts: the first compiles.
 _PROFILED = range(2, 5)
@@ -98,6 +100,10 @@ def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict
             _say(f"note: {note}")
     batches = training_batches(rows, settings["batch_size"], settings["seed"], **process)
     evaluation = evaluation_batches(held_out, settings["batch_size"], settings["evaluation_windows"], **process)
+    if settings["teacher"] == "cached":
+        teacher = TeacherCache(rows, target, cache_folder(data.cache))
+        teacher.make(target, settings, quiet=jax.process_index() > 0)
+        batches = training_batches(rows, settings["batch_size"], settings["seed"], **process, extend=teacher.extend)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

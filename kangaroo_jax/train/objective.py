@@ -1,26 +1,31 @@
 """What the adapter learns: the target's next-token distribution, from the shallow hidden states (paper, section 3.1).
 
 Teacher and draft model are compared at the same position, so there are no shifted labels. Logits exist for one chunk
-of positions at a time; the backward pass makes them anew.
+of positions at a time, and the loss's gradient for the chunk's hidden states is taken while they do: the backward pass
+does not make them anew.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kangaroo_jax.model.adapter import Adapter, adapter_apply
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 
 Sums = dict[str, Float[Array, ""]]
 
-# Of the means over the positions, what training lowers.
+# What training lowers at a position, from the values of `chunk_sums` there.
 LOSSES = {
-    "cross_entropy": lambda means: means["loss"],
-    "total_variation": lambda means: 1 - means["expected_acceptance"],
-    "both": lambda means: means["loss"] + 1 - means["expected_acceptance"],
+    "cross_entropy": lambda values: values["loss"],
+    "total_variation": lambda values: 1 - values["expected_acceptance"],
+    "both": lambda values: values["loss"] + 1 - values["expected_acceptance"],
 }
 
 
@@ -29,29 +34,40 @@ def chunk_sums(
     teacher: Float[Array, "batch time hidden"],
     draft: Float[Array, "batch time hidden"],
     mask: Float[Array, "batch time"],
-) -> Sums:
-    """Sums over the positions of one chunk, each weighted by `mask`.
+    loss: str,
+) -> tuple[Sums, Float[Array, "batch time hidden"]]:
+    """Sums over the positions of one chunk, each weighted by `mask`, and the objective's gradient for `draft`.
 
     Args:
       target: its LM head makes both sets of logits.
       teacher: the target's normed hidden states.
       draft: the adapter's.
       mask: weight of each position in the loss; 0 leaves it out.
+      loss: a name in `LOSSES`.
 
     Returns:
-      `loss` (cross entropy between the two softmaxes, nats), `expected_acceptance` (sum over the vocabulary of
-      min(p_target, p_draft): the probability that speculative sampling accepts the draft, Leviathan et al. 2023),
-      `top1_agreement` (1 where both have the same likeliest token), `positions` (the mask itself).
+      The sums: `loss` (cross entropy between the two softmaxes, nats), `expected_acceptance` (sum over the vocabulary
+      of min(p_target, p_draft): the probability that speculative sampling accepts the draft, Leviathan et al. 2023),
+      `top1_agreement` (1 where both have the same likeliest token), `positions` (the mask itself), `objective` (the
+      loss of that name). And the gradient of the summed objective.
     """
-    teacher_logits, draft_logits = lm_head(target, teacher), lm_head(target, draft)
-    p, q = jax.nn.softmax(teacher_logits), jax.nn.softmax(draft_logits)
-    values = {
-        "loss": optax.losses.softmax_cross_entropy(draft_logits, p),
-        "expected_acceptance": jnp.minimum(p, q).sum(-1),
-        "top1_agreement": (teacher_logits.argmax(-1) == draft_logits.argmax(-1)).astype(jnp.float32),
-        "positions": jnp.ones_like(mask),
-    }
-    return {name: jnp.sum(value * mask) for name, value in values.items()}
+    teacher_logits = lm_head(target, teacher)
+    draft_logits, pull_back = jax.vjp(functools.partial(lm_head, target), draft)
+    p = jax.nn.softmax(teacher_logits)
+
+    def objective(draft_logits: Array) -> tuple[Array, Sums]:
+        values = {
+            "loss": optax.losses.softmax_cross_entropy(draft_logits, p),
+            "expected_acceptance": jnp.minimum(p, jax.nn.softmax(draft_logits)).sum(-1),
+            "top1_agreement": (teacher_logits.argmax(-1) == draft_logits.argmax(-1)).astype(jnp.float32),
+            "positions": jnp.ones_like(mask),
+        }
+        values["objective"] = LOSSES[loss](values)
+        sums = {name: jnp.sum(value * mask) for name, value in values.items()}
+        return sums["objective"], sums
+
+    gradient, sums = jax.grad(objective, has_aux=True)(draft_logits)
+    return sums, pull_back(gradient)[0]
 
 
 def distillation(
@@ -63,33 +79,65 @@ def distillation(
     chunk: int,
     loss: str = "cross_entropy",
 ) -> tuple[Float[Array, ""], Sums]:
-    """Mean loss and metrics over the masked positions, `chunk` positions of each sequence at a time.
+    """Mean loss and metrics over the masked positions, `chunk` positions of each sequence at a time. Only the loss has
+    a gradient, and only for `draft`.
 
-    Arguments as for `chunk_sums`, and a name in `LOSSES`; `chunk` need not divide the sequence length, and sets memory
-    alone: at most [batch, chunk, vocabulary] logits exist at once, of teacher and draft each.
+    Arguments as for `chunk_sums`; `chunk` need not divide the sequence length, and sets memory alone: at most
+    [batch, chunk, vocabulary] logits exist at once, of teacher and draft each.
 
     Returns:
-      The mean loss of that name, and the means of `loss` (cross entropy, whatever is trained on), `expected_acceptance`
-      and `top1_agreement` with `positions`, the total weight they are over.
+      The mean of the loss of that name, and the means of `loss` (cross entropy, whatever is trained on),
+      `expected_acceptance` and `top1_agreement` with `positions`, the total weight they are over.
     """
-    batch, time, _ = draft.shape
-    chunk = min(chunk, time)
+    sums = _sums(min(chunk, draft.shape[1]), loss, target, teacher, draft, mask.astype(jnp.float32))
+    positions = sums.pop("positions")
+    means = {name: value / jnp.maximum(positions, 1) for name, value in sums.items()}
+    return means.pop("objective"), means | {"positions": positions}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sums(chunk: int, loss: str, target: TargetModel, teacher: Array, draft: Array, mask: Array) -> Sums:
+    """`chunk_sums` over all positions."""
+
+    def without_gradient(*inputs: Array) -> tuple[Sums, None]:
+        return chunk_sums(target, *inputs, loss)[0], None
+
+    return _over_chunks(chunk, without_gradient, teacher, draft, mask)[0]
+
+
+def _sums_forward(
+    chunk: int, loss: str, target: TargetModel, teacher: Array, draft: Array, mask: Array
+) -> tuple[Sums, Float[Array, "batch time hidden"]]:
+    sums, gradients = _over_chunks(chunk, lambda *inputs: chunk_sums(target, *inputs, loss), teacher, draft, mask)
+    batch, time, hidden = draft.shape
+    return sums, jnp.moveaxis(gradients, 0, 1).reshape(batch, -1, hidden)[:, :time]
+
+
+def _sums_backward(chunk: int, loss: str, gradient: Array, cotangents: Sums) -> tuple[None, None, Array, None]:
+    return None, None, (gradient * cotangents["objective"]).astype(gradient.dtype), None
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _over_chunks(
+    chunk: int, function: Callable[[Array, Array, Array], tuple[Sums, Any]], *inputs: Shaped[Array, "batch time ..."]
+) -> tuple[Sums, Any]:
+    """Calls `function` on the inputs' chunks one after the other; adds up its sums and stacks its other results."""
+    batch, time = inputs[0].shape[:2]
     count = -(-time // chunk)
 
     def split(x: Array) -> Array:  # [batch, time, ...] -> [count, batch, chunk, ...]; the padding has mask 0
         x = jnp.pad(x, [(0, 0), (0, count * chunk - time)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def add(sums: Sums, chunk_inputs: tuple[Array, Array, Array]) -> tuple[Sums, None]:
-        return jax.tree.map(jnp.add, sums, chunk_sums(target, *chunk_inputs)), None
+    def add(sums: Sums, chunk_inputs: tuple[Array, ...]) -> tuple[Sums, Any]:
+        of_chunk, other = function(*chunk_inputs)
+        return jax.tree.map(jnp.add, sums, of_chunk), other
 
-    zeros = dict.fromkeys(("loss", "expected_acceptance", "top1_agreement", "positions"), jnp.float32(0))
+    zeros = dict.fromkeys(("loss", "expected_acceptance", "top1_agreement", "positions", "objective"), jnp.float32(0))
     # The batch axis stays whole, so that it can be sharded.
-    sums, _ = jax.lax.scan(add, zeros, (split(teacher), split(draft), split(mask.astype(jnp.float32))))
-    positions = sums.pop("positions")
-    means = {name: value / jnp.maximum(positions, 1) for name, value in sums.items()}
-    return LOSSES[loss](means), means | {"positions": positions}
+    return jax.lax.scan(add, zeros, tuple(map(split, inputs)))
 
 
 def segment_mask(segment_ids: Int[Array, "batch time"]) -> Bool[Array, "batch time time"]:
@@ -105,12 +153,13 @@ def adapter_loss(
     loss_mask: Float[Array, "batch time"],
     segment_ids: Int[Array, "batch time"],
     positions: Int[Array, "batch time"],
+    teacher: Float[Array, "batch time hidden"] | None = None,
     *,
     exit_layer: int,
     chunk: int,
     loss: str = "cross_entropy",
 ) -> tuple[Float[Array, ""], Sums]:
-    """The training objective, with the frozen target as teacher in the same pass.
+    """The training objective, with the frozen target as teacher: in the same pass, or in an earlier one.
 
     Args:
       adapter: the only argument to differentiate. Its weights may be float32 masters; they are cast to the
@@ -120,6 +169,8 @@ def adapter_loss(
       loss_mask: weight of each position.
       segment_ids: which example of its row each position belongs to; examples do not see each other.
       positions: of each token in its example.
+      teacher: the target's normed hidden states where `loss_mask` is not 0, anything finite elsewhere; None to compute
+        them here, by the deep layers.
       exit_layer: number of shallow layers, static.
       chunk: positions of each sequence whose logits exist at once, static.
       loss: a name in `LOSSES`, static.
@@ -131,6 +182,7 @@ def adapter_loss(
     adapter = jax.tree.map(lambda x: x.astype(target.dtype), adapter)
     mask = segment_mask(segment_ids)
     shallow, _ = shallow_apply(target, tokens, positions, exit_layer=exit_layer, mask=mask)
-    teacher, _ = deep_apply(target, shallow, positions, exit_layer=exit_layer, mask=mask)
+    if teacher is None:
+        teacher, _ = deep_apply(target, shallow, positions, exit_layer=exit_layer, mask=mask)
     draft, _ = adapter_apply(adapter, shallow, positions, mask=mask)
-    return distillation(target, teacher, draft, loss_mask, chunk=chunk, loss=loss)
+    return distillation(target, teacher.astype(target.dtype), draft, loss_mask, chunk=chunk, loss=loss)

@@ -21,6 +21,7 @@ _SETTINGS: dict[str, type] = {
     "target": str,
     "dtype": str,
     "exit_layer": int,
+    "teacher": str,
     "output": str,
     "seed": int,
     "steps": int,
@@ -54,22 +55,14 @@ _MAY_BE_THE_REST = {"mesh.data", "mesh.fsdp", "mesh.model"}  # -1
 # float16 is for decoding only: the gradients of a mean over a batch underflow in it.
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
+    "teacher": ("online", "cached"),
     "optimizer.schedule": ("constant", "cosine"),
     "loss": tuple(LOSSES),
     "initialization": INITIALIZATIONS,
     "data.template": (*chat.NAMED, ""),
 }
 # What a run's results follow from, with the target and the data, which have fingerprints.
-_FIXED = (
-    "exit_layer",
-    "dtype",
-    "seed",
-    "batch_size",
-    "sequence_length",
-    "loss",  # loss_chunk, too: sums are made in its order
-    "initialization",
-    "optimizer.",
-)
+_FIXED = ("exit_layer", "teacher", "dtype", "seed", "batch_size", "sequence_length", "loss", "initialization")
 
 
 def check_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -129,7 +122,7 @@ def check_context(settings: dict[str, Any], config: ModelConfig, name: str) -> N
 
 def check_same_run(settings: dict[str, Any], stored: dict[str, Any], folder: pathlib.Path) -> None:
     """Raises `InputError` where going on with a run would not give what the settings ask for."""
-    fixed = [name for name in _SETTINGS if name.startswith(_FIXED)]
+    fixed = [name for name in _SETTINGS if name in _FIXED or name.startswith("optimizer.")]
     if settings["optimizer.schedule"] == "cosine":
         fixed.append("steps")  # the rate's course was laid out for them
     for name in fixed:

@@ -103,19 +103,23 @@ def abstract_state(
     return placed(parameters), placed(jax.eval_shape(optimizer.init, parameters))
 
 
-def abstract_batch(settings: dict[str, Any], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a batch."""
+def abstract_batch(settings: dict[str, Any], config: ModelConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a training batch."""
     shape = (settings["batch_size"], settings["sequence_length"])
     kinds = {"tokens": jnp.int32, "loss_mask": jnp.float32, "segment_ids": jnp.int32, "positions": jnp.int32}
     where = NamedSharding(mesh, sharding.BATCH)
-    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=where) for name, kind in kinds.items()}
+    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=where) for name, kind in kinds.items()}
+    if settings["teacher"] == "cached":
+        batch["teacher"] = jax.ShapeDtypeStruct((*shape, config.hidden_size), jnp.bfloat16, sharding=where)
+    return batch
 
 
 def compiled(
     optimizer: optax.GradientTransformation, config: ModelConfig, settings: dict[str, Any], mesh: Mesh
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The training step and the evaluation of a batch, jitted. The target is an argument of both, not a constant in
-    them. The gradients' sum over data and fsdp follows from the batch being split over both."""
+    them. A batch with the teacher's hidden states (`teacher`) is spared the deep layers. The gradients' sum over data
+    and fsdp follows from the batch being split over both."""
     where = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, config, mesh))
 
     def loss(parameters: Parameters, model: TargetModel, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
@@ -127,6 +131,7 @@ def compiled(
             batch["loss_mask"],
             batch["segment_ids"],
             batch["positions"],
+            batch.get("teacher"),
             exit_layer=settings["exit_layer"],
             chunk=settings["loss_chunk"],
             loss=settings["loss"],

@@ -132,6 +132,7 @@ def test_conversations_are_trained_on_in_their_template(settings, tmp_path):
         ("exit_layer", 8, r"exit_layer: expected 1 to 7 \(the target has 8 layers\), found 8"),
         ("batch_size", -1, "batch_size: expected a number that is more than zero, found -1"),
         ("dtype", "float8", "dtype: expected float32 or bfloat16, found 'float8'"),
+        ("teacher", "offline", "teacher: expected online or cached, found 'offline'"),
         ("optimizer.schedule", "linear", "optimizer.schedule: expected constant or cosine, found 'linear'"),
         ("optimizer.warmup_steps", 20, r"optimizer.warmup_steps: expected less than steps \(20\), found 20"),
         ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate: expected a number"),

@@ -19,15 +19,17 @@ from kangaroo_jax.train.loop import train
 from tests.train.runs import configured
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Twice, so that the second restores what the first saved. The second is meant to be long, but when it has saved step 6
-# process 1 gets a signal that its machine will be taken away.
+# Twice, so that the second restores what the first saved, after once with the teacher computed beforehand, by both. The
+# last is meant to be long, but when it has saved step 6 process 1 gets a signal that its machine will be taken away.
 _RUN = """
 import json, os, pathlib, signal, sys, threading, time
 import jax
 from kangaroo_jax import command_line, distributed
+from kangaroo_jax.train import teacher
 from kangaroo_jax.train.loop import train
 from tests.train.runs import configured
 
+teacher._PART_BYTES = 20 * 32 * 32 * 2  # 20 rows
 sys.stdout = open({out!r}, "w")  # Gloo prints as it connects, in pieces, from threads of its own
 
 def signalled(folder):
@@ -38,6 +40,7 @@ def signalled(folder):
 def main():
     distributed.initialize("run")
     settings = json.loads({settings!r})
+    train(configured(settings, steps=3, teacher="cached", output=settings["output"] + "-cached"))
     train(configured(settings, steps=3))
     if jax.process_index() == 1:
         threading.Thread(target=signalled, args=[pathlib.Path(settings["output"]) / "6"], daemon=True).start()
@@ -61,6 +64,7 @@ def settings(tmp_path_factory, small_target_folder):
         "sequence_length": 32,
         "loss_chunk": 16,
         "data.files": str(text),
+        "data.cache": str(tmp_path_factory.mktemp("cache")),
         "data.held_out": 0.1,
         "optimizer.schedule": "constant",
         "optimizer.warmup_steps": 2,
@@ -135,6 +139,9 @@ def test_two_processes_give_the_losses_of_one_device_stop_together_and_the_first
     assert sorted(found) == list(range(1, int(stopped.name) + 1))
     np.testing.assert_allclose([found[i] for i in range(1, 7)], [expected[i] for i in range(1, 7)], rtol=1e-5)
     assert len(set(expected.values())) == 6
+    assert len(list(pathlib.Path(settings["data.cache"]).glob("teacher-*/*.array_record"))) > 2
+    cached = _losses(tmp_path / "two-cached")
+    np.testing.assert_allclose([cached[i] for i in (1, 2, 3)], [expected[i] for i in (1, 2, 3)], rtol=2e-3)
 
     one, two = tmp_path / "one" / "6", tmp_path / "two" / "6"
     shapes = {path: np.zeros(shape) for path, shape in read_metadata(one)["parameters"].items()}

@@ -1,0 +1,344 @@
+"""A teacher computed once: the target's last hidden states on disk, for runs that see their data several times.
+
+The states are those that the LM head takes (after the final norm), in bfloat16, at the positions that count in the
+loss. They follow from the target and the rows alone, so that runs with other exit layers, learning rates or adapters
+share them. Their folder, named after what they follow from, holds parts: ArrayRecord files of consecutive rows, one
+record a row. A part gets its name when it is complete, and a run that was killed goes on with those that are missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Int
+from tqdm import tqdm
+
+from kangaroo_jax import resumable
+from kangaroo_jax.checkpoint.huggingface import Target, parameter_paths
+from kangaroo_jax.errors import InputError
+from kangaroo_jax.model import sharding
+from kangaroo_jax.model.target import TargetModel, deep_apply, shallow_apply
+from kangaroo_jax.train.cache import locked, to_disk
+from kangaroo_jax.train.input import Batch, Rows, device_part
+from kangaroo_jax.train.objective import segment_mask
+
+_VERSION = 1
+_ITEM = np.dtype(ml_dtypes.bfloat16)
+_PART_BYTES = 64 << 20  # about; what a kill costs each process
+_MOST_PARTS = 256  # all are open while a run trains, and a process may have 1024 files
+_MARGIN = 1 << 30  # to leave free: checkpoints, TensorBoard's events, the file format's own bytes
+_LABEL = "about.json"
+
+
+class TeacherCache:
+    """The teacher's hidden states of a run's training rows.
+
+    Args:
+      rows: the training rows.
+      target: whose states they are.
+      folder: holds the caches of all data; of several processes, one that all of them share.
+    """
+
+    def __init__(self, rows: Rows, target: Target, folder: pathlib.Path):
+        self._rows, self._counts, self._width = rows, rows.counts, target.config.hidden_size
+        self._about = {
+            "version": _VERSION,
+            "target": target.fingerprint,
+            "computed in": str(target.model.dtype),
+            "stored in": _ITEM.name,
+            "rows": rows.fingerprint,
+        }
+        key = hashlib.sha256(json.dumps(self._about).encode()).hexdigest()[:32]
+        self._about["target's name"] = target.name
+        self.folder = folder / f"teacher-{key}"
+        row_bytes = rows.sequence_length * self._width * _ITEM.itemsize
+        self._part_rows = max(1, _PART_BYTES // row_bytes, -(-len(rows) // _MOST_PARTS))
+        self._readers: dict[int, ArrayRecordReader] = {}
+
+    def make(self, target: Target, settings: dict[str, Any], quiet: bool = False) -> None:
+        """Computes and writes the parts that are missing, and opens all. All processes of a run call this together:
+        each writes parts of its own.
+
+        Args:
+          target: the target that the cache was made for, on the run's mesh.
+          settings: of the run; `batch_size` rows are computed at a time.
+          quiet: print nothing and draw no progress.
+
+        Raises:
+          InputError: for a disk that has too little room (nothing is written then), a folder that cannot be written,
+            or one that the processes do not share.
+        """
+        with contextlib.ExitStack() as held:
+            missing, fits = self._missing(quiet=True), True
+            if missing.any() and jax.process_index() == 0:
+                missing = self._claim(held, quiet)
+                fits = self._needed(missing) + _MARGIN <= self._free()
+            missing, fits = _as_first((missing, np.int32(fits)))
+            if missing.any():
+                self._say_needed(missing, bool(fits), settings, quiet)
+                self._compute(np.flatnonzero(missing), target, settings, quiet)
+                # A part is there for all when the process that wrote it has come this far.
+                multihost_utils.sync_global_devices("teacher")
+        self._open()
+
+    def extend(self, batch: Batch) -> Batch:
+        """A batch of the rows with `teacher` [batch, time, hidden] beside its other arrays: bfloat16, zero where
+        `loss_mask` is.
+
+        Raises:
+          InputError: for a damaged file.
+        """
+        states = np.zeros((*batch["tokens"].shape, self._width), _ITEM)
+        for of_row, counts, row in zip(states, batch["loss_mask"] > 0, batch["row_ids"].tolist(), strict=True):
+            if row >= 0:
+                of_row[counts] = self._read(row)
+        return batch | {"teacher": states}
+
+    def _read(self, row: int) -> np.ndarray:
+        """[positions that count, hidden]."""
+        part, record = divmod(row, self._part_rows)
+        try:
+            data = self._readers[part].read([record])[0]
+            return np.frombuffer(data, _ITEM).reshape(self._counts[row], self._width)
+        except (RuntimeError, IndexError, ValueError) as error:  # ArrayRecord checks its hashes as it reads
+            raise InputError(
+                f"{self._path(part)}: damaged ({error}); remove it: the same command computes that part again"
+            ) from None
+
+    def _path(self, part: int) -> pathlib.Path:
+        start = part * self._part_rows
+        return self.folder / f"rows-{start:08}-{min(start + self._part_rows, len(self._rows)):08}.array_record"
+
+    def _part(self, part: int) -> range:
+        """Its rows."""
+        start = part * self._part_rows
+        return range(start, min(start + self._part_rows, len(self._rows)))
+
+    def _missing(self, quiet: bool) -> Int[np.ndarray, " parts"]:
+        """1 for each part that is not there, or not whole."""
+        missing = np.ones(-(-len(self._rows) // self._part_rows), np.int32)
+        for part in range(len(missing)):
+            whole = _open(self._path(part), len(self._part(part))) is not None
+            if not whole and self._path(part).exists():
+                _say(quiet, f"{self._path(part)}: damaged; computing it again")
+            missing[part] = not whole
+        return missing
+
+    def _claim(self, held: contextlib.ExitStack, quiet: bool) -> Int[np.ndarray, " parts"]:
+        """Waits for other runs that write the cache, and says what is missing after them; other processes of this run
+        wait for the answer."""
+        lock = self.folder.with_name(f"{self.folder.name}.lock")
+        with self._writable():
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            if held.enter_context(locked(lock, "the teacher's hidden states", quiet)):
+                for left in self.folder.glob("*.tmp"):  # of processes that were killed
+                    left.unlink()
+        return self._missing(quiet)
+
+    def _needed(self, missing: Int[np.ndarray, " parts"]) -> int:
+        """Bytes of the parts that are missing."""
+        rows = np.repeat(missing, self._part_rows)[: len(self._rows)] > 0
+        return int(self._counts[rows].sum()) * self._width * _ITEM.itemsize
+
+    def _free(self) -> int:
+        return shutil.disk_usage(self.folder.parent).free
+
+    def _say_needed(
+        self, missing: Int[np.ndarray, " parts"], fits: bool, settings: dict[str, Any], quiet: bool
+    ) -> None:
+        needed, free = self._needed(missing), self._free()
+        if not fits:
+            raise InputError(
+                f"teacher=cached: {self.folder} needs {_size(needed)}, and {_size(_MARGIN)} to spare, of which "
+                f"{_size(free)} are free; make room, name a folder on another disk with data.cache, or take "
+                "teacher=online"
+            )
+        _say(
+            quiet,
+            f"teacher: {_size(needed)} to compute ({needed} bytes; {_size(free)} are free), "
+            f"{missing.sum()} of {len(missing)} parts, into {self.folder}",
+        )
+        epochs = settings["steps"] * settings["batch_size"] / len(self._rows)
+        if epochs <= 1:
+            _say(quiet, f"note: {settings['steps']} steps see {epochs:.0%} of the rows; teacher=online costs less")
+
+    def _compute(self, todo: np.ndarray, target: Target, settings: dict[str, Any], quiet: bool) -> None:
+        """Runs the target over the rows of the parts in `todo`, and writes those of this process."""
+        owners = _owners(settings["batch_size"], target.mesh)
+        here = sharding.rows_here(settings["batch_size"], target.mesh).tolist()
+        total = sum(len(self._part(part)) for part in todo)
+        with self._writing() as write, _bar(total, quiet) as bar:
+            for rows, counts, states in self._computed(self._schedule(todo, owners), here, target, settings):
+                for place, of_row in _local_rows(states):
+                    if owners[place] == jax.process_index() and rows[place] >= 0:
+                        write(int(rows[place]), of_row[counts[here.index(place)]])
+                bar.update(int((rows >= 0).sum()))
+
+    def _computed(
+        self, schedule: Iterator[np.ndarray], here: list[int], target: Target, settings: dict[str, Any]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, Array]]:
+        """For each batch its rows, which positions of those in the places `here` count, and the states. One batch
+        behind: a batch is written while the device is at the next."""
+        states, before = program(settings, target.mesh), None
+        for rows in schedule:
+            batch = device_part(self._rows.batch(rows[here]))
+            on_devices = sharding.put_batch(batch, settings["batch_size"], target.mesh)
+            computed = rows, batch["loss_mask"] > 0, states(target.model, on_devices)
+            if before is not None:
+                yield before
+            before = computed
+        yield before
+
+    def _schedule(self, todo: np.ndarray, owners: Int[np.ndarray, " batch"]) -> Iterator[Int[np.ndarray, " batch"]]:
+        """The rows of each batch, -1 for none. Each process that owns places gets its parts' rows there, in order."""
+        writers = np.unique(owners)
+        queues = [
+            np.concatenate([np.zeros(0, np.int64), *(self._part(part) for part in todo[i :: len(writers)])])
+            for i in range(len(writers))
+        ]
+        places = [np.flatnonzero(owners == writer) for writer in writers]
+        for turn in range(max(-(-len(rows) // len(at)) for rows, at in zip(queues, places, strict=True))):
+            batch = np.full(len(owners), -1, np.int64)
+            for rows, at in zip(queues, places, strict=True):
+                some = rows[turn * len(at) : (turn + 1) * len(at)]
+                batch[at[: len(some)]] = some
+            yield batch
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Callable[[int, np.ndarray], None]]:
+        """A function that writes a row's states; the rows of a part come in order, and are all there are of it."""
+        writer, unfinished = None, None
+
+        def write(row: int, states: np.ndarray) -> None:
+            nonlocal writer, unfinished
+            part = row // self._part_rows
+            with self._writable():
+                if row == self._part(part).start:
+                    unfinished = self._path(part).with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
+                    # Not compressed: hidden states hardly are, and every step reads them.
+                    writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
+                writer.write(states.tobytes())
+                if row == self._part(part).stop - 1:
+                    writer.close()
+                    if _open(unfinished, len(self._part(part))) is None:
+                        raise RuntimeError("what was written cannot be read back")
+                    to_disk(unfinished)
+                    unfinished.replace(self._path(part))
+
+        with self._writable():
+            self.folder.mkdir(exist_ok=True)
+            if jax.process_index() == 0:
+                resumable.replace(self.folder / _LABEL, json.dumps(self._about, indent=1).encode() + b"\n")
+        try:
+            yield write
+        finally:
+            if writer is not None and writer.is_open():
+                with contextlib.suppress(RuntimeError):
+                    writer.close()
+            if unfinished is not None:
+                unfinished.unlink(missing_ok=True)
+
+    def _open(self) -> None:
+        """Opens all parts."""
+        for part in range(-(-len(self._rows) // self._part_rows)):
+            reader = _open(self._path(part), len(self._part(part)))
+            if reader is None:
+                raise InputError(
+                    f"data.cache: {self._path(part)} is not there for process {jax.process_index()}; expected a folder "
+                    "that all processes share"
+                )
+            self._readers[part] = reader
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        """Makes what goes wrong with the folder one line."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # the second is what ArrayRecord says of a full disk
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(
+                f"data.cache: {self.folder} cannot be written ({reason}); make room or name another folder: the same "
+                "command goes on from the parts that are complete"
+            ) from None
+
+
+def program(settings: dict[str, Any], mesh: Mesh) -> Callable[[TargetModel, dict[str, Array]], Array]:
+    """(target, batch) -> the target's normed hidden states [batch, time, hidden] in bfloat16, jitted."""
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, sharding.BATCH))
+    def states(model: TargetModel, batch: dict[str, Array]) -> Array:
+        model = sharding.gathered(model, parameter_paths(model), mesh)
+        mask, positions, exit_layer = segment_mask(batch["segment_ids"]), batch["positions"], settings["exit_layer"]
+        hidden, _ = shallow_apply(model, batch["tokens"], positions, exit_layer=exit_layer, mask=mask)
+        hidden, _ = deep_apply(model, hidden, positions, exit_layer=exit_layer, mask=mask)
+        return hidden.astype(jnp.bfloat16)
+
+    return states
+
+
+def _owners(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " batch"]:
+    """The process that writes each row of a batch: the first of those that hold it."""
+    owners = np.full(batch_size, jax.process_count())
+    indices = NamedSharding(mesh, sharding.BATCH).devices_indices_map((batch_size,))
+    for device, (index,) in indices.items():
+        owners[index] = np.minimum(owners[index], device.process_index)
+    return owners
+
+
+def _local_rows(array: Array) -> Iterator[tuple[int, np.ndarray]]:
+    """(index, row) of the rows that this process's devices hold, each once, ascending."""
+    shards = {shard.index[0].indices(array.shape[0])[0]: shard.data for shard in array.addressable_shards}
+    for start in sorted(shards):
+        for offset, row in enumerate(np.asarray(shards[start])):
+            yield start + offset, row
+
+
+def _open(path: pathlib.Path, records: int) -> ArrayRecordReader | None:
+    """A reader of a part that holds as many records as it should, or None."""
+    if not path.is_file():
+        return None
+    try:
+        # As ArrayRecord's own data source opens files that are read at random.
+        reader = ArrayRecordReader(str(path), "readahead_buffer_size:0", file_reader_buffer_size=32_768)
+        return reader if reader.num_records() == records else None
+    except (RuntimeError, ValueError):
+        return None
+
+
+def _as_first(tree: Any) -> Any:
+    """What the first process has."""
+    return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
+
+
+def _bar(total: int, quiet: bool) -> tqdm:
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total, unit="row", desc="teacher", disable=quiet, mininterval=interval, dynamic_ncols=True)
+
+
+def _size(num_bytes: int) -> str:
+    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes / 1e6:.1f} MB"
+
+
+def _say(quiet: bool, message: str) -> None:
+    if not quiet:
+        tqdm.write(message, file=sys.stderr)
