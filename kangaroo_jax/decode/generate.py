@@ -111,7 +111,7 @@ def verification_widths(draft: DraftConfig, platform: str | None = None) -> tupl
         full, fewer = gamma + 1, (2, 3, 5, 7, 9, 13)
     else:
         # What a tree of each depth holds.
-        *fewer, full = sorted({1 + min(tree.budget, tree.topk + level * tree.topk**2) for level in range(gamma)})
+        *fewer, full = sorted({1 + tree.drafted(levels) for levels in range(1, gamma + 1)})
     # Beside reading the weights, positions are free on accelerators; on CPU they are not.
     return (full,) if (platform or jax.default_backend()) != "cpu" else (*(w for w in fewer if w < full), full)
 
