@@ -42,11 +42,11 @@ def test_rounds_by_hand():
 
 @pytest.fixture(scope="module")
 def trees():
-    return record_trees(tiny_target(), tiny_adapter(2), PROMPT, max_new_tokens=60, max_draft_len=6, topks=(1, 2, 4))
+    return record_trees(tiny_target(), tiny_adapter(2), PROMPT, max_new_tokens=60, max_draft_len=5, topks=(2, 4))
 
 
-# K, budget, gamma: one path, budgets that cut much, little and nothing, one level.
-SHAPES = [(1, 4, 4), (2, 6, 5), (2, 30, 6), (4, 7, 4), (4, 3, 1)]
+# K, budget, gamma: budgets that cut and one that does not.
+SHAPES = [(2, 6, 5), (2, 10, 3), (4, 7, 4)]
 
 
 @pytest.mark.parametrize(("topk", "budget", "gamma"), SHAPES)
@@ -61,14 +61,10 @@ def test_tree_rounds_are_those_of_generate(trees, topk, budget, gamma):
 
 def test_the_model_is_one_on_which_trees_differ(trees):
     rounds = [trees[topk].rounds(gamma, eta, budget) for topk, budget, gamma in SHAPES for eta in (0.0, 0.3)]
-    assert len({tuple(r) for r in rounds}) > 7
+    assert len({tuple(r) for r in rounds}) > 4
     # The budget alone, and eta alone.
     assert trees[4].rounds(4, 0.0, 7) != trees[4].rounds(4, 0.0, 60)
     assert trees[4].rounds(4, 0.0, 7) != trees[4].rounds(4, 0.3, 7)
-
-
-def test_a_tree_of_width_one_is_a_chain(chains, trees):
-    assert trees[1].rounds(6, 0.0, 6) == chains.rounds(6, 0.0)
 
 
 def test_paths_and_places_by_hand():
