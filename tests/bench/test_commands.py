@@ -65,7 +65,8 @@ def test_roofline_prints_every_part_and_sums_that_add_up():
     rows = {name: line[24:].split() for name in PARTS for line in lines if line[:24].strip() == name}
     assert set(rows) == set(PARTS)
     milliseconds = {name: float(row[0]) for name, row in rows.items()}
-    assert all(value > 0 for name, value in milliseconds.items() if name != "shallow pass")  # that is a difference
+    differences = ("shallow pass", "tree level of 2")  # of two timings, so noise may win
+    assert not {name: value for name, value in milliseconds.items() if value <= 0 and name not in differences}
     plain = milliseconds["plain step"]
     assert float(rows["verification of 3"][1]) == pytest.approx(milliseconds["verification of 3"] / plain, abs=0.01)
     cost = 2 * milliseconds["draft step"] + milliseconds["shallow pass"] + milliseconds["verification of 3"]
