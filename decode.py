@@ -48,6 +48,7 @@ from kangaroo_jax.batch.answer import answer_prompts
 from kangaroo_jax.batch.prompts import read_prompts
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.config import DraftOverrides
 from kangaroo_jax.model import sharding
 
 _MODEL = flags.DEFINE_string("model", None, "Target: a folder in Hugging Face format, or a hub id. The demo if absent.")
@@ -67,9 +68,17 @@ _MAX_DRAFT_LEN = flags.DEFINE_integer(
     "max_draft_len", None, "Most tokens drafted in a round. What the adapter's decode.json says if absent, else 6."
 )
 _THRESHOLD = flags.DEFINE_float("threshold", None, "Confidence below which drafting stops. As above, else 0.6.")
-_TREE = flags.DEFINE_bool("tree", False, "Draft a tree of tokens in place of one sequence.")
-_TREE_TOPK = flags.DEFINE_integer("tree_topk", TreeConfig().topk, "Tokens of a level that a tree goes on from.")
-_TREE_BUDGET = flags.DEFINE_integer("tree_budget", TreeConfig().budget, "Most tokens of a tree that are verified.")
+_TREE = flags.DEFINE_bool(
+    "tree",
+    None,
+    "Draft a tree of tokens, or (--notree) one sequence. What decode.json says if absent, else a sequence.",
+)
+_TREE_TOPK = flags.DEFINE_integer(
+    "tree_topk", None, f"Tokens of a level that a tree goes on from. As above, else {TreeConfig().topk}."
+)
+_TREE_BUDGET = flags.DEFINE_integer(
+    "tree_budget", None, f"Most tokens of a tree that are verified. As above, else {TreeConfig().budget}."
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Sample at this temperature; 0 is greedy.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the most probable tokens that have this probability together.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many most probable tokens; 0 is all.")
@@ -82,7 +91,6 @@ _MODEL_PARALLEL = flags.DEFINE_integer("model_parallel", 1, "Devices that hold t
 _COMPARE = flags.DEFINE_bool("compare", False, "Decode plainly too: three interleaved runs each, medians.")
 _JSON = flags.DEFINE_bool("json", False, "End the output with one line: a JSON object of the results.")
 
-_TREE_THRESHOLD = 0.4
 _PIPE_PATIENCE = 5.0  # seconds
 _PREFLIGHT_PROMPT = 1024  # tokens
 
@@ -187,23 +195,18 @@ def fits() -> bool:
     )
 
 
-def settings() -> tuple[dict[str, Any], SamplingConfig]:
+def settings() -> tuple[DraftOverrides, SamplingConfig]:
     """What the flags say of drafting, and of sampling; flags out of range are named before anything is loaded."""
-    given = {"exit_layer": _EXIT_LAYER.value, "max_draft_len": _MAX_DRAFT_LEN.value, "threshold": _THRESHOLD.value}
-    given = {name: value for name, value in given.items() if value is not None}
-    if _TREE.value:
-        # The paper's threshold for trees, where none is given: a tree's compares with the probability of whole paths.
-        given = {"threshold": _TREE_THRESHOLD} | given | {"tree": TreeConfig(_TREE_TOPK.value, _TREE_BUDGET.value)}
-    elif _TREE_TOPK.present or _TREE_BUDGET.present:
-        raise InputError("--tree_topk and --tree_budget change nothing without --tree; give it")
-    DraftConfig(**given)
+    draft = DraftOverrides(
+        _EXIT_LAYER.value, _MAX_DRAFT_LEN.value, _THRESHOLD.value, _TREE.value, _TREE_TOPK.value, _TREE_BUDGET.value
+    )
     sampling = SamplingConfig(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value, _SEED.value)
     if sampling.temperature == 0 and (sampling.top_p, sampling.top_k) != (1.0, 0):
         raise InputError("--top_p and --top_k change nothing without a --temperature above 0; give one")
-    return given, sampling
+    return draft, sampling
 
 
-def load(given: dict[str, Any]) -> tuple[Target, TrainedAdapter, DraftConfig]:
+def load(given: DraftOverrides) -> tuple[Target, TrainedAdapter, DraftConfig]:
     """Target, adapter, and how to draft: the flags, then the adapter's decode.json, then the paper."""
     model, adapter_path = _MODEL.value, _ADAPTER.value
     if model is not None and adapter_path is None:
@@ -216,7 +219,7 @@ def load(given: dict[str, Any]) -> tuple[Target, TrainedAdapter, DraftConfig]:
     mesh = sharding.decoding_mesh(_MODEL_PARALLEL.value, jax.local_devices()) if _MODEL_PARALLEL.value != 1 else None
     target = load_target(model or str(demo.MODEL), dtype, mesh)
     adapter = load_adapter(adapter_path or str(demo.ADAPTER), target)
-    return target, adapter, dataclasses.replace(adapter.draft, **given)
+    return target, adapter, given.over(adapter.draft)
 
 
 def answer_file() -> None:

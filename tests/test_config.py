@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import pytest
 import transformers
 
-from kangaroo_jax.config import DraftConfig, ModelConfig, RopeScaling, SamplingConfig
+from kangaroo_jax.config import DraftConfig, DraftOverrides, ModelConfig, RopeScaling, SamplingConfig, TreeConfig
 from kangaroo_jax.errors import InputError
 
 NAN = float("nan")
@@ -223,6 +224,55 @@ def test_wrong_draft_setting_is_named(settings: dict[str, object], message: str)
     with pytest.raises(InputError) as caught:
         DraftConfig(**settings)
     assert str(caught.value) == message
+
+
+SINGLE, TREE = DraftConfig(2, 6, 0.3), DraftConfig(2, 6, 0.1, TreeConfig(3, 12))
+
+
+@pytest.mark.parametrize(
+    ("given", "over_single", "over_tree"),
+    [
+        ({}, SINGLE, TREE),
+        ({"tree": True}, DraftConfig(2, 6, 0.4, TreeConfig(10, 32)), TREE),
+        ({"tree": False}, SINGLE, DraftConfig(2, 6, 0.6)),
+        ({"tree": True, "threshold": 0.2, "tree_budget": 20}, (2, 6, 0.2, 10, 20), (2, 6, 0.2, 3, 20)),
+        ({"tree": True, "max_draft_len": 4, "tree_topk": 5}, (2, 4, 0.4, 5, 32), (2, 4, 0.1, 5, 12)),
+        ({"tree": False, "threshold": 0.0, "max_draft_len": 9}, DraftConfig(2, 9, 0.0), DraftConfig(2, 9, 0.0)),
+        ({"max_draft_len": 2}, DraftConfig(2, 2, 0.3), (2, 2, 0.1, 3, 12)),
+        ({"tree_topk": 5}, "tree_topk and --tree_budget change nothing without --tree", (2, 6, 0.1, 5, 12)),
+        ({"max_draft_len": 13}, DraftConfig(2, 13, 0.3), "tree_budget must be at least max_draft_len (13)"),
+        ({"tree": True, "tree_budget": 5}, *["tree_budget must be at least max_draft_len (6)"] * 2),
+    ],
+)
+def test_what_is_given_goes_before_what_is_written(given, over_single, over_tree) -> None:
+    for written, expected in ((SINGLE, over_single), (TREE, over_tree)):
+        if isinstance(expected, str):
+            with pytest.raises(InputError, match=re.escape(expected)):
+                DraftOverrides(**given).over(written)
+        else:
+            if isinstance(expected, tuple):
+                expected = DraftConfig(*expected[:3], TreeConfig(*expected[3:]))
+            assert DraftOverrides(**given).over(written) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tree": False, "tree_topk": 3}, "change nothing with --notree"),
+        ({"tree_topk": 0}, "tree_topk must be a positive integer, found 0"),
+        ({"tree": True, "tree_budget": -1}, "tree_budget must be a positive integer, found -1"),
+        ({"tree": True, "tree_budget": 4, "max_draft_len": 5}, "tree_budget must be at least max_draft_len (5)"),
+        ({"threshold": 1.5}, "threshold must be between 0 and 1, found 1.5"),
+    ],
+)
+def test_what_cannot_be_given_is_named_before_anything_is_read(given, message) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        DraftOverrides(**given)
+
+
+def test_how_settings_are_named_in_reports() -> None:
+    assert str(SINGLE) == "gamma 6, eta 0.3"
+    assert str(TREE) == "gamma 6, eta 0.1, trees of K 3 and budget 12"
 
 
 def test_sampling_defaults_are_greedy() -> None:

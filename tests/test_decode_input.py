@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,12 @@ def read(path):
     return by_id
 
 
+def flags_of_tuned(work, output, *more):
+    """An adapter with a tree in its decode.json, on two prompts."""
+    return [*flags(work, output, "--batch_size=1", *more), f"--adapter={work}/tuned", f"--input={work}/two.jsonl"]
+
+
+TUNED = {"max_draft_len": 3, "threshold": 0.125, "tree_topk": 2, "tree_budget": 6}
 BAD_LINE = '{"id": "x", "prompt": 7}'
 MISTAKES = [
     (["--input={input}"], "--output is missing"),
@@ -124,12 +131,18 @@ def results(work):
     ]
     (work / "mixed.jsonl").write_text("\n".join(mixed))
     (work / "bad.jsonl").write_text(BAD_LINE)
+    (work / "two.jsonl").write_text("".join(json.dumps(line) + "\n" for line in good))
+    shutil.copytree(work / "adapter", work / "tuned")
+    (work / "tuned" / "decode.json").write_text(json.dumps(TUNED))
     lines += [
         flags(work, "batch4.jsonl", "--batch_size=4"),
         flags(work, "batch1.jsonl", "--batch_size=1", "--json"),
         *[[*flags(work, "mixed-answers.jsonl", "--batch_size=1"), f"--input={work}/mixed.jsonl"] for _ in range(2)],
         [*flags(work, "none.jsonl"), f"--input={work}/bad.jsonl"],
         flags(work, "batch4.jsonl", "--max_new_tokens=100"),
+        flags_of_tuned(work, "tree.jsonl"),
+        flags_of_tuned(work, "tree.jsonl", "--notree"),
+        flags_of_tuned(work, "no-tree.jsonl", "--notree"),
         flags(work, "sampled4.jsonl", "--temperature=0.9", "--top_p=0.95", "--seed=3", "--stop=ab", "--batch_size=4"),
         flags(work, "sampled1.jsonl", "--temperature=0.9", "--top_p=0.95", "--seed=3", "--stop=ab", "--batch_size=1"),
     ]
@@ -193,6 +206,20 @@ def test_a_file_of_bad_lines_alone_and_other_settings(results, work):
     assert not (work / "none.jsonl").exists()
     assert refused == 2
     assert "made with max_new_tokens 128, not 100" in why
+
+
+def test_a_tuned_tree_is_drafted_unless_a_flag_says_otherwise(results, work):
+    (tree, _, _), (refused, _, why), (without, _, _) = results[len(MISTAKES) + 6 :][:3]
+    assert (tree, refused, without) == (0, 2, 0)
+    made = [json.loads((work / f"{name}.jsonl.settings.json").read_text()) for name in ("tree", "no-tree")]
+    assert [settings["tree"] for settings in made] == [{"topk": 2, "budget": 6}, None]
+    assert [settings["threshold"] for settings in made] == [0.125, 0.6]
+    assert [settings["max_draft_len"] for settings in made] == [2, 2]  # the flag's
+    assert "made with " in why
+    answers, others, plain = (read(work / f"{name}.jsonl") for name in ("tree", "no-tree", "batch1"))
+    assert [answers[i]["text"] for i in (0, 1)] == [others[i]["text"] for i in (0, 1)]
+    assert [answers[i]["text"] for i in (0, 1)] == [plain[i]["text"] for i in (0, 1)]
+    assert [answers[i]["accept_lengths"] for i in (0, 1)] != [others[i]["accept_lengths"] for i in (0, 1)]
 
 
 def test_a_run_that_is_killed_is_finished_by_the_next(results, work):

@@ -1,4 +1,5 @@
-"""What a draft model gets accepted, recorded once, and what any gamma and eta would make of it."""
+"""What a draft model gets accepted, recorded once, and what any gamma and eta would make of it; of trees, also any
+budget."""
 
 from __future__ import annotations
 
@@ -19,8 +20,11 @@ from kangaroo_jax.decode.draft import draft
 from kangaroo_jax.decode.generate import resolve_exit_layer
 from kangaroo_jax.decode.prefill import bucket, prefill
 from kangaroo_jax.decode.state import DecodeState
+from kangaroo_jax.decode.tree import grow_tree
 from kangaroo_jax.model.adapter import Adapter
 from kangaroo_jax.model.target import TargetModel
+
+NOWHERE = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,35 @@ class Chains:
         return rounds
 
 
+@dataclasses.dataclass(frozen=True)
+class Trees:
+    """The trees of one K that would start at each position of one greedy answer, as deep as they may get, never
+    stopped by their scores and not cut by a budget.
+
+    Attributes:
+      best: highest score of each level.
+      places: [i, d, l] is about the candidate at level d that goes on along the target's own tokens: how many of the
+        candidates of levels 0 to l a budget keeps sooner than it. `NOWHERE` where there is no such candidate, or the
+        tree ends above it.
+    """
+
+    best: Float[np.ndarray, "positions gamma"]
+    places: Int[np.ndarray, "positions gamma gamma"]
+
+    def rounds(self, max_draft_len: int, threshold: float, budget: int) -> list[tuple[int, int]]:
+        """(levels, accept length) of each round that `generate` would run with these settings, exactly."""
+        unsure = self.best[:, :max_draft_len] < np.float32(threshold)
+        levels = np.where(unsure.any(axis=1), unsure.argmax(axis=1) + 1, max_draft_len)
+        places = np.take_along_axis(self.places, levels[:, None, None] - 1, axis=2)[:, :, 0]
+        accepted = np.cumprod(places < budget, axis=1).sum(axis=1)
+        rounds, position, count = [], 0, len(levels)
+        while position < count:
+            committed = min(int(accepted[position]) + 1, count - position)
+            rounds.append((int(levels[position]), committed))
+            position += committed
+        return rounds
+
+
 def record(
     target: Target, adapter: TrainedAdapter, prompt: Sequence[int], max_new_tokens: int, max_draft_len: int
 ) -> Chains:
@@ -60,30 +93,123 @@ def record(
       max_new_tokens: length of the answer; EOS does not end it.
       max_draft_len: the longest draft of interest.
     """
-    exit_layer = resolve_exit_layer(target, adapter, DraftConfig())
-    answer = np.asarray(generate_plain(target, [list(prompt)], max_new_tokens, eos_token_ids=()).tokens[0], np.int32)
+    answer = _greedy_answer(target, prompt, max_new_tokens)
+    drafts, confidence = _drafts(target, adapter, prompt, answer, max_draft_len, None)
+    agrees = np.cumprod(drafts == _following(answer, max_draft_len), axis=1).sum(axis=1)
+    return Chains(confidence, agrees)
+
+
+def record_trees(
+    target: Target,
+    adapter: TrainedAdapter,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    max_draft_len: int,
+    topks: Sequence[int],
+) -> dict[int, Trees]:
+    """Trees of up to `max_draft_len` levels at every position of the target's greedy answer to `prompt`, for each K.
+
+    Args:
+      target: from `load_target`.
+      adapter: from `load_adapter`.
+      prompt: token ids.
+      max_new_tokens: length of the answer; EOS does not end it.
+      max_draft_len: the greatest depth of interest.
+      topks: the Ks.
+    """
+    answer = _greedy_answer(target, prompt, max_new_tokens)
+    following, recorded = _following(answer, max_draft_len), {}
+    for topk in topks:
+        tokens, scores, frontiers = _drafts(target, adapter, prompt, answer, max_draft_len, topk)
+        path = path_of(following, tokens, scores, frontiers)
+        recorded[topk] = Trees(scores.max(axis=2), places_of(path, scores))
+    return recorded
+
+
+def path_of(
+    following: Int[np.ndarray, "positions levels"],
+    tokens: Int[np.ndarray, "positions levels candidates"],
+    scores: Float[np.ndarray, "positions levels candidates"],
+    frontiers: Int[np.ndarray, "positions levels topk"],
+) -> Int[np.ndarray, "positions levels"]:
+    """Which candidate of each level goes on along the target's own tokens; -1 where none does.
+
+    Args:
+      following: the target's own tokens.
+      tokens: of the candidates, as in `Growth`.
+      scores: negative where there is no candidate.
+      frontiers: which candidates of a level the next level's follow.
+    """
+    topk, candidates = frontiers.shape[2], tokens.shape[2]
+    path = np.full(following.shape, -1)
+    for level in range(following.shape[1]):
+        follows = (tokens[:, level] == following[:, level, None]) & (scores[:, level] >= 0)
+        if level:
+            parents = frontiers[:, level - 1, np.arange(candidates) // topk]
+            follows &= parents == path[:, level - 1, None]
+        path[:, level] = np.where(follows.any(axis=1), follows.argmax(axis=1), -1)
+    return path
+
+
+def places_of(
+    path: Int[np.ndarray, "positions levels"], scores: Float[np.ndarray, "positions levels candidates"]
+) -> Int[np.ndarray, "positions levels levels"]:
+    """`Trees.places`: the candidates of a path (-1 for none) by score among those of the first levels, of equal ones
+    the first first, as a budget keeps them."""
+    levels, candidates = scores.shape[1:]
+    places = np.full((*path.shape, levels), NOWHERE, np.int32)
+    for depth in range(levels):
+        index = np.maximum(path[:, depth], 0)
+        own = np.take_along_axis(scores[:, depth], index[:, None], axis=1)[:, :, None]
+        earlier = (
+            np.arange(levels * candidates).reshape(levels, candidates) < (depth * candidates + index)[:, None, None]
+        )
+        before = np.cumsum(((scores > own) | ((scores == own) & earlier)).sum(axis=2), axis=1)
+        # A level that is not in the tree holds none of its candidates.
+        inside = (path[:, depth, None] >= 0) & (np.arange(levels) >= depth)
+        places[:, depth] = np.where(inside, before, NOWHERE)
+    return places
+
+
+def _greedy_answer(target: Target, prompt: Sequence[int], max_new_tokens: int) -> Int[np.ndarray, " answer"]:
+    return np.asarray(generate_plain(target, [list(prompt)], max_new_tokens, eos_token_ids=()).tokens[0], np.int32)
+
+
+def _following(answer: Int[np.ndarray, " answer"], count: int) -> Int[np.ndarray, "answer-1 count"]:
+    """The `count` tokens after each but the last; -1, which is no token, beyond the answer's end."""
+    padded = np.pad(answer, (0, count), constant_values=-1)
+    return np.stack([padded[i + 1 : i + 1 + count] for i in range(len(answer) - 1)])
+
+
+def _drafts(
+    target: Target,
+    adapter: TrainedAdapter,
+    prompt: Sequence[int],
+    answer: Int[np.ndarray, " answer"],
+    max_draft_len: int,
+    topk: int | None,
+) -> tuple[np.ndarray, ...]:
+    """What is drafted after each token of `answer` but the last: see `_scan`."""
     time = bucket(len(prompt), 64)
     tokens = np.zeros((1, time), np.int32)
     tokens[0, : len(prompt)] = prompt
-    capacity = bucket(max(time, len(prompt) + max_new_tokens + max_draft_len + 1), 128)
-    drafts, confidence = _chains(
+    slots = 1 + max_draft_len * (topk or 1)
+    drafted = _scan(
         target.model,
         adapter.model,
         tokens,
         np.asarray([len(prompt)], np.int32),
         answer[:-1],
-        exit_layer=exit_layer,
-        capacity=capacity,
+        exit_layer=resolve_exit_layer(target, adapter, DraftConfig()),
+        capacity=bucket(max(time, len(prompt) + len(answer) + slots), 128),
         max_draft_len=max_draft_len,
+        topk=topk,
     )
-    following = np.pad(answer, (0, max_draft_len), constant_values=-1)
-    wanted = np.stack([following[i + 1 : i + 1 + max_draft_len] for i in range(len(answer) - 1)])
-    agrees = np.cumprod(np.asarray(drafts) == wanted, axis=1).sum(axis=1)
-    return Chains(np.asarray(confidence), agrees)
+    return tuple(map(np.asarray, drafted))
 
 
-@functools.partial(jax.jit, static_argnames=("exit_layer", "capacity", "max_draft_len"))
-def _chains(
+@functools.partial(jax.jit, static_argnames=("exit_layer", "capacity", "max_draft_len", "topk"))
+def _scan(
     model: TargetModel,
     adapter: Adapter,
     tokens: Int[jax.Array, "1 time"],
@@ -93,21 +219,29 @@ def _chains(
     exit_layer: int,
     capacity: int,
     max_draft_len: int,
-) -> tuple[Int[jax.Array, "positions gamma"], Float[jax.Array, "positions gamma"]]:
-    """Tokens and confidences of the drafts after each token of `answer`."""
+    topk: int | None,
+) -> tuple[jax.Array, ...]:
+    """What is drafted after each token of `answer`: of chains (topk None) tokens and confidences, [positions, gamma];
+    of trees the tokens, scores and frontiers of their levels, as in `Growth`."""
     no_eos = jnp.zeros((0,), jnp.int32)
     most = jnp.full((1,), 2)
     start = prefill(model, adapter, tokens, lengths, most, no_eos, exit_layer=exit_layer, capacity=capacity, room=2)
+    settings = {"exit_layer": exit_layer, "max_draft_len": max_draft_len}
 
-    def chain(state: DecodeState, token: Int[jax.Array, ""]) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
+    def one(state: DecodeState, token: Int[jax.Array, ""]) -> tuple[DecodeState, tuple[jax.Array, ...]]:
         state = state.replace(token=token[None])
-        drafted = draft(model, adapter, state, jnp.float32(0), exit_layer=exit_layer, max_draft_len=max_draft_len)
-        # On to the next position of the answer: what the chain wrote beyond it is masked, and overwritten.
+        if topk is None:
+            drafted = draft(model, adapter, state, jnp.float32(0), **settings)
+            hidden, found = drafted.hidden[:, :1], (drafted.tokens, drafted.confidence)
+        else:
+            hidden, drafted = grow_tree(model, adapter, state, jnp.float32(0), **settings, topk=topk)
+            found = (drafted.tokens, drafted.scores, drafted.frontiers)
+        # On to the next position of the answer: what was drafted beyond it is masked, and overwritten.
         following = state.replace(
-            shallow_hidden=drafted.hidden[:, :1],
+            shallow_hidden=hidden,
             shallow=drafted.shallow.replace(length=state.shallow.length + 1),
             adapter=drafted.adapter.replace(length=state.adapter.length + 1),
         )
-        return following, (drafted.tokens[0], drafted.confidence[0])
+        return following, tuple(x[0] for x in found)
 
-    return jax.lax.scan(chain, start, answer)[1]
+    return jax.lax.scan(one, start, answer)[1]

@@ -61,7 +61,7 @@ def main() -> None:
     given = {"max_draft_len": _MAX_DRAFT_LEN.value, "threshold": _THRESHOLD.value}
     draft = dataclasses.replace(adapter.draft, **{name: value for name, value in given.items() if value is not None})
     print(machine.describe())
-    print(f"{_MODEL.value}, gamma {draft.max_draft_len}, eta {draft.threshold}, {dtype}, greedy")
+    print(f"{_MODEL.value}, {draft}, {dtype}, greedy")
     _compare_with_plain(target, adapter, draft, sizes)
     _compare_with_fixed(target, adapter, draft, sizes[-1])
 

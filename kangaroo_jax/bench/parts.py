@@ -11,7 +11,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,19 @@ import numpy as np
 from jaxtyping import Int
 
 from kangaroo_jax.bench.machine import seconds_per_call
+from kangaroo_jax.config import TreeConfig
 from kangaroo_jax.decode.autoregressive import PLAIN_EXIT_LAYER, plain_round
 from kangaroo_jax.decode.draft import draft
 from kangaroo_jax.decode.generate import kangaroo_round
 from kangaroo_jax.decode.prefill import prefill
 from kangaroo_jax.decode.state import DecodeState, Draft
-from kangaroo_jax.decode.verify import verify
+from kangaroo_jax.decode.tree import draft_tree, grow_tree
+from kangaroo_jax.decode.verify import commit, verify
 from kangaroo_jax.model.adapter import Adapter
 from kangaroo_jax.model.target import TargetModel
 
-Step = Callable[[TargetModel, Adapter | None, DecodeState], DecodeState]
+State = TypeVar("State")  # of a timed loop: a DecodeState, with what else its turns start from
+Step = Callable[[TargetModel, Adapter | None, State], State]
 
 _TURNS = 32  # of a timed loop
 _REPEATS = 7
@@ -143,8 +146,10 @@ def verification_seconds(context: Context, width: int) -> float:
     return _seconds(context, context.prefill()(), step)
 
 
-def round_seconds(context: Context, count: int) -> float:
-    """Seconds of a whole round that drafts exactly `count` tokens: draft, verification and commit."""
+def round_seconds(context: Context, count: int, tree: TreeConfig | None = None) -> float:
+    """Seconds of a whole round that drafts exactly `count` tokens, or a tree of exactly that many levels: draft,
+    verification and commit."""
+    width = 1 + (count if tree is None else tree.drafted(count))
 
     def step(model: TargetModel, adapter: Adapter, state: DecodeState) -> DecodeState:
         done = kangaroo_round(
@@ -155,11 +160,56 @@ def round_seconds(context: Context, count: int) -> float:
             jnp.float32(0),
             exit_layer=context.exit_layer,
             max_draft_len=count,
-            widths=(count + 1,),
+            widths=(width,),
+            tree=tree,
         )
         return _set_back(done, state)
 
     return _seconds(context, context.prefill()(), step)
+
+
+def growth_seconds(context: Context, topk: int, levels: int) -> float:
+    """Seconds of growing a tree to exactly `levels` levels, before a budget cuts it: one pass from x_n, and a draft
+    step of `topk` tokens for each level after the first."""
+
+    def step(model: TargetModel, adapter: Adapter, state: DecodeState) -> DecodeState:
+        root, grown = grow_tree(
+            model, adapter, state, jnp.float32(0), exit_layer=context.exit_layer, max_draft_len=levels, topk=topk
+        )
+        return state.replace(
+            token=grown.tokens[:, -1, 0],
+            shallow_hidden=root,
+            shallow=grown.shallow.replace(length=state.shallow.length),
+            adapter=grown.adapter.replace(length=state.adapter.length),
+        )
+
+    return _seconds(context, context.prefill()(), step)
+
+
+def tree_verification_seconds(context: Context, tree: TreeConfig, levels: int) -> float:
+    """Seconds of verifying a tree of exactly `levels` levels, as drafted here, and of committing what stands: mask, the
+    pass with its LM head, the walk along the target's choices, and the path's move in the caches."""
+    start = context.prefill()()
+    settings = {"exit_layer": context.exit_layer, "max_draft_len": levels, "tree": tree}
+    drafted = jax.jit(functools.partial(draft_tree, **settings))(context.model, context.adapter, start, jnp.float32(0))
+    drafted = drafted.replace(shallow=None, adapter=None)  # the state's own are used
+
+    def step(model: TargetModel, _: Adapter, carry: tuple[DecodeState, Draft]) -> tuple[DecodeState, Draft]:
+        state, drafted = carry
+        # Each turn starts from what the last one found, so that nothing of it can be left out, or done once for all.
+        nothing = jnp.minimum(state.token, 0)[:, None]
+        draft_of_turn = drafted.replace(
+            hidden=drafted.hidden + 1e-9 * state.shallow_hidden,
+            tree=drafted.tree.replace(parents=drafted.tree.parents + nothing),
+            shallow=state.shallow,
+            adapter=state.adapter,
+        )
+        widths = (1 + tree.drafted(levels),)
+        verdict, deep = verify(model, state.deep, draft_of_turn, None, exit_layer=context.exit_layer, widths=widths)
+        done = commit(state, draft_of_turn, deep, verdict, NO_EOS)
+        return _set_back(done, state), drafted
+
+    return _seconds(context, (start, drafted), step)
 
 
 def prefill_seconds(context: Context) -> float:
@@ -179,14 +229,14 @@ def _set_back(new: DecodeState, old: DecodeState) -> DecodeState:
     )
 
 
-def _seconds(context: Context, start: DecodeState, step: Step) -> float:
+def _seconds(context: Context, start: State, step: Step) -> float:
     """Median seconds of `step` over runs of one compiled loop of many turns."""
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def loop(model: TargetModel, adapter: Adapter, state: DecodeState) -> DecodeState:
+    def loop(model: TargetModel, adapter: Adapter, state: State) -> State:
         return jax.lax.fori_loop(0, _TURNS, lambda _, state: step(model, adapter, state), state)
 
-    def fresh() -> DecodeState:
+    def fresh() -> State:
         return jax.block_until_ready(jax.tree.map(jnp.copy, start))
 
     jax.block_until_ready(loop(context.model, context.adapter, fresh()))

@@ -51,7 +51,7 @@ def main() -> None:
     draft = dataclasses.replace(adapter.draft, **{name: value for name, value in given.items() if value is not None})
     threads = os.cpu_count() or 1
     print(machine.describe("torch", "transformers"))
-    print(f"gamma {draft.max_draft_len}, eta {draft.threshold}, {_MAX_NEW_TOKENS.value} new tokens, float32, greedy")
+    print(f"{draft}, {_MAX_NEW_TOKENS.value} new tokens, float32, greedy")
     _compare(_methods(target, adapter, draft, threads), target)
     _print_step(target, adapter)
 

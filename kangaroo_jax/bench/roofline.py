@@ -4,9 +4,10 @@
     python -m kangaroo_jax.bench roofline --shape=llama7b            random weights of a known shape
     python -m kangaroo_jax.bench roofline --model=... --adapter=... --contexts=512,2048 --batch_sizes=1,8
 
-Prints the measured limits, a table of the parts (plain step, shallow pass, draft step, verification by width,
-prefill), the speed-up by mean accept length that they imply, and whole rounds against the sum of their parts. With
-several contexts or batch sizes, a table of how the times grow.
+Prints the measured limits, a table of the parts (plain step, shallow pass, draft step, verification by width, prefill;
+of trees a level and the verification by budget), the speed-up by mean accept length that they imply, and whole rounds,
+those of single sequences against the sum of their parts. With several contexts or batch sizes, a table of how the times
+grow.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,12 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from kangaroo_jax import DraftConfig, compilation_cache, demo, load_adapter, load_target
+from kangaroo_jax import DraftConfig, TreeConfig, compilation_cache, demo, load_adapter, load_target
 from kangaroo_jax.bench import machine, parts
 from kangaroo_jax.bench.prompts import held_out_tokens
 from kangaroo_jax.bench.shapes import random_weights
 from kangaroo_jax.checkpoint.adapter import check_exit_layer
-from kangaroo_jax.decode.generate import verification_widths
+from kangaroo_jax.decode.generate import cache_slots, verification_widths
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.adapter import DraftVocabulary
 from kangaroo_jax.shapes import SHAPES
@@ -42,6 +43,8 @@ _BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1"], "Sequences; the first is 
 _MAX_DRAFT_LEN = flags.DEFINE_integer("max_draft_len", 6, "gamma of the rounds.")
 _DRAFT_VOCABULARY = flags.DEFINE_integer("draft_vocabulary", 0, "Tokens in a draft vocabulary to measure as well.")
 _WIDTHS = flags.DEFINE_list("widths", ["1", "2", "3", "5", "7", "9", "13", "16"], "Verification widths.")
+_TREE_TOPK = flags.DEFINE_integer("tree_topk", TreeConfig().topk, "K of the trees.")
+_TREE_BUDGETS = flags.DEFINE_list("tree_budgets", ["16", "32", "64"], "Budgets of trees; none if empty.")
 
 Make = Callable[[int, int], parts.Context]
 
@@ -50,8 +53,12 @@ _ROOM = 128  # positions in the caches beyond the context
 
 def main() -> None:
     contexts, batches, widths = (_counts(flag) for flag in (_CONTEXTS, _BATCH_SIZES, _WIDTHS))
+    budgets = [] if _TREE_BUDGETS.value == [] else _counts(_TREE_BUDGETS)
     if _MAX_DRAFT_LEN.value < 1:
         raise InputError(f"--max_draft_len: expected at least 1, found {_MAX_DRAFT_LEN.value}")
+    if _TREE_TOPK.value < 1:
+        raise InputError(f"--tree_topk: expected at least 1, found {_TREE_TOPK.value}")
+    trees = [TreeConfig(_TREE_TOPK.value, budget) for budget in budgets]
     compilation_cache.enable()
     make = _contexts()
     first = make(batches[0], contexts[0])
@@ -60,12 +67,13 @@ def main() -> None:
             f"--draft_vocabulary: expected at most the vocabulary of {first.model.config.vocab_size}, "
             f"found {_DRAFT_VOCABULARY.value}"
         )
+    with_room_for(first, trees, max(2, _MAX_DRAFT_LEN.value))  # trees that cannot be are named before the work begins
     print(machine.describe())
     print(
         f"{_name()}, {first.model.dtype}, exit layer {first.exit_layer} of {first.model.config.num_hidden_layers}, "
         f"batch {batches[0]}, context {contexts[0]}, caches of {first.capacity}"
     )
-    report(first, widths, _MAX_DRAFT_LEN.value)
+    report(first, widths, _MAX_DRAFT_LEN.value, trees)
     if len(contexts) * len(batches) > 1:
         print_growth(make, list(itertools.product(batches, contexts)), _MAX_DRAFT_LEN.value)
 
@@ -107,8 +115,8 @@ def _contexts() -> Make:
     return make
 
 
-def report(context: parts.Context, widths: list[int], max_draft_len: int) -> None:
-    """Limits, parts, implied speed-ups, and rounds against their parts."""
+def report(context: parts.Context, widths: list[int], max_draft_len: int, trees: Sequence[TreeConfig] = ()) -> None:
+    """Limits, parts, implied speed-ups, and rounds against their parts. `trees` are of one K."""
     size, dtype, batch = context.bytes, context.model.dtype, len(context.tokens)
     reading, copying = machine.read_bandwidth(size.plain_step, dtype), machine.copy_bandwidth(size.plain_step)
     peak = machine.matmul_peak(dtype)
@@ -144,6 +152,15 @@ def report(context: parts.Context, widths: list[int], max_draft_len: int) -> Non
     for width in sorted({*widths, max_draft_len + 1}):
         verification[width] = parts.verification_seconds(context, width)
         row(f"verification of {width}", verification[width], size.verification)
+    deeper = max(2, max_draft_len)
+    of_trees = with_room_for(context, trees, deeper)
+    if trees:
+        topk = trees[0].topk
+        one, several = (parts.growth_seconds(of_trees, topk, levels) for levels in (1, deeper))
+        row(f"tree level of {topk}", (several - one) / (deeper - 1), of_trees.bytes.draft_step)
+    for tree in trees:
+        seconds = parts.tree_verification_seconds(of_trees, tree, deeper)
+        row(f"verification of tree {tree.drafted(deeper)}", seconds, of_trees.bytes.verification)
     prefill, length = parts.prefill_seconds(context), context.tokens.shape[1]
     products = 2 * batch * length * sum(x.size for x in jax.tree.leaves(list(context.model.layers)) if x.ndim > 1)
     print(
@@ -163,6 +180,10 @@ def report(context: parts.Context, widths: list[int], max_draft_len: int) -> Non
         whole = parts.round_seconds(context, count)
         total = count * draft_step + shallow + verification[width]
         print(f"{f'of {count} drafts':24}{whole * 1e3:9.3f}{total * 1e3:10.3f}{whole / total - 1:8.0%}", flush=True)
+    for tree in trees:
+        whole = parts.round_seconds(of_trees, deeper, tree)
+        name = f"of {deeper} levels, {tree.drafted(deeper)}"
+        print(f"{name:24}{whole * 1e3:9.3f}   {whole / plain:.2f} plain steps", flush=True)
 
 
 def with_draft_vocabulary(context: parts.Context, size: int) -> parts.Context:
@@ -170,6 +191,18 @@ def with_draft_vocabulary(context: parts.Context, size: int) -> parts.Context:
     adapter = nnx.clone(context.adapter)
     adapter.draft_vocabulary = DraftVocabulary(context.model, jnp.arange(size))
     return dataclasses.replace(context, adapter=adapter)
+
+
+def with_room_for(context: parts.Context, trees: Sequence[TreeConfig], levels: int) -> parts.Context:
+    """The same, with caches that hold what rounds of these trees write beyond the context.
+
+    Raises:
+      InputError: for a tree that is too wide for the adapter, or too deep for its budget.
+    """
+    settings = [DraftConfig(None, levels, tree=tree) for tree in trees]
+    slots = max((cache_slots(context.adapter, draft) for draft in settings), default=0)
+    capacity = max(context.capacity, 128 * math.ceil((context.tokens.shape[1] + slots) / 128))
+    return dataclasses.replace(context, capacity=capacity)
 
 
 def print_growth(make: Make, settings: list[tuple[int, int]], max_draft_len: int) -> None:

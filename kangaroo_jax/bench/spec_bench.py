@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from kangaroo_jax import DraftConfig, compilation_cache, demo, load_adapter, load_target
+from kangaroo_jax import DraftConfig, TreeConfig, compilation_cache, demo, load_adapter, load_target
 from kangaroo_jax.bench import answers, summary
 from kangaroo_jax.bench.answers import Result
 from kangaroo_jax.bench.ask import ask, conversation_ids
@@ -71,8 +71,9 @@ def main() -> None:
     if not target.tokenizer.chat_template:
         print(f"{settings['model']} has no chat template; turns are joined by blank lines", file=sys.stderr)
     name = f"{settings['model']}-{dtype}"
+    tree = "" if draft.tree is None else f"-tree{draft.tree.topk}x{draft.tree.budget}"
     model_ids = {
-        "kangaroo": f"{name}-kangaroo-gamma{draft.max_draft_len}-eta{draft.threshold}-exit{draft.exit_layer}",
+        "kangaroo": f"{name}-kangaroo-gamma{draft.max_draft_len}-eta{draft.threshold}{tree}-exit{draft.exit_layer}",
         "plain": f"{name}-plain",
     }
     interval = 0.5 if sys.stderr.isatty() else 30.0  # a file or a pipe gets a line now and then, not a moving bar
@@ -160,11 +161,12 @@ def _report(folder: pathlib.Path, target: Target, settings: dict[str, Any]) -> N
 
 
 def _describe(settings: dict[str, Any]) -> str:
+    tree = settings["tree"] and TreeConfig(**settings["tree"])
+    draft = DraftConfig(None, settings["max_draft_len"], settings["threshold"], tree)
     return (
-        f"Spec-Bench, {settings['model']}, {settings['dtype']} on {settings['device']}, gamma "
-        f"{settings['max_draft_len']}, eta {settings['threshold']}, exit layer {settings['exit_layer']}, at most "
-        f"{settings['max_new_tokens']} new tokens, greedy, medians of {settings['runs']} interleaved runs, compilation "
-        "not counted."
+        f"Spec-Bench, {settings['model']}, {settings['dtype']} on {settings['device']}, {draft}, exit layer "
+        f"{settings['exit_layer']}, at most {settings['max_new_tokens']} new tokens, greedy, medians of "
+        f"{settings['runs']} interleaved runs, compilation not counted."
     )
 
 

@@ -3,8 +3,9 @@
     python -m kangaroo_jax.bench tree                                             the demo
     python -m kangaroo_jax.bench tree --model=... --adapter=... --topk=10 --budget=16,32,64 --threshold=0.1,0.2,0.4
 
-Every setting decodes the same prompts, interleaved, with the single sequence (the adapter's own settings first, then
-the given thresholds) and plain decoding among them. Prints a row per setting; all are at one gamma.
+Every setting decodes the same prompts, interleaved, with the single sequence (the adapter's own settings first,
+with the paper's eta where they are a tree's, then the given thresholds) and plain decoding among them. Prints a row per
+setting; all are at one gamma.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from kangaroo_jax import (
 )
 from kangaroo_jax.bench import machine
 from kangaroo_jax.bench.prompts import held_out_prompts, read_prompts
+from kangaroo_jax.config import DraftOverrides
 from kangaroo_jax.decode.host_loop import Generation
 from kangaroo_jax.errors import InputError
 
@@ -53,7 +55,7 @@ def main() -> None:
     topks, budgets = (_numbers(flag, int) for flag in (_TOPK, _BUDGET))
     target = load_target(_MODEL.value or str(demo.MODEL), dtype)
     adapter = load_adapter(_ADAPTER.value or str(demo.ADAPTER), target)
-    single = dataclasses.replace(adapter.draft, tree=None)
+    single = DraftOverrides(tree=False).over(adapter.draft)
     if _MAX_DRAFT_LEN.value is not None:
         single = dataclasses.replace(single, max_draft_len=_MAX_DRAFT_LEN.value)
     thresholds = _numbers(_THRESHOLD, float)

@@ -21,7 +21,7 @@ from jaxtyping import Array, PyTree
 
 from kangaroo_jax.checkpoint.huggingface import Target, parameter_paths
 from kangaroo_jax.checkpoint.upstream import load_upstream
-from kangaroo_jax.config import DraftConfig, ModelConfig
+from kangaroo_jax.config import DraftConfig, ModelConfig, TreeConfig
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.adapter import Adapter, DraftVocabulary, abstract_adapter
@@ -179,19 +179,23 @@ def read_draft_settings(folder: pathlib.Path) -> DraftConfig:
     """What decode.json in an adapter's folder says; the paper's settings where there is none.
 
     Raises:
-      InputError: for a file that is not an object of `max_draft_len` and `threshold`, or values out of range.
+      InputError: for a file that is not an object of `max_draft_len` and `threshold` and, for a tree, `tree_topk` and
+        `tree_budget`, or values out of range.
     """
     path = folder / DRAFT_SETTINGS
     if not path.exists():
         return DraftConfig()
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        return DraftConfig(None, settings.pop("max_draft_len"), settings.pop("threshold"), **settings)
+        tree = None
+        if settings.keys() & {"tree_topk", "tree_budget"}:
+            tree = TreeConfig(settings.pop("tree_topk"), settings.pop("tree_budget"))
+        return DraftConfig(None, settings.pop("max_draft_len"), settings.pop("threshold"), tree, **settings)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise InputError(
-            f"{path}: expected an object with max_draft_len and threshold alone; "
+            f"{path}: expected an object with max_draft_len and threshold and, for trees, tree_topk and tree_budget; "
             "write it anew with `python -m kangaroo_jax.bench tune`, or remove it"
         ) from None
 
@@ -239,6 +243,8 @@ def write_draft_settings(folder: str | pathlib.Path, draft: DraftConfig) -> path
     """Writes decode.json into an adapter's folder, whole or not at all; returns its path."""
     path = pathlib.Path(folder).expanduser().resolve() / DRAFT_SETTINGS
     settings = {"max_draft_len": draft.max_draft_len, "threshold": draft.threshold}
+    if draft.tree is not None:
+        settings |= {"tree_topk": draft.tree.topk, "tree_budget": draft.tree.budget}
     scratch = path.with_suffix(".tmp")
     try:
         scratch.write_text(json.dumps(settings) + "\n", encoding="utf-8")

@@ -75,7 +75,7 @@ def kangaroo(target: Target, adapter: TrainedAdapter, draft: DraftConfig) -> Met
       InputError: for an exit layer that is out of range or not the adapter's, or a tree wider than the vocabulary.
     """
     exit_layer = resolve_exit_layer(target, adapter, draft)
-    slots = cache_slots(adapter, draft)
+    slots = cache_slots(adapter.model, draft)
     one_round = functools.partial(
         kangaroo_round,
         exit_layer=exit_layer,
@@ -87,7 +87,7 @@ def kangaroo(target: Target, adapter: TrainedAdapter, draft: DraftConfig) -> Met
     return Method(adapter.model, one_round, exit_layer, overhang=overhang, slots=slots, threshold=draft.threshold)
 
 
-def cache_slots(adapter: TrainedAdapter, draft: DraftConfig) -> int:
+def cache_slots(adapter: Adapter, draft: DraftConfig) -> int:
     """The most slots of the caches that a round fills.
 
     Raises:
@@ -95,8 +95,8 @@ def cache_slots(adapter: TrainedAdapter, draft: DraftConfig) -> int:
     """
     if draft.tree is None:
         return draft.max_draft_len + 1
-    vocabulary = adapter.model.draft_vocabulary
-    size = adapter.model.config.vocab_size if vocabulary is None else len(vocabulary.token_ids[...])
+    vocabulary = adapter.draft_vocabulary
+    size = adapter.config.vocab_size if vocabulary is None else len(vocabulary.token_ids[...])
     if draft.tree.topk > size:
         raise InputError(f"tree_topk must be at most the {size} tokens that can be drafted, found {draft.tree.topk}")
     # While a tree grows, each level but the last has its frontier in the caches; then the tokens to be verified.
@@ -111,7 +111,7 @@ def verification_widths(draft: DraftConfig, platform: str | None = None) -> tupl
         full, fewer = gamma + 1, (2, 3, 5, 7, 9, 13)
     else:
         # What a tree of each depth holds.
-        *fewer, full = sorted({1 + min(tree.budget, tree.topk + level * tree.topk**2) for level in range(gamma)})
+        *fewer, full = sorted({1 + tree.drafted(levels) for levels in range(1, gamma + 1)})
     # Beside reading the weights, positions are free on accelerators; on CPU they are not.
     return (full,) if (platform or jax.default_backend()) != "cpu" else (*(w for w in fewer if w < full), full)
 

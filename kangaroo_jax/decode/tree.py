@@ -15,7 +15,7 @@ from kangaroo_jax.model.target import TargetModel, shallow_apply
 
 
 @flax.struct.dataclass
-class _Growth:
+class Growth:
     """A tree while it grows. A level is the tokens at one depth; its candidates are the likeliest `topk` followers of
     each of the `topk` tokens of the level above that were drafted on from: its frontier."""
 
@@ -66,30 +66,14 @@ def draft_tree(
     with jax.named_scope("draft"):
         start = state.shallow.length  # the slot and the position of x_n
         first = start[:, None]
-        root, shallow = shallow_apply(target, state.token[:, None], first, state.shallow, exit_layer=exit_layer)
-        # As for a single sequence, the adapter sees position n - 1 (again) together with n.
-        adapted, adapter_cache = adapter_apply(
-            adapter,
-            jnp.concatenate([state.shallow_hidden, root], axis=1),
-            jnp.concatenate([first - 1, first], axis=1),
-            state.adapter,
-        )
-        growth = _grow_first(
-            target, adapter, adapted[:, -1], shallow, adapter_cache, ~state.finished, max_draft_len, tree
-        )
-        growth = growth.replace(active=growth.active & (growth.scores[:, 0].max(-1) >= threshold))
-
-        def one_level(growth: _Growth) -> _Growth:
-            return _grow(target, adapter, growth, start, threshold, exit_layer=exit_layer, topk=tree.topk)
-
-        growth = jax.lax.while_loop(
-            lambda growth: (growth.level < max_draft_len) & jnp.any(growth.active), one_level, growth
+        root, growth = grow_tree(
+            target, adapter, state, threshold, exit_layer=exit_layer, max_draft_len=max_draft_len, topk=tree.topk
         )
         tokens, scores, links = _prune(growth, max_draft_len, tree)
         # Through the shallow layers once more, all together: most of the tree's leaves have not been, and the others
         # lie where they were drafted. One pass, like the one that ends the draft of a single sequence.
-        mask = draft_mask(start + 1, links.ancestors()[:, 1:, 1:], shallow.capacity)
         shallow = growth.shallow.replace(length=start + 1)
+        mask = draft_mask(start + 1, links.ancestors()[:, 1:, 1:], shallow.capacity)
         hidden, shallow = shallow_apply(target, tokens, first + links.depths, shallow, exit_layer=exit_layer, mask=mask)
         return Draft(
             tokens=tokens,
@@ -101,6 +85,44 @@ def draft_tree(
             probs=None,
             tree=links,
         )
+
+
+def grow_tree(
+    target: TargetModel,
+    adapter: Adapter,
+    state: DecodeState,
+    threshold: Float[Array, ""],
+    *,
+    exit_layer: int,
+    max_draft_len: int,
+    topk: int,
+) -> tuple[Float[Array, "batch 1 hidden"], Growth]:
+    """All levels of a tree, before a budget cuts it (arguments as for `draft_tree`): what depends on K alone, apart
+    from where it ends.
+
+    Returns:
+      The shallow hidden state of x_n, and the tree.
+    """
+    start = state.shallow.length
+    first = start[:, None]
+    root, shallow = shallow_apply(target, state.token[:, None], first, state.shallow, exit_layer=exit_layer)
+    # As for a single sequence, the adapter sees position n - 1 (again) together with n.
+    adapted, adapter_cache = adapter_apply(
+        adapter,
+        jnp.concatenate([state.shallow_hidden, root], axis=1),
+        jnp.concatenate([first - 1, first], axis=1),
+        state.adapter,
+    )
+    growth = _grow_first(target, adapter, adapted[:, -1], shallow, adapter_cache, ~state.finished, max_draft_len, topk)
+    growth = growth.replace(active=growth.active & (growth.scores[:, 0].max(-1) >= threshold))
+
+    def one_level(growth: Growth) -> Growth:
+        return _grow(target, adapter, growth, start, threshold, exit_layer=exit_layer, topk=topk)
+
+    growth = jax.lax.while_loop(
+        lambda growth: (growth.level < max_draft_len) & jnp.any(growth.active), one_level, growth
+    )
+    return root, growth
 
 
 def _best_followers(
@@ -121,12 +143,12 @@ def _grow_first(
     adapter_cache: KVCache,
     active: Bool[Array, " batch"],
     max_draft_len: int,
-    tree: TreeConfig,
-) -> _Growth:
+    topk: int,
+) -> Growth:
     """The first level: what may follow x_n. All its candidates are its frontier."""
-    batch, topk = adapted.shape[0], tree.topk
+    batch = adapted.shape[0]
     tokens, scores = _best_followers(target, adapter, adapted, topk)
-    return _Growth(
+    return Growth(
         level=jnp.int32(1),
         active=active,
         tokens=jnp.zeros((batch, max_draft_len, topk * topk), jnp.int32).at[:, 0, :topk].set(tokens),
@@ -143,13 +165,13 @@ def _grow_first(
 def _grow(
     target: TargetModel,
     adapter: Adapter,
-    growth: _Growth,
+    growth: Growth,
     start: Int[Array, " batch"],
     threshold: Float[Array, ""],
     *,
     exit_layer: int,
     topk: int,
-) -> _Growth:
+) -> Growth:
     """One more level: a draft step from every token of the newest frontier."""
     level, frontier = growth.level, growth.frontiers[:, growth.level - 1]
     tokens = jnp.take_along_axis(growth.tokens[:, level - 1], frontier, axis=1)
@@ -181,7 +203,7 @@ def _grow(
 
 
 def _prune(
-    growth: _Growth, max_draft_len: int, tree: TreeConfig
+    growth: Growth, max_draft_len: int, tree: TreeConfig
 ) -> tuple[Int[Array, "batch drafts"], Float[Array, "batch drafts"], DraftTree]:
     """The best-scored candidates of all levels, level after level, those that are none last: tokens, scores, and how
     they hang together."""

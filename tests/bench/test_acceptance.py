@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from kangaroo_jax import DraftConfig, generate
-from kangaroo_jax.bench.acceptance import Chains, record
+from kangaroo_jax import DraftConfig, TreeConfig, generate
+from kangaroo_jax.bench.acceptance import NOWHERE, Chains, Trees, path_of, places_of, record, record_trees
 from tests.decode.models import VOCABULARY, tiny_adapter, tiny_target
 
 PROMPT = [int(x) for x in np.random.default_rng(3).integers(0, VOCABULARY, 9)]
@@ -35,3 +35,61 @@ def test_rounds_by_hand():
     assert chains.rounds(3, 0.5) == [(2, 2), (1, 1)]
     assert chains.rounds(3, 0.0) == [(3, 2), (3, 1)]
     assert chains.rounds(1, 0.5) == [(1, 2), (1, 1)]
+
+
+# --- Trees.
+
+
+@pytest.fixture(scope="module")
+def trees():
+    return record_trees(tiny_target(), tiny_adapter(2), PROMPT, max_new_tokens=60, max_draft_len=5, topks=(2, 4))
+
+
+# K, budget, gamma: budgets that cut and one that does not.
+SHAPES = [(2, 6, 5), (2, 10, 3), (4, 7, 4)]
+
+
+@pytest.mark.parametrize(("topk", "budget", "gamma"), SHAPES)
+def test_tree_rounds_are_those_of_generate(trees, topk, budget, gamma):
+    for eta in (0.0, 0.05, 0.3, 1.0):
+        draft = DraftConfig(2, gamma, eta, TreeConfig(topk, budget))
+        out = generate(tiny_target(), tiny_adapter(2), [PROMPT], 60, draft, eos_token_ids=())
+        levels, committed = (list(column) for column in zip(*trees[topk].rounds(gamma, eta, budget), strict=True))
+        assert committed == out.accept_lengths[0], eta
+        assert levels == out.draft_lengths[0], eta
+
+
+def test_the_model_is_one_on_which_trees_differ(trees):
+    rounds = [trees[topk].rounds(gamma, eta, budget) for topk, budget, gamma in SHAPES for eta in (0.0, 0.3)]
+    assert len({tuple(r) for r in rounds}) > 4
+    # The budget alone, and eta alone.
+    assert trees[4].rounds(4, 0.0, 7) != trees[4].rounds(4, 0.0, 60)
+    assert trees[4].rounds(4, 0.0, 7) != trees[4].rounds(4, 0.3, 7)
+
+
+def test_paths_and_places_by_hand():
+    # K = 2. The first level has two candidates; the second's are followers of the frontier's tokens, in its order.
+    tokens = np.asarray([[[5, 7, 0, 0], [8, 9, 8, 4]]])
+    scores = np.asarray([[[0.6, 0.3, -1, -1], [0.3, 0.1, 0.2, 0.05]]], np.float32)
+    frontier, turned = np.asarray([[[0, 1], [0, 2]]]), np.asarray([[[1, 0], [0, 2]]])
+    following = np.asarray([[7, 8]])
+    assert path_of(following, tokens, scores, frontier).tolist() == [[1, 2]]
+    assert path_of(following, tokens, scores, turned).tolist() == [[1, 0]]
+    assert path_of(np.asarray([[0, 8]]), tokens, scores, frontier).tolist() == [[-1, -1]]
+    assert path_of(np.asarray([[5, 4]]), tokens, scores, frontier).tolist() == [[0, -1]]
+    # 7 comes after 5, and before the 8 that scores the same further down; 8 after both and that 8.
+    assert places_of(np.asarray([[1, 2]]), scores).tolist() == [[[1, 1], [NOWHERE, 3]]]
+    assert places_of(np.asarray([[1, 0]]), scores).tolist() == [[[1, 1], [NOWHERE, 2]]]
+    assert places_of(np.asarray([[0, -1]]), scores).tolist() == [[[0, 0], [NOWHERE, NOWHERE]]]
+
+
+def test_tree_rounds_by_hand():
+    # Three positions left. At the first, the target's tokens are second of the first level, and fourth of both.
+    no, two = [[NOWHERE] * 2] * 2, [[1, 1], [NOWHERE, 3]]
+    trees = Trees(np.asarray([[0.6, 0.3], [0.9, 0.8], [0.9, 0.8]], np.float32), np.asarray([two, no, no]))
+    assert trees.rounds(2, 0.0, 4) == [(2, 3)]
+    assert trees.rounds(2, 0.0, 3) == [(2, 2), (2, 1)]
+    assert trees.rounds(2, 0.0, 1) == [(2, 1), (2, 1), (2, 1)]
+    assert trees.rounds(2, 0.5, 4) == [(2, 3)]  # the unsure level is drafted still
+    assert trees.rounds(2, 0.7, 4) == [(1, 2), (2, 1)]
+    assert trees.rounds(1, 0.0, 4) == [(1, 2), (1, 1)]

@@ -26,6 +26,11 @@ MISTAKES = [
     (["roofline", "--model=x"], "--model and --adapter belong together"),
     (["roofline", "--shape=llama13b", "--dtype=float32"], "but the device holds"),
     (["roofline", "--shape=llama7b", "--exit_layer=32"], "exit_layer: expected 1 to 31"),
+    (["roofline", "--tree_budgets=16,0"], "--tree_budgets: expected whole numbers above 0, found '16,0'"),
+    (["roofline", "--tree_topk=0"], "--tree_topk: expected at least 1, found 0"),
+    (["roofline", "--tree_budgets=5"], "tree_budget must be at least max_draft_len (6)"),
+    (["tune", "--tree_topk=2,x"], "--tree_topk: expected whole numbers above 0, found '2,x'"),
+    (["tune", "--tree_topk=100000"], "tree_topk must be at most the"),
     (["tune", "--prompts=/no/such/file"], "/no/such/file: cannot be read"),
     (["tune", "--prompts={bad}"], "bad.jsonl:2: expected an object with a text"),
     (["tune", "--adapter=/no/such/folder"], "/no/such/folder: no such adapter checkpoint"),
@@ -54,20 +59,27 @@ def test_mistakes_are_one_line_and_exit_code_2(results, i):
 
 
 def test_roofline_prints_every_part_and_sums_that_add_up():
-    done = bench("roofline", "--contexts=16", "--max_draft_len=2", "--widths=3")
+    done = bench("roofline", "--contexts=16", "--max_draft_len=2", "--widths=3", "--tree_topk=2", "--tree_budgets=4")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     rows = {name: line[24:].split() for name in PARTS for line in lines if line[:24].strip() == name}
     assert set(rows) == set(PARTS)
     milliseconds = {name: float(row[0]) for name, row in rows.items()}
-    assert all(value > 0 for name, value in milliseconds.items() if name != "shallow pass")  # that is a difference
+    differences = ("shallow pass", "tree level of 2")  # of two timings, so noise may win
+    assert not {name: value for name, value in milliseconds.items() if value <= 0 and name not in differences}
     plain = milliseconds["plain step"]
     assert float(rows["verification of 3"][1]) == pytest.approx(milliseconds["verification of 3"] / plain, abs=0.01)
     cost = 2 * milliseconds["draft step"] + milliseconds["shallow pass"] + milliseconds["verification of 3"]
     printed = float(re.search(r"a round of 2 drafts costs (\S+) plain steps", done.stdout)[1])
     assert printed == pytest.approx(cost / plain, abs=0.02)
+    for ours, theirs in (("tree level of 2", "draft step"), ("verification of tree 4", "verification of 3")):
+        assert rows[ours][2:4] == rows[theirs][2:4]  # the same bytes
+    assert next(float(line[24:].split()[0]) for line in lines if line.startswith("of 2 levels, 4")) > 0
     parts = next(float(line.split()[4]) for line in lines if line.startswith("of 2 drafts"))
     assert parts == pytest.approx(cost, abs=0.01)
 
 
-PARTS = ("plain step", "shallow pass", "draft step", "verification of 3", "prefill of 16")
+PARTS = (
+    *("plain step", "shallow pass", "draft step", "verification of 3", "prefill of 16"),
+    *("tree level of 2", "verification of tree 4"),
+)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from kangaroo_jax import TreeConfig
 from kangaroo_jax.bench import parts
 from tests.decode.models import CONFIG, tiny_adapter, tiny_target
 
@@ -35,3 +36,9 @@ def test_every_part_takes_time_and_more_drafts_take_more(context):
     assert parts.prefill_seconds(context) > 0
     assert parts.draft_seconds(context, 8) > parts.draft_seconds(context, 1) > 0
     assert parts.round_seconds(context, 8) > parts.draft_seconds(context, 1)
+
+
+def test_every_part_of_a_tree_takes_time_and_larger_trees_take_more(context):
+    assert parts.growth_seconds(context, 4, 8) > parts.growth_seconds(context, 4, 1) > 0
+    small, large = (parts.tree_verification_seconds(context, TreeConfig(4, budget), 5) for budget in (4, 60))
+    assert large > small > 0

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from kangaroo_jax import DraftConfig, InputError, load_adapter
-from kangaroo_jax.bench.acceptance import Chains
-from kangaroo_jax.bench.tune import Costs, predict
+from kangaroo_jax import DraftConfig, InputError, TreeConfig, load_adapter
+from kangaroo_jax.bench import parts
+from kangaroo_jax.bench.acceptance import NOWHERE, Chains, Trees
+from kangaroo_jax.bench.tune import Costs, Recording, best_of, measure_costs, predict, settings_of_trees
 from kangaroo_jax.checkpoint.adapter import read_draft_settings, save_adapter, write_draft_settings
 from tests.decode.models import tiny_adapter, tiny_target
 
@@ -17,21 +18,80 @@ def test_prediction_by_hand():
     # 1 draft that of 2: 3 tokens in 5 + 4 seconds, which plain decoding needs 3 * 2 seconds for.
     chains = Chains(np.asarray([[0.9, 0.2], [0.9, 0.9], [0.1, 0.1]], np.float32), np.asarray([1, 2, 0]))
     costs = Costs(plain_step=2.0, draft_step=1.0, rounds={1: 4.0, 2: 5.0})
-    assert predict([chains], costs, 2, 0.5) == pytest.approx(6 / 9)
-    assert predict([chains, chains], costs, 2, 0.5) == pytest.approx(6 / 9)
+    recording = Recording(chains, {})
+    assert predict([recording], costs, DraftConfig(None, 2, 0.5)) == pytest.approx(6 / 9)
+    assert predict([recording, recording], costs, DraftConfig(None, 2, 0.5)) == pytest.approx(6 / 9)
     # Without the early exit: two rounds of 2 drafts.
-    assert predict([chains], costs, 2, 0.0) == pytest.approx(6 / 10)
+    assert predict([recording], costs, DraftConfig(None, 2, 0.0)) == pytest.approx(6 / 10)
 
 
 def test_a_shorter_draft_in_the_same_width_costs_that_many_draft_steps_less():
     costs = Costs(plain_step=1.0, draft_step=0.5, rounds={1: 3.0, 2: 4.0, 4: 6.0, 6: 8.0})
-    assert [costs.round(drafted, 6) for drafted in range(1, 7)] == [3.0, 4.0, 5.5, 6.0, 7.5, 8.0]
+    assert [costs.round(drafted, DraftConfig(None, 6)) for drafted in range(1, 7)] == [3.0, 4.0, 5.5, 6.0, 7.5, 8.0]
+
+
+def test_prediction_of_a_tree_by_hand():
+    # A tree of K 2 holds 2 tokens of one level, 5 of two or more, which is all its budget. A round of 3 levels takes 10
+    # seconds, so one of 2 levels takes a level less, and one of 1 two levels and 2.5 seconds of verification less.
+    shape = TreeConfig(2, 5)
+    costs = Costs(2.0, 0.5, {}, {2: 1.0}, {shape: 10.0}, {3: 2.0, 6: 4.5}, levels=3)
+    draft = DraftConfig(None, 3, 0.5, shape)
+    assert [costs.round(levels, draft) for levels in (1, 2, 3)] == [5.5, 9.0, 10.0]
+    # Two rounds: 3 levels that commit 4 tokens, 1 level that commits 1.
+    all_three = np.arange(9).reshape(3, 3) % 3 + 2
+    places = np.stack([all_three, *[np.full((3, 3), NOWHERE)] * 4])
+    best = np.asarray([[0.9, 0.8, 0.7], *[[0.1, 0.1, 0.1]] * 4], np.float32)
+    recording = Recording(Chains(np.zeros((5, 1), np.float32), np.zeros(5, int)), {2: Trees(best, places)})
+    assert recording.rounds(draft) == [(3, 4), (1, 1)]
+    assert predict([recording], costs, draft) == pytest.approx(5 * 2 / 15.5)
+
+
+@pytest.mark.parametrize(
+    ("topks", "budgets"), [((2, 3, 4), (8, 12, 16)), ((4, 10), (16, 32, 64)), ((1, 2), (1, 4, 40))]
+)
+def test_costs_of_all_trees_follow_from_those_timed(monkeypatch, topks, budgets):
+    """Where parts take seconds that add up, every round costs the sum of its parts."""
+    monkeypatch.setattr(parts, "plain_step_seconds", lambda _: 7.0)
+    monkeypatch.setattr(parts, "draft_seconds", lambda _, count: 1.0 + count)
+    monkeypatch.setattr(parts, "growth_seconds", lambda _, topk, levels: 2.0 + topk * levels)
+    verification = lambda tree, levels: 0.25 * (1 + tree.drafted(levels))  # noqa: E731
+    monkeypatch.setattr(parts, "tree_verification_seconds", lambda _, tree, levels: verification(tree, levels))
+
+    def round_seconds(_, count, tree=None):
+        return 2.0 + count if tree is None else 5.0 + tree.topk * count + verification(tree, count)
+
+    monkeypatch.setattr(parts, "round_seconds", round_seconds)
+    trees = settings_of_trees(topks, budgets)
+    costs = measure_costs(None, None, trees)
+    for draft in trees:
+        for levels in range(1, draft.max_draft_len + 1):
+            assert costs.round(levels, draft) == pytest.approx(round_seconds(None, levels, draft.tree)), draft
+    assert {draft.max_draft_len for draft in trees if draft.tree.budget == max(budgets)} == {1, 2, 4, 6, 8, 12}
+
+
+def test_the_best_of_each_tree_is_measured_beside_single_sequences():
+    one, other = TreeConfig(2, 8), TreeConfig(3, 8)
+    speeds = {
+        DraftConfig(None, 6, 0.1): 1.0,
+        DraftConfig(None, 6, 0.2): 1.1,
+        DraftConfig(None, 6, 0.3): 1.05,
+        DraftConfig(None, 6, 0.1, one): 2.0,
+        DraftConfig(None, 6, 0.2, one): 1.9,
+        DraftConfig(None, 6, 0.1, other): 0.5,
+    }
+    assert [speeds[draft] for draft in best_of(speeds, 2)] == [1.1, 1.05, 2.0, 0.5]
+    assert [speeds[draft] for draft in best_of(speeds, 1)] == [1.1, 2.0]
 
 
 def test_written_settings_are_those_an_adapter_is_loaded_with(tmp_path):
     folder = tmp_path / "adapter"
     save_adapter(folder, tiny_adapter(2).model, exit_layer=2, target=tiny_target())
     assert load_adapter(folder, tiny_target()).draft == DraftConfig()
+    write_draft_settings(folder, DraftConfig(None, 9, 0.25))
+    assert load_adapter(folder, tiny_target()).draft == DraftConfig(None, 9, 0.25)
+    tree = DraftConfig(None, 5, 0.1, TreeConfig(3, 12))
+    write_draft_settings(folder, tree)
+    assert load_adapter(folder, tiny_target()).draft == tree
     write_draft_settings(folder, DraftConfig(None, 9, 0.25))
     assert load_adapter(folder, tiny_target()).draft == DraftConfig(None, 9, 0.25)
 
@@ -46,6 +106,12 @@ def test_written_settings_are_those_an_adapter_is_loaded_with(tmp_path):
         json.dumps({"max_draft_len": 0, "threshold": 0.5}),
         json.dumps({"max_draft_len": 6, "threshold": 1.5}),
         json.dumps({"max_draft_len": 6, "threshold": 0.5, "surplus": 1}),
+        json.dumps({"max_draft_len": 6, "threshold": 0.5, "tree_topk": 3}),
+        json.dumps({"max_draft_len": 6, "threshold": 0.5, "tree_budget": 12}),
+        json.dumps({"max_draft_len": 6, "threshold": 0.5, "tree_topk": 0, "tree_budget": 12}),
+        json.dumps({"max_draft_len": 6, "threshold": 0.5, "tree_topk": 3, "tree_budget": None}),
+        json.dumps({"max_draft_len": 6, "threshold": 0.5, "tree_topk": 3, "tree_budget": 5}),
+        json.dumps({"max_draft_len": 6, "threshold": 0.5, "tree": {"topk": 3, "budget": 12}}),
     ],
 )
 def test_wrong_settings_are_one_line_that_names_the_file(tmp_path, content):
