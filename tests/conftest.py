@@ -1,11 +1,28 @@
 """What holds for all tests."""
 
 import gc
+import os
+import shutil
+import tempfile
 
 import jax
 import pytest
 
 from kangaroo_jax.decode import host_loop
+
+# One for the whole session: many tests compile the same programs, some in processes of their own.
+_CACHE = tempfile.mkdtemp(prefix="kangaroo_jax-tests-")
+_SETTINGS = {"jax_compilation_cache_dir": _CACHE, "jax_persistent_cache_min_compile_time_secs": 0.1}
+
+
+def pytest_configure():
+    for name, value in _SETTINGS.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

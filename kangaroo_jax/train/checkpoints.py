@@ -13,6 +13,7 @@ import json
 import logging
 import pathlib
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -86,9 +87,19 @@ def opened(output: pathlib.Path, keep: int) -> Iterator[ocp.CheckpointManager]:
         finally:
             for logger in loggers:
                 logger.removeFilter(_not_of_saving)
-            if jax.process_index() == 0:  # there is something where a checkpoint could not be written
-                for scratch in output.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(scratch, ignore_errors=True)
+            if jax.process_index() == 0:
+                _remove_unfinished(output)
+
+
+def _remove_unfinished(output: pathlib.Path) -> None:
+    """What is left of a checkpoint that could not be written. TensorStore's threads may still be at it for a while."""
+    for _ in range(20):
+        left = list(output.glob("*.orbax-checkpoint-tmp*"))
+        if not left:
+            return
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def _not_of_saving(record: logging.LogRecord) -> bool:

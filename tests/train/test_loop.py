@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kangaroo_jax.checkpoint.adapter import abstract_adapter, load_adapter, named_leaves
+from kangaroo_jax.checkpoint.adapter import abstract_adapter, adapter_from_parameters, load_adapter, named_leaves
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.adapter import adapter_apply
 from kangaroo_jax.train.loop import train
 from kangaroo_jax.train.settings import check_config
 from kangaroo_jax.train.step import initial_parameters, make_optimizer
@@ -172,6 +173,24 @@ def test_starting_parameters_are_copies_of_the_targets(target):
     for array in parameters.values():
         array.delete()  # what donating them does
     assert np.isfinite(np.asarray(target.model.norm.weight[...])).all()
+
+
+def test_a_zero_output_starts_as_the_exit_layer_itself_and_random_parameters_are_none_of_the_targets(target):
+    hidden = jax.random.normal(jax.random.key(0), (1, 5, target.config.hidden_size))
+    positions = jnp.arange(5)[None]
+
+    def adapted(initialization, seed=0):
+        parameters = initial_parameters(target.model, 3, initialization, seed)
+        return parameters, adapter_apply(adapter_from_parameters(target.config, parameters), hidden, positions)[0]
+
+    parameters, output = adapted("zero_output")
+    np.testing.assert_array_equal(output, target.model.norm(hidden))
+    qkv = parameters["layers.0.self_attn.qkv_proj"]  # random: a zero there would never be trained away
+    assert float(jnp.std(qkv)) == pytest.approx(0.02, rel=0.05)
+    parameters, output = adapted("random")
+    assert float(jnp.std(parameters["layers.0.self_attn.o_proj"])) == pytest.approx(0.02, rel=0.05)
+    assert np.array_equal(parameters["norm.weight"], np.ones(target.config.hidden_size))
+    assert not np.array_equal(output, adapted("random", seed=1)[1])
 
 
 def test_optimizer_follows_the_schedule():

@@ -49,7 +49,8 @@ def softmax(logits):
 
 
 def reference(target, teacher, draft, mask):
-    """Means of loss and metrics, and the loss's gradient for the draft's hidden states."""
+    """Means of loss and metrics, and the gradients of cross entropy and of total variation for the draft's hidden
+    states."""
     head = np.asarray(target.lm_head[...], np.float64)
     teacher_logits, draft_logits = teacher.astype(np.float64) @ head.T, draft.astype(np.float64) @ head.T
     p, q = softmax(teacher_logits), softmax(draft_logits)
@@ -59,21 +60,30 @@ def reference(target, teacher, draft, mask):
         acceptance += q[..., token] * np.minimum(1.0, p[..., token] / q[..., token])
     agreement = teacher_logits.argmax(-1) == draft_logits.argmax(-1)
     means = [(x * mask).sum() / mask.sum() for x in (loss, acceptance, agreement)]
-    gradient = (q - p) @ head * mask[..., None] / mask.sum()
-    return dict(zip(("loss", "expected_acceptance", "top1_agreement"), means, strict=True)), gradient
+    # Of min(p, q), the tokens with q below p have a gradient: 1 for q, and q's softmax below it.
+    below = (q < p).astype(np.float64)
+    variation = -q * (below - (q * below).sum(-1, keepdims=True))
+    gradients = [x @ head * mask[..., None] / mask.sum() for x in (q - p, variation)]
+    return dict(zip(("loss", "expected_acceptance", "top1_agreement"), means, strict=True)), *gradients
 
 
-@pytest.mark.parametrize("chunk", [1, 4, TIME, 64])
-def test_chunked_values_and_gradient_equal_the_whole_reference(target, hidden, chunk):
+@pytest.mark.parametrize(
+    ("loss", "chunk"),
+    [("cross_entropy", 1), ("cross_entropy", 4), ("cross_entropy", TIME), ("total_variation", 4), ("both", 64)],
+)
+def test_chunked_values_and_gradient_equal_the_whole_reference(target, hidden, loss, chunk):
     teacher, draft, mask = hidden
-    expected, expected_gradient = reference(target, teacher, draft, mask)
+    expected, of_entropy, of_variation = reference(target, teacher, draft, mask)
     assert 0.05 < expected["expected_acceptance"] < 0.95  # else the comparison would say little
+    share = {"cross_entropy": (1, 0), "total_variation": (0, 1), "both": (1, 1)}[loss]
+    expected_value = share[0] * expected["loss"] + share[1] * (1 - expected["expected_acceptance"])
+    expected_gradient = share[0] * of_entropy + share[1] * of_variation
 
     def objective(draft):
-        return distillation(target, teacher, draft, mask, chunk=chunk)
+        return distillation(target, teacher, draft, mask, chunk=chunk, loss=loss)
 
-    (loss, metrics), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(jnp.asarray(draft))
-    assert float(loss) == float(metrics["loss"])
+    (value, metrics), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(jnp.asarray(draft))
+    np.testing.assert_allclose(float(value), expected_value, rtol=2e-6)
     assert float(metrics["positions"]) == mask.sum()
     for name, value in expected.items():
         np.testing.assert_allclose(float(metrics[name]), value, rtol=2e-6, err_msg=name)
