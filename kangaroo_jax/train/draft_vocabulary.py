@@ -19,11 +19,11 @@ from jaxtyping import Int
 from kangaroo_jax import command_line
 from kangaroo_jax.checkpoint.adapter import load_adapter, write_draft_vocabulary
 from kangaroo_jax.checkpoint.huggingface import load_target
+from kangaroo_jax.data import chat
+from kangaroo_jax.data.cache import TokenCache, cache_folder, open_cache
+from kangaroo_jax.data.encode import Encoder
+from kangaroo_jax.data.records import find_sources
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.train import chat
-from kangaroo_jax.train.cache import TokenCache, cache_folder, open_cache
-from kangaroo_jax.train.encode import Encoder
-from kangaroo_jax.train.records import find_sources
 
 _NAME = "draft_vocabulary"
 _MAX_BAD_SHARE = 0.01  # the configs'

@@ -26,11 +26,8 @@ from tqdm import tqdm
 from kangaroo_jax import profiling
 from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
 from kangaroo_jax.checkpoint.huggingface import Target, load_target
-from kangaroo_jax.errors import InputError
-from kangaroo_jax.model import sharding
-from kangaroo_jax.train import checkpoints, preemption
-from kangaroo_jax.train.cache import cache_folder
-from kangaroo_jax.train.input import (
+from kangaroo_jax.data.cache import cache_folder
+from kangaroo_jax.data.input import (
     Batch,
     DataConfig,
     Rows,
@@ -40,6 +37,9 @@ from kangaroo_jax.train.input import (
     load_rows,
     training_batches,
 )
+from kangaroo_jax.errors import InputError
+from kangaroo_jax.model import sharding
+from kangaroo_jax.train import checkpoints, preemption
 from kangaroo_jax.train.settings import check_config, check_context, check_same_run, make_mesh
 from kangaroo_jax.train.step import abstract_state, compiled, initial_parameters, make_optimizer
 from kangaroo_jax.train.teacher import TeacherCache

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.checkpoint.adapter import adapter_metadata, load_adapter, named_leaves
+from kangaroo_jax.data.input import DataConfig, load_rows, training_batches
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.train import checkpoints
-from kangaroo_jax.train.input import DataConfig, load_rows, training_batches
 from kangaroo_jax.train.loop import train
 
 from .runs import ROOT, assert_same, checkpoint, configured

@@ -23,11 +23,11 @@ import pytest
 from flax import nnx
 
 from kangaroo_jax.checkpoint.huggingface import load_target
+from kangaroo_jax.data.input import DataConfig, Rows, device_part, load_rows
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.adapter import Adapter
 from kangaroo_jax.model.target import deep_apply, shallow_apply
 from kangaroo_jax.train import teacher as teacher_module
-from kangaroo_jax.train.input import DataConfig, Rows, device_part, load_rows
 from kangaroo_jax.train.loop import train
 from kangaroo_jax.train.objective import adapter_loss, segment_mask
 from kangaroo_jax.train.settings import make_mesh
@@ -140,7 +140,8 @@ def test_losses_and_gradients_are_the_online_ones_to_bfloat16(small_target_folde
 SCRIPT = """
 import json, pathlib, sys, time
 from kangaroo_jax.checkpoint.huggingface import load_target
-from kangaroo_jax.train import input, teacher
+from kangaroo_jax.data import input
+from kangaroo_jax.train import teacher
 from kangaroo_jax.train.settings import make_mesh
 
 settings = json.loads(sys.argv[1])

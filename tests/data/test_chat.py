@@ -11,11 +11,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from kangaroo_jax.data.encode import Encoder, Tokens
+from kangaroo_jax.data.records import BadRecord, Conversation, Place, Source, Text, Turn, tidy
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.train.encode import Encoder, Tokens
-from kangaroo_jax.train.records import BadRecord, Conversation, Place, Source, Text, Turn, tidy
-
-from .tokens import byte_tokenizer
+from tests.tokens import byte_tokenizer
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 CHATML = (

@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.data import chat
+from kangaroo_jax.data.records import BadRecord, Conversation, Place, Source, Text
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.train import chat
-from kangaroo_jax.train.records import BadRecord, Conversation, Place, Source, Text
 
 _VERSION = 1  # of what this module and the two it stands on make of a record; another one makes cached tokens stale
 

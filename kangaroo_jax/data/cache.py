@@ -27,9 +27,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Bool, Int
 from tqdm import tqdm
 
+from kangaroo_jax.data.encode import Encoder
+from kangaroo_jax.data.records import BadRecord, Entry, Place, Source, read_records
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.train.encode import Encoder
-from kangaroo_jax.train.records import BadRecord, Entry, Place, Source, read_records
 
 _VERSION = 1
 _AT_ONCE = 256  # records; the tokenizer works through them in parallel

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
-from kangaroo_jax.train.records import BadRecord, Turn
+from kangaroo_jax.data.records import BadRecord, Turn
 
 Span = tuple[int, int]  # characters [start, end)
 _Part = tuple[str, bool]  # text, and whether the assistant wrote it

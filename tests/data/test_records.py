@@ -7,9 +7,9 @@ import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from kangaroo_jax.data.records import BadRecord, Conversation, Text, Turn, find_sources, read_records, tidy
 from kangaroo_jax.demo import corpus
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.train.records import BadRecord, Conversation, Text, Turn, find_sources, read_records, tidy
 
 CHAT = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
 HELLO = Conversation((Turn("user", "hi"), Turn("assistant", "hello")))

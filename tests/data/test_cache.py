@@ -15,13 +15,12 @@ import threading
 import numpy as np
 import pytest
 
+from kangaroo_jax.data import cache as cache_module
+from kangaroo_jax.data.cache import cache_folder, open_cache
+from kangaroo_jax.data.encode import Encoder
+from kangaroo_jax.data.records import find_sources
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.train import cache as cache_module
-from kangaroo_jax.train.cache import cache_folder, open_cache
-from kangaroo_jax.train.encode import Encoder
-from kangaroo_jax.train.records import find_sources
-
-from .tokens import byte_tokenizer
+from tests.tokens import byte_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHAT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}, {"from": "gpt", "value": "again"}]
@@ -136,8 +135,8 @@ def test_a_damaged_cache_is_made_again(tmp_path, data, encoder, name, capsys):
 SCRIPT = """
 import sys, time
 from types import SimpleNamespace
-from kangaroo_jax.train import cache, encode, records
-from tests.train.tokens import byte_tokenizer
+from kangaroo_jax.data import cache, encode, records
+from tests.tokens import byte_tokenizer
 
 def slow(sources, read=cache.read_records):
     for number, entry in enumerate(read(sources)):

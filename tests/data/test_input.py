@@ -7,11 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from kangaroo_jax.demo import corpus
-from kangaroo_jax.errors import InputError
-from kangaroo_jax.train.cache import cache_folder, open_cache
-from kangaroo_jax.train.encode import Encoder
-from kangaroo_jax.train.input import (
+from kangaroo_jax.data.cache import cache_folder, open_cache
+from kangaroo_jax.data.encode import Encoder
+from kangaroo_jax.data.input import (
     DataConfig,
     Rows,
     check_files,
@@ -20,7 +18,9 @@ from kangaroo_jax.train.input import (
     load_rows,
     training_batches,
 )
-from kangaroo_jax.train.records import find_sources
+from kangaroo_jax.data.records import find_sources
+from kangaroo_jax.demo import corpus
+from kangaroo_jax.errors import InputError
 
 LENGTH = 64
 

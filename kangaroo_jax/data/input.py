@@ -20,11 +20,11 @@ import numpy as np
 from jaxtyping import Int
 
 from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.data.cache import TokenCache, cache_folder, open_cache
+from kangaroo_jax.data.encode import Encoder
+from kangaroo_jax.data.packing import pack
+from kangaroo_jax.data.records import STANDARD_LIBRARY, find_sources
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.train.cache import TokenCache, cache_folder, open_cache
-from kangaroo_jax.train.encode import Encoder
-from kangaroo_jax.train.packing import pack
-from kangaroo_jax.train.records import STANDARD_LIBRARY, find_sources
 
 Batch = dict[str, np.ndarray]
 
