@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 16
     config.sequence_length = 256
     config.loss_chunk = 64  # positions of each sequence whose logits exist at once
-    config.loss = "cross_entropy"  # or total_variation, or both: see docs/adapter.md
+    config.loss = "total_variation"  # or cross_entropy, as the authors, or both: see docs/adapter.md
     config.initialization = "layer"  # attention of the target's layer exit_layer; or zero_output, or random
 
     config.data = ml_collections.ConfigDict()

@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 16
     config.sequence_length = 2048
     config.loss_chunk = 128  # positions of each sequence whose logits exist at once
-    config.loss = "cross_entropy"  # or total_variation, or both: see docs/adapter.md
+    config.loss = "cross_entropy"  # as the authors; or total_variation, or both: see docs/adapter.md
     config.initialization = "layer"  # attention of the target's layer exit_layer; or zero_output, or random
 
     config.data = ml_collections.ConfigDict()
