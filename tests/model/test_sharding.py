@@ -148,7 +148,7 @@ for count, sizes in [(1, (1, 1, 1)), (2, (1, 2, 1)), (4, (1, 1, 4)), (8, (2, 2, 
     settings = check_config(config)
     counted[0] = 0
     target = load_target(folder, "float32", make_mesh(settings, jax.devices()[:count]))
-    run = _Run(settings, target, iter(batches), [], {})
+    run = _Run(settings, target)
     losses = []
     for batch in batches:
         arrays = run._put(batch)
