@@ -1,4 +1,4 @@
-"""Runs many `python -m kangaroo_jax.bench` command lines in one process, most of whose time is Python's imports."""
+"""Runs many lines of one `python -m kangaroo_jax.bench` command in one process, most of whose time is imports."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from collections.abc import Sequence
 ROOT = pathlib.Path(__file__).parents[2]
 
 _RUNNER = """
-import contextlib, io, json, sys
+import contextlib, importlib, io, json, sys
 from absl.testing import flagsaver
-from kangaroo_jax.bench import __main__ as bench, spec_bench  # the flags of the latter are saved and restored
+from kangaroo_jax.bench import __main__ as bench
+importlib.import_module("kangaroo_jax.bench." + sys.argv[1])  # whose flags are saved and restored
 
 results = []
 for line in json.load(sys.stdin):
@@ -40,9 +41,12 @@ json.dump(results, sys.stdout)
 """
 
 
-def bench(lines: Sequence[Sequence[str]], cache: pathlib.Path) -> list[tuple[int, str, str]]:
+def bench(
+    lines: Sequence[Sequence[str]], cache: pathlib.Path, command: str = "spec_bench"
+) -> list[tuple[int, str, str]]:
     """Exit code, standard output and standard error of each; "without:NAME" in a line hides that module from it.
 
+    All lines are of one `command`, since others have flags of the same names, or of none.
     `cache` keeps compiled programs, however small, for the next call.
     """
     environment = os.environ | {
@@ -50,7 +54,7 @@ def bench(lines: Sequence[Sequence[str]], cache: pathlib.Path) -> list[tuple[int
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     done = subprocess.run(
-        [sys.executable, "-c", _RUNNER],
+        [sys.executable, "-c", _RUNNER, command],
         input=json.dumps(lines),
         capture_output=True,
         text=True,

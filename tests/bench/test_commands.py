@@ -1,22 +1,13 @@
 """The bench commands as a user runs them: what they print, and one line for what is wrong."""
 
-import concurrent.futures
 import json
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.bench.commands import bench
 
-
-def bench(*words):
-    command = [sys.executable, "-m", "kangaroo_jax.bench", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
+COMMANDS = ("roofline", "tune", "peers")
 MISTAKES = [
     ([], "bench: error: expected a command, found ''"),
     (["rooflin"], "bench: error: expected a command, found 'rooflin'"),
@@ -40,28 +31,32 @@ MISTAKES = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Two at a time: most of each is Python's imports."""
-    bad = tmp_path_factory.mktemp("prompts") / "bad.jsonl"
+    folder = tmp_path_factory.mktemp("prompts")
+    bad = folder / "bad.jsonl"
     bad.write_text(json.dumps({"prompt": "x"}) + "\n" + json.dumps({"text": "x"}) + "\n")
     lines = [[word.format(bad=bad) for word in words] for words, _ in MISTAKES]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda words: bench(*words), lines))
+    found = {}
+    for command in COMMANDS:
+        own = [i for i, line in enumerate(lines) if (line[0] if line and line[0] in COMMANDS else "tune") == command]
+        found |= zip(own, bench([lines[i] for i in own], folder / "cache", command), strict=True)
+    return found
 
 
 @pytest.mark.parametrize("i", range(len(MISTAKES)), ids=[" ".join(words) or "none" for words, _ in MISTAKES])
 def test_mistakes_are_one_line_and_exit_code_2(results, i):
-    done = results[i]
-    if "peers" in MISTAKES[i][0] and "torch is not installed" in done.stderr:
+    code, _, err = results[i]
+    if "peers" in MISTAKES[i][0] and "torch is not installed" in err:
         pytest.skip("torch is not installed")
-    assert done.returncode == 2, done.stderr
-    assert MISTAKES[i][1] in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert code == 2, err
+    assert MISTAKES[i][1] in err
+    assert err.count("\n") == 1
 
 
-def test_roofline_prints_every_part_and_sums_that_add_up():
-    done = bench("roofline", "--contexts=16", "--max_draft_len=2", "--widths=3", "--tree_topk=2", "--tree_budgets=4")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_roofline_prints_every_part_and_sums_that_add_up(tmp_path):
+    shape = ["--contexts=16", "--max_draft_len=2", "--widths=3", "--tree_topk=2", "--tree_budgets=4"]
+    ((code, out, err),) = bench([["roofline", *shape]], tmp_path / "cache", "roofline")
+    assert code == 0, err
+    lines = out.splitlines()
     rows = {name: line[24:].split() for name in PARTS for line in lines if line[:24].strip() == name}
     assert set(rows) == set(PARTS)
     milliseconds = {name: float(row[0]) for name, row in rows.items()}
@@ -70,7 +65,7 @@ def test_roofline_prints_every_part_and_sums_that_add_up():
     plain = milliseconds["plain step"]
     assert float(rows["verification of 3"][1]) == pytest.approx(milliseconds["verification of 3"] / plain, abs=0.01)
     cost = 2 * milliseconds["draft step"] + milliseconds["shallow pass"] + milliseconds["verification of 3"]
-    printed = float(re.search(r"a round of 2 drafts costs (\S+) plain steps", done.stdout)[1])
+    printed = float(re.search(r"a round of 2 drafts costs (\S+) plain steps", out)[1])
     assert printed == pytest.approx(cost / plain, abs=0.02)
     for ours, theirs in (("tree level of 2", "draft step"), ("verification of tree 4", "verification of 3")):
         assert rows[ours][2:4] == rows[theirs][2:4]  # the same bytes

@@ -43,7 +43,7 @@ def started(command):
 def test_killed_in_the_middle_of_a_save_and_then_preempted_equals_uninterrupted(run, settings, tmp_path, capsys):
     output = tmp_path / "run"
     # Evaluating at every step leaves time for a signal between the checkpoint and the end.
-    slow = settings | {"output": str(output), "evaluate_every": 1, "evaluation_windows": 256}
+    slow = settings | {"output": str(output), "evaluate_every": 1, "evaluation_windows": 64}
     killed = started([sys.executable, "-c", _DIES, *flags(slow)])
     _, err = killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL, err
