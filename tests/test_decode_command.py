@@ -1,13 +1,15 @@
 """decode.py as a user runs it: exit codes, one-line errors, the shape of its output."""
 
-import concurrent.futures
 import gzip
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from tests.decode_commands import decode_in_one_process
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -105,19 +107,17 @@ MISTAKES = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The commands' results, run two at a time: most of each is Python's imports."""
     latin1 = tmp_path_factory.mktemp("prompt") / "latin1.txt"
     latin1.write_bytes("café".encode("latin-1"))
     commands = [[flag.format(latin1=latin1) for flag in flags] for flags, _ in MISTAKES]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda flags: decode(*flags), commands))
+    return decode_in_one_process(commands, dict(os.environ))
 
 
 @pytest.mark.parametrize("index", range(len(MISTAKES)), ids=[" ".join(flags) for flags, _ in MISTAKES])
 def test_bad_input_is_one_line_and_exit_code_2(results, index):
-    error = results[index].stderr.decode().strip()
-    assert results[index].returncode == 2
+    code, out, error = results[index]
+    assert code == 2
     assert error.startswith("decode.py: error: ")
     assert MISTAKES[index][1] in error
-    assert len(error.splitlines()) == 1
-    assert results[index].stdout == b""
+    assert error.count("\n") == 1
+    assert out == ""

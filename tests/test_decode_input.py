@@ -12,31 +12,10 @@ import time
 import pytest
 
 from tests.bench.models import save_model
+from tests.decode_commands import decode_in_one_process
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = [{"id": i, "prompt": f"{i}: class Stack{i}", "max_new_tokens": 60 + 7 * i % 60} for i in range(60)]
-
-# Many command lines in one process, most of whose time is Python's imports. JAX looks for a cluster once in a process
-# only, hence --num_processes.
-RUNNER = """
-import contextlib, io, json, sys
-from absl.testing import flagsaver
-import decode
-from kangaroo_jax import command_line
-
-results = []
-for line in json.load(sys.stdin):
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        saved = flagsaver.save_flag_values()
-        try:
-            command_line.run("decode.py", decode.main, ["decode.py", "--num_processes=1", *line])
-        except SystemExit as stop:
-            code = stop.code
-        flagsaver.restore_flag_values(saved)
-    results.append((code or 0, out.getvalue(), err.getvalue()))
-json.dump(results, sys.stdout)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +43,6 @@ def flags(work, output, *more):
         "--max_draft_len=2",
         *more,
     ]
-
-
-def decode_in_one_process(work, lines):
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER],
-        input=json.dumps(lines),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment(work) | {"PYTHONPATH": str(ROOT)},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def read(path):
@@ -146,7 +111,7 @@ def results(work):
         flags(work, "sampled4.jsonl", "--temperature=0.9", "--top_p=0.95", "--seed=3", "--stop=ab", "--batch_size=4"),
         flags(work, "sampled1.jsonl", "--temperature=0.9", "--top_p=0.95", "--seed=3", "--stop=ab", "--batch_size=1"),
     ]
-    return decode_in_one_process(work, lines)
+    return decode_in_one_process(lines, environment(work))
 
 
 @pytest.mark.parametrize("i", range(len(MISTAKES)), ids=[" ".join(words) for words, _ in MISTAKES])
