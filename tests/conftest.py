@@ -14,7 +14,7 @@ pytest_plugins = ["tests.targets"]
 
 # One for the whole session: many tests compile the same programs, some in processes of their own.
 _CACHE = tempfile.mkdtemp(prefix="kangaroo_jax-tests-")
-_SETTINGS = {"jax_compilation_cache_dir": _CACHE, "jax_persistent_cache_min_compile_time_secs": 0.1}
+_SETTINGS = {"jax_compilation_cache_dir": _CACHE, "jax_persistent_cache_min_compile_time_secs": 1.0}
 
 
 def pytest_configure():

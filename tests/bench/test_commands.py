@@ -6,6 +6,7 @@ import re
 import pytest
 
 from tests.bench.commands import bench
+from tests.bench.models import save_model
 
 COMMANDS = ("roofline", "tune", "peers")
 MISTAKES = [
@@ -53,8 +54,11 @@ def test_mistakes_are_one_line_and_exit_code_2(results, i):
 
 
 def test_roofline_prints_every_part_and_sums_that_add_up(tmp_path):
+    model, adapter = save_model(tmp_path)
     shape = ["--contexts=16", "--max_draft_len=2", "--widths=3", "--tree_topk=2", "--tree_budgets=4"]
-    ((code, out, err),) = bench([["roofline", *shape]], tmp_path / "cache", "roofline")
+    ((code, out, err),) = bench(
+        [["roofline", f"--model={model}", f"--adapter={adapter}", *shape]], tmp_path / "cache", "roofline"
+    )
     assert code == 0, err
     lines = out.splitlines()
     rows = {name: line[24:].split() for name in PARTS for line in lines if line[:24].strip() == name}
@@ -63,15 +67,18 @@ def test_roofline_prints_every_part_and_sums_that_add_up(tmp_path):
     differences = ("shallow pass", "tree level of 2")  # of two timings, so noise may win
     assert not {name: value for name, value in milliseconds.items() if value <= 0 and name not in differences}
     plain = milliseconds["plain step"]
-    assert float(rows["verification of 3"][1]) == pytest.approx(milliseconds["verification of 3"] / plain, abs=0.01)
+    half = 0.0005  # of the last digit printed, in milliseconds: the model is small
+    ratio = milliseconds["verification of 3"] / plain
+    off = 0.001 + half * (1 + ratio) / (plain - half)
+    assert float(rows["verification of 3"][1]) == pytest.approx(ratio, abs=off)
     cost = 2 * milliseconds["draft step"] + milliseconds["shallow pass"] + milliseconds["verification of 3"]
     printed = float(re.search(r"a round of 2 drafts costs (\S+) plain steps", out)[1])
-    assert printed == pytest.approx(cost / plain, abs=0.02)
+    assert printed == pytest.approx(cost / plain, abs=0.01 + half * (4 + cost / plain) / (plain - half))
     for ours, theirs in (("tree level of 2", "draft step"), ("verification of tree 4", "verification of 3")):
         assert rows[ours][2:4] == rows[theirs][2:4]  # the same bytes
     assert next(float(line[24:].split()[0]) for line in lines if line.startswith("of 2 levels, 4")) > 0
     parts = next(float(line.split()[4]) for line in lines if line.startswith("of 2 drafts"))
-    assert parts == pytest.approx(cost, abs=0.01)
+    assert parts == pytest.approx(cost, abs=6 * half)
 
 
 PARTS = (
