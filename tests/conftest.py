@@ -14,10 +14,15 @@ pytest_plugins = ["tests.targets"]
 
 # One for the whole session: many tests compile the same programs, some in processes of their own.
 _CACHE = tempfile.mkdtemp(prefix="kangaroo_jax-tests-")
-_SETTINGS = {"jax_compilation_cache_dir": _CACHE, "jax_persistent_cache_min_compile_time_secs": 1.0}
+_SETTINGS = {"jax_compilation_cache_dir": _CACHE, "jax_persistent_cache_min_compile_time_secs": 0.5}
 
 
 def pytest_configure():
+    # Half of the time goes into compiling. Commands in processes of their own are compiled as users have them.
+    before = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{before} --xla_backend_optimization_level=1"
+    jax.devices()  # reads it
+    os.environ["XLA_FLAGS"] = before
     for name, value in _SETTINGS.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
