@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from kangaroo_jax.decode import host_loop
+from tests.train.runs import LESS_OPTIMIZATION
 
 pytest_plugins = ["tests.targets"]
 
@@ -20,7 +21,7 @@ _SETTINGS = {"jax_compilation_cache_dir": _CACHE, "jax_persistent_cache_min_comp
 def pytest_configure():
     # Half of the time goes into compiling. Commands in processes of their own are compiled as users have them.
     before = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{before} --xla_backend_optimization_level=1"
+    os.environ["XLA_FLAGS"] = f"{before} {LESS_OPTIMIZATION}"
     jax.devices()  # reads it
     os.environ["XLA_FLAGS"] = before
     for name, value in _SETTINGS.items():

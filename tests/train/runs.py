@@ -9,6 +9,8 @@ import orbax.checkpoint as ocp
 from kangaroo_jax.checkpoint.adapter import item_handlers
 
 ROOT = pathlib.Path(__file__).parents[2]
+# How the tests' own process compiles, and others whose results are compared with its bit for bit.
+LESS_OPTIMIZATION = "--xla_backend_optimization_level=1"
 
 
 def demo_config():

@@ -3,6 +3,7 @@ are not finite. A run that went on must equal, bit for bit, one to which nothing
 
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -19,7 +20,9 @@ from kangaroo_jax.errors import InputError
 from kangaroo_jax.train import checkpoints
 from kangaroo_jax.train.loop import train
 
-from .runs import ROOT, assert_same, checkpoint, configured
+from .runs import LESS_OPTIMIZATION, ROOT, assert_same, checkpoint, configured
+
+ENVIRONMENT = os.environ | {"XLA_FLAGS": LESS_OPTIMIZATION}
 
 # train.py, that dies at the moment in which step 20 is to be given its final name.
 _DIES = """
@@ -37,7 +40,9 @@ def flags(settings):
 
 
 def started(command):
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_killed_in_the_middle_of_a_save_and_then_preempted_equals_uninterrupted(run, settings, tmp_path, capsys):
@@ -148,7 +153,12 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoints_alone(run, settings, tm
     program = ["train.py"] if beforehand else ["-c", _BELIEVES]
     command = [sys.executable, *program, *flags(settings | {"output": str(mounted / "run")})]
     result = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script, "sh", *command], cwd=ROOT, capture_output=True, text=True, timeout=120
+        ["unshare", "-rm", "sh", "-c", script, "sh", *command],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 1, result.stderr
     reason = r"it takes [\d.]+ MB, and [\d.]+ MB are free" if beforehand else ".*No space left.*"
