@@ -93,6 +93,7 @@ _JSON = flags.DEFINE_bool("json", False, "End the output with one line: a JSON o
 
 _PIPE_PATIENCE = 5.0  # seconds
 _PREFLIGHT_PROMPT = 1024  # tokens
+_PREFLIGHT_EXIT_LAYER = 2  # the paper's for 7B; memory hardly depends on it
 
 
 def read_prompt() -> str:
@@ -182,12 +183,12 @@ def check_flags_of_input() -> None:
 
 def fits() -> bool:
     """--preflight: whether what the other flags ask for fits the machine it names."""
+    given, _ = settings()
     machine = preflight.find_machine(preflight.PREFLIGHT.value)
     return preflight.decoding(
         _MODEL.value or str(demo.MODEL),
         _DTYPE.value or ("float32" if _MODEL.value is None else "bfloat16"),
-        _EXIT_LAYER.value or 2,  # the paper's for 7B; its cost hardly depends on it
-        _MAX_DRAFT_LEN.value or DraftConfig().max_draft_len,
+        given.over(DraftConfig(_PREFLIGHT_EXIT_LAYER)),
         _PREFLIGHT_PROMPT,
         _MAX_NEW_TOKENS.value,
         _MODEL_PARALLEL.value,

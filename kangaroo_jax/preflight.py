@@ -168,15 +168,14 @@ def training(config: Any, machine: Machine) -> bool:
 def decoding(
     target_name: str,
     dtype: str,
-    exit_layer: int,
-    max_draft_len: int,
+    draft: DraftConfig,
     prompt_tokens: int,
     max_new_tokens: int,
     model_parallel: int,
     machine: Machine,
 ) -> bool:
     """Prints what decoding one sequence needs on a machine: prefill, and rounds of draft and verification; says
-    whether it fits.
+    whether it fits. `draft` names its exit layer.
 
     Raises:
       InputError: as `training`.
@@ -187,7 +186,7 @@ def decoding(
     from kangaroo_jax.shapes import model_config
 
     shape = model_config(target_name)
-    check_exit_layer(exit_layer, shape)
+    check_exit_layer(draft.exit_layer, shape)
     mesh = sharding.decoding_mesh(model_parallel, machine.devices)
     target = abstract_target(shape, dtype, mesh)
     adapter = abstract(abstract_adapter(shape, jnp.dtype(dtype)), mesh)
@@ -198,24 +197,26 @@ def decoding(
 
     # As host_loop.run rounds them.
     time_ = bucket(prompt_tokens, host_loop.PROMPT_STEP)
-    room = bucket(max_new_tokens + max_draft_len + 1, host_loop.CACHE_STEP)
-    capacity = bucket(max(time_, prompt_tokens + max_new_tokens + max_draft_len + 1), host_loop.CACHE_STEP)
+    room = bucket(max_new_tokens + draft.max_draft_len + 1, host_loop.CACHE_STEP)
+    slots = generate.cache_slots(adapter, draft)
+    capacity = bucket(max(time_, prompt_tokens + max_new_tokens + slots), host_loop.CACHE_STEP)
     ends = host_loop.EOS_STEP
     print(f"{machine}: {_describe(mesh)}")
     print(
-        f"decoding one sequence: {target_name}, exit layer {exit_layer}, gamma {max_draft_len}, prompt of "
-        f"{prompt_tokens} tokens, {max_new_tokens} new, {dtype}"
+        f"decoding one sequence: {target_name}, exit layer {draft.exit_layer}, {draft}, prompt of {prompt_tokens} "
+        f"tokens, {max_new_tokens} new, {dtype}"
     )
-    first = jax.jit(functools.partial(prefill, exit_layer=exit_layer, capacity=capacity, room=room))
+    first = jax.jit(functools.partial(prefill, exit_layer=draft.exit_layer, capacity=capacity, room=room))
     inputs = (target, adapter, array((1, time_)), array((1,)), array((1,)), array((ends,)))
     reports = [_report("prefill", first, inputs, machine)]
     state = reports[0].outputs
     if state is not None:
         one_round = functools.partial(
             generate.kangaroo_round,
-            exit_layer=exit_layer,
-            max_draft_len=max_draft_len,
-            widths=generate.verification_widths(DraftConfig(None, max_draft_len), machine.devices[0].platform),
+            exit_layer=draft.exit_layer,
+            max_draft_len=draft.max_draft_len,
+            widths=generate.verification_widths(draft)[-1:],  # a round runs one; narrower ones need less
+            tree=draft.tree,
         )
         rounds = jax.jit(
             functools.partial(host_loop.advance_rounds, one_round),

@@ -10,7 +10,7 @@ import types
 import jax
 import pytest
 
-from kangaroo_jax import preflight
+from kangaroo_jax import DraftConfig, TreeConfig, preflight
 from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.preflight import Machine
 from kangaroo_jax.train import step
@@ -40,18 +40,29 @@ def test_the_command_prints_the_training_steps_table_and_says_that_it_fits():
     assert re.search(r"^fits: \d\.\d\d GiB of ", done.stdout, re.MULTILINE)
 
 
-def test_what_does_not_fit_is_said_so_with_a_cached_teachers_pass_and_a_round_of_decoding_has_its_table(capsys):
+def test_what_does_not_fit_is_said_so_and_a_cached_teachers_pass_has_its_table(capsys):
     cached = configured(SMALL, teacher="cached")
     assert preflight.training(cached, Machine("here", jax.devices(), memory=1000)) is False
     out = capsys.readouterr().out
     assert "does not fit: 0.0" in out
     step, teacher = (float(x) for x in re.findall(r"matrix products, all devices +(\S+) FLOPs", out))
     assert step < teacher  # 2 of 8 layers, and three times the adapter and the head, against 8 layers
-    arguments = (str(TARGET), "float32", 2, 1, 64, 32, 1)
-    assert preflight.decoding(*arguments, Machine("here", jax.devices(), memory=2**30)) is True
-    out = capsys.readouterr().out
-    assert out.index("\nprefill\n") < out.index("\nrounds ") < out.index("\nfits: ")
-    assert out.count("peak, per device") == 2
+
+
+def test_a_round_of_decoding_has_its_table_and_a_trees_costs_its_budget(capsys):
+    def products(draft):
+        here = Machine("here", jax.devices(), memory=2**30)
+        assert preflight.decoding(str(TARGET), "float32", draft, 64, 32, 1, here) is True
+        out = capsys.readouterr().out
+        assert out.index("\nprefill\n") < out.index("\nrounds ") < out.index("\nfits: ")
+        assert out.count("peak, per device") == 2
+        assert str(draft) in out
+        return [float(x) for x in re.findall(r"matrix products, all devices +(\S+) FLOPs", out)]
+
+    prefill, single = products(DraftConfig(2, 2))
+    same, tree = products(DraftConfig(2, 2, tree=TreeConfig(2, 6)))
+    assert same == prefill
+    assert tree > 1.5 * single  # 7 positions verified, not 3
 
 
 class NoRoom:

@@ -103,9 +103,8 @@ def cache_slots(adapter: Adapter, draft: DraftConfig) -> int:
     return max(1 + draft.tree.topk * (draft.max_draft_len - 1), verification_widths(draft)[-1])
 
 
-def verification_widths(draft: DraftConfig, platform: str | None = None) -> tuple[int, ...]:
-    """How many tokens a verification pass may hold, ascending: x_n and the drafted tokens of a round; on a platform
-    (the default device's if None)."""
+def verification_widths(draft: DraftConfig) -> tuple[int, ...]:
+    """How many tokens a verification pass may hold, ascending: x_n and the drafted tokens of a round."""
     gamma, tree = draft.max_draft_len, draft.tree
     if tree is None:
         full, fewer = gamma + 1, (2, 3, 5, 7, 9, 13)
@@ -113,7 +112,7 @@ def verification_widths(draft: DraftConfig, platform: str | None = None) -> tupl
         # What a tree of each depth holds.
         *fewer, full = sorted({1 + tree.drafted(levels) for levels in range(1, gamma + 1)})
     # Beside reading the weights, positions are free on accelerators; on CPU they are not.
-    return (full,) if (platform or jax.default_backend()) != "cpu" else (*(w for w in fewer if w < full), full)
+    return (full,) if jax.default_backend() != "cpu" else (*(w for w in fewer if w < full), full)
 
 
 def kangaroo_round(
