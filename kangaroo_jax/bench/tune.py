@@ -6,9 +6,9 @@ gamma and eta of a single sequence, or of a tree with its K and budget.
     python -m kangaroo_jax.bench tune --tree_topk=4,10 --tree_budget=16,32,64     other trees; --tree_topk= for none
 
 Measures what rounds cost and records what the target accepts on calibration prompts; from these predicts the speed of
-every gamma and eta, of a single sequence and of every tree, confirms the best few of both by decoding with them, and
-writes the fastest to `decode.json` in the adapter's folder. With several --adapter flags (other exit layers, say) each
-gets its own, and the fastest is named.
+every gamma and eta, of a single sequence and of every tree, corrected by how far decoding with one setting is from what
+was predicted of it. Confirms the best few of both by decoding with them, and writes the fastest to `decode.json` in the
+adapter's folder. With several --adapter flags (other exit layers, say) each gets its own, and the fastest is named.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ _THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(20))
 # A tree's compares with the probability of whole paths, so low ones matter.
 _TREE_THRESHOLDS = (0.0, 0.01, 0.02, 0.03, *_THRESHOLDS[1:])
 _LEVELS = 6  # of the tree rounds that are timed
+# What predictions are corrected by: the paper's eta, and drafts whose lengths vary.
+_REFERENCE = DraftConfig(None, 4, 0.6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,8 +270,12 @@ def _tune(
     costs = measure_costs(single, wide, trees)
     singles = [DraftConfig(None, *setting) for setting in itertools.product(_DRAFT_LENGTHS, _THRESHOLDS)]
     speeds = {draft: predict(recordings, costs, draft) for draft in [*singles, *trees]}
+    (found,) = _measure(target, adapter, prompts, [_REFERENCE], "correcting")
+    correction = found / predict(recordings, costs, _REFERENCE)
+    print(f"with {_REFERENCE} decoding is {correction:.2f} times as fast as rounds timed alone say; so below")
+    speeds = {draft: speed * correction for draft, speed in speeds.items()}
     drafts = best_of(speeds, _CONFIRM.value)
-    measured = _measure(target, adapter, prompts, drafts)
+    measured = _measure(target, adapter, prompts, drafts, "confirming")
     print(
         f"{'':8}{'K':>4}{'budget':>8}{'gamma':>7}{'eta':>6}{'accept length':>15}{'steps':>7}{'predicted':>11}"
         f"{'measured':>10}{'off':>6}"
@@ -301,14 +307,14 @@ def _capacity(prompt: list[int], max_new_tokens: int, slots: int) -> int:
 
 
 def _measure(
-    target: Target, adapter: TrainedAdapter, prompts: list[list[int]], drafts: list[DraftConfig]
+    target: Target, adapter: TrainedAdapter, prompts: list[list[int]], drafts: list[DraftConfig], purpose: str
 ) -> list[float]:
     """The speed-up of decoding with each setting over plain decoding, prefill not counted, over all answers."""
     count = _MAX_NEW_TOKENS.value
     calls = [lambda ids: generate_plain(target, [ids], count, eos_token_ids=())]
     calls += [lambda ids, d=d: generate(target, adapter, [ids], count, d, eos_token_ids=()) for d in drafts]
     totals = np.zeros(len(calls))
-    for ids in tqdm(prompts, desc="confirming", unit="prompt", leave=False):
+    for ids in tqdm(prompts, desc=purpose, unit="prompt", leave=False):
         times = [[] for _ in calls]
         for run in range(_RUNS.value + 1):
             for call, seconds in zip(calls, times, strict=True):
