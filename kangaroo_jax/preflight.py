@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from absl import flags
 from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental.layout import Format
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import PyTree
 
 from kangaroo_jax import program
@@ -110,10 +111,10 @@ def find_machine(name: str) -> Machine:
 
 
 def abstract(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Weights as shapes, placed by the table of partitions."""
+    """Weights as shapes, placed as loading places them."""
     leaves, structure = jax.tree.flatten(tree)
     placed = [
-        _placed(x, NamedSharding(mesh, sharding.partition(path, x.shape, mesh)))
+        _placed(x, sharding.placement(path, NamedSharding(mesh, sharding.partition(path, x.shape, mesh))))
         for path, x in zip(parameter_paths(tree), leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, placed)
@@ -124,7 +125,7 @@ def abstract_target(config: ModelConfig, dtype: str, mesh: Mesh) -> TargetModel:
     return abstract(nnx.eval_shape(lambda: TargetModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))), mesh)
 
 
-def _placed(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+def _placed(x: Any, where: Sharding | Format) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 

@@ -376,6 +376,7 @@ def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
         parameters = jax.tree.map(jnp.asarray, parameters)
     else:
         parameters = sharding.put(parameters, sharding.shardings(parameters, target.mesh))
+    parameters = {path: sharding.arranged(path, x) for path, x in parameters.items()}
     model = adapter_from_parameters(target.config, parameters)
     return TrainedAdapter(model, metadata["exit_layer"], name, target.fingerprint)
 

@@ -216,7 +216,7 @@ def fill_module(
                 NamedSharding(mesh, sharding.partition(path, shape, mesh)),
                 lambda index, parts=parts: parts(*((x.start, x.stop) for x in index)),
             )
-        leaves[i] = jax.block_until_ready(array)
+        leaves[i] = jax.block_until_ready(sharding.arranged(path, array))
     return jax.tree.unflatten(structure, leaves)
 
 

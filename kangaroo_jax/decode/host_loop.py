@@ -384,7 +384,7 @@ def _compiled(
     """`function`, compiled ahead for arguments like these so that compilation is timed apart, and the seconds that
     compiling took: 0 where it was compiled before."""
     leaves, structure = jax.tree.flatten(args)
-    key = (_identity(function), structure, tuple((x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in leaves))
+    key = (_identity(function), structure, tuple((x.shape, str(x.dtype), getattr(x, "format", None)) for x in leaves))
     start = time.perf_counter()
     if key not in _programs:
         # What is donated comes back where it was, so that the program takes its own result.

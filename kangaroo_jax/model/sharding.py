@@ -1,4 +1,4 @@
-"""Which device holds what: the mesh, and one table from parameter paths to partitions.
+"""Which device holds what, and in which order of axes: the mesh, and tables from parameter paths to both.
 
 Axes of the mesh: `data` (batch alone), `fsdp` (batch and weights: a weight is gathered where it is used), `model`
 (weights: tensor parallelism over key/value heads, the MLP's width and the vocabulary).
@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental.layout import Format, Layout
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
@@ -35,6 +36,11 @@ _TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r"down_proj", ("model", "fsdp")),  # [intermediate, hidden]
     (r"norm\.weight|layernorm\.weight|o_bias|down_bias", (None,)),
 )
+
+# Platform -> the end of a parameter's path -> its axes in memory, from the slowest to the fastest, where the products
+# take it otherwise than it is written: XLA would copy all such weights at the start of each program. Found by letting
+# XLA for TPU choose (Layout.AUTO) for rounds of decoding.
+_LAYOUTS = {"tpu": ((r"qkv_proj", (1, 2, 3, 0)), (r"gate_up_proj", (1, 0, 2)))}
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -118,6 +124,21 @@ def partition(path: str, shape: Sequence[int], mesh: Mesh, axes: Sequence[str] =
 def shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
     """Path -> anything with a shape in, path -> sharding out."""
     return {path: NamedSharding(mesh, partition(path, x.shape, mesh)) for path, x in shapes.items()}
+
+
+def placement(path: str, where: Sharding) -> Sharding | Format:
+    """Where the parameter at `path` of a target or a trained adapter lies, given its sharding: with the order of its
+    axes in memory, where that is not the default."""
+    platform = next(iter(where.device_set)).platform
+    order = next((order for name, order in _LAYOUTS.get(platform, ()) if path.endswith(name)), None)
+    return where if order is None else Format(Layout(order), where)
+
+
+def arranged(path: str, array: jax.Array) -> jax.Array:
+    """A parameter as `placement` wants it, on the devices where it is."""
+    where = placement(path, array.sharding)
+    # By a program, not by device_put, which takes no array that other processes hold parts of.
+    return jax.jit(lambda x: x, out_shardings=where)(array) if isinstance(where, Format) else array
 
 
 def undivided(shapes: Mapping[str, Any], mesh: Mesh) -> list[str]:

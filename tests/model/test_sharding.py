@@ -158,14 +158,20 @@ for count, sizes in [(1, (1, 1, 1)), (2, (1, 2, 1)), (4, (1, 1, 4)), (8, (2, 2, 
     rows.append({"losses": losses, "read": counted[0], "said": target.bytes_read, "held": sum(held)})
 
 prompts = [[5, 6, 7, 8], [9, 10, 11]]
-decoded = []
-for mesh in (None, sharding.decoding_mesh(4, jax.devices())):
-    target = load_target(folder, "float32", mesh)
-    adapter = Adapter(target.config, rngs=nnx.Rngs(3))
-    trained = TrainedAdapter(adapter, 1, "random", None)
-    out = generate(target, trained, prompts, 40, draft=DraftConfig(None, 2, 0.0), eos_token_ids=[])
-    decoded.append([out.tokens, out.accept_lengths])
-print(json.dumps({"rows": rows, "decoded": decoded}))
+meshes = (None, sharding.decoding_mesh(4, jax.devices()))
+decoded, orders = [], []
+for platform in ("none", "cpu"):  # the second time, in the memory layouts of TPUs
+    sharding._LAYOUTS[platform] = sharding._LAYOUTS["tpu"]
+    for mesh in meshes:
+        target = load_target(folder, "float32", mesh)
+        adapter = Adapter(target.config, rngs=nnx.Rngs(3))
+        trained = TrainedAdapter(adapter, 1, "random", None)
+        out = generate(target, trained, prompts, 40, draft=DraftConfig(None, 2, 0.0), eos_token_ids=[])
+        decoded.append([out.tokens, out.accept_lengths])
+        layer = target.model.layers[1]
+        weights = layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj
+        orders.append([weight[...].format.layout.major_to_minor for weight in weights])
+print(json.dumps({"rows": rows, "decoded": decoded, "orders": orders}))
 """
 
 
@@ -208,5 +214,12 @@ def test_each_byte_of_the_checkpoint_is_read_once_and_each_device_holds_its_part
 
 
 def test_decoding_on_4_devices_gives_the_tokens_and_accept_lengths_of_one(on_8_devices):
-    one, four = on_8_devices[0]["decoded"]
+    one, four = on_8_devices[0]["decoded"][:2]
     assert one == four
+
+
+def test_weights_in_the_memory_layouts_of_tpus_give_the_same_tokens(on_8_devices):
+    plain, arranged = on_8_devices[0]["decoded"][:2], on_8_devices[0]["decoded"][2:]
+    assert plain == arranged
+    rows, as_tpu = [[0, 1, 2, 3], [0, 1], [0, 1, 2]], [[1, 2, 3, 0], [0, 1], [1, 0, 2]]
+    assert on_8_devices[0]["orders"] == [rows, rows, as_tpu, as_tpu]
