@@ -114,7 +114,7 @@ def abstract(tree: PyTree, mesh: Mesh) -> PyTree:
     """Weights as shapes, placed as loading places them."""
     leaves, structure = jax.tree.flatten(tree)
     placed = [
-        _placed(x, sharding.placement(path, NamedSharding(mesh, sharding.partition(path, x.shape, mesh))))
+        _placed(x, sharding.placement(path, x.shape, NamedSharding(mesh, sharding.partition(path, x.shape, mesh))))
         for path, x in zip(parameter_paths(tree), leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, placed)

@@ -6,9 +6,10 @@ Axes of the mesh: `data` (batch alone), `fsdp` (batch and weights: a weight is g
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,10 +38,21 @@ _TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r"norm\.weight|layernorm\.weight|o_bias|down_bias", (None,)),
 )
 
-# Platform -> the end of a parameter's path -> its axes in memory, from the slowest to the fastest, where the products
-# take it otherwise than it is written: XLA would copy all such weights at the start of each program. Found by letting
-# XLA for TPU choose (Layout.AUTO) for rounds of decoding.
-_LAYOUTS = {"tpu": ((r"qkv_proj", (1, 2, 3, 0)), (r"gate_up_proj", (1, 0, 2)))}
+_LANES = 128  # of a TPU: elements along an array's fastest axis that lie and are worked on together
+
+
+def _tpu_order(path: str, part: Sequence[int]) -> tuple[int, ...] | None:
+    """A parameter's axes in memory, from the slowest to the fastest, where the products take it otherwise than it is
+    written: XLA would copy all such weights at the start of each program. Found by letting XLA for TPU choose
+    (Layout.AUTO) for rounds of decoding. `part` is the shape that one device holds."""
+    if path.endswith("qkv_proj"):
+        return (1, 2, 3, 0)
+    if path.endswith("gate_up_proj"):
+        return (1, 0, 2) if part[2] % _LANES == 0 else (1, 2, 0)
+    return None
+
+
+_ORDERS = {"tpu": _tpu_order}
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -126,19 +138,24 @@ def shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]
     return {path: NamedSharding(mesh, partition(path, x.shape, mesh)) for path, x in shapes.items()}
 
 
-def placement(path: str, where: Sharding) -> Sharding | Format:
-    """Where the parameter at `path` of a target or a trained adapter lies, given its sharding: with the order of its
-    axes in memory, where that is not the default."""
+def placement(path: str, shape: Sequence[int], where: Sharding) -> Sharding | Format:
+    """Where the parameter at `path` of a target or a trained adapter lies, given its shape and sharding: with the order
+    of its axes in memory, where that is not the default."""
     platform = next(iter(where.device_set)).platform
-    order = next((order for name, order in _LAYOUTS.get(platform, ()) if path.endswith(name)), None)
+    order = _ORDERS[platform](path, where.shard_shape(tuple(shape))) if platform in _ORDERS else None
     return where if order is None else Format(Layout(order), where)
 
 
 def arranged(path: str, array: jax.Array) -> jax.Array:
     """A parameter as `placement` wants it, on the devices where it is."""
-    where = placement(path, array.sharding)
-    # By a program, not by device_put, which takes no array that other processes hold parts of.
-    return jax.jit(lambda x: x, out_shardings=where)(array) if isinstance(where, Format) else array
+    where = placement(path, array.shape, array.sharding)
+    return _rearranging(where)(array) if isinstance(where, Format) else array
+
+
+@functools.cache
+def _rearranging(where: Format) -> Callable[[jax.Array], jax.Array]:
+    # A program, not device_put, which takes no array that other processes hold parts of.
+    return jax.jit(lambda x: x, out_shardings=where)
 
 
 def undivided(shapes: Mapping[str, Any], mesh: Mesh) -> list[str]:
