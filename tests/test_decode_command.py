@@ -61,7 +61,7 @@ def test_compare_of_samples_does_not_speak_of_identical_tokens():
 
 
 def test_prompt_from_standard_input_equals_prompt_flag():
-    flags = ("--max_new_tokens=8", "--json")
+    flags = ("--max_new_tokens=8", "--max_draft_len=1", "--json")
     piped = decode(*flags, input=b"class Stack:\n", stdin=None)
     given = decode(*flags, "--prompt=class Stack:\n")
     texts = [json.loads(done.stdout.decode().splitlines()[-1])["text"] for done in (piped, given)]
@@ -69,7 +69,7 @@ def test_prompt_from_standard_input_equals_prompt_flag():
 
 
 def test_profile_holds_the_named_scopes(tmp_path):
-    done = decode(f"--profile={tmp_path}", "--max_new_tokens=8", "--prompt=class Stack:\n")
+    done = decode(f"--profile={tmp_path}", "--max_new_tokens=8", "--max_draft_len=1", "--prompt=class Stack:\n")
     assert done.returncode == 0, done.stderr.decode()
     (trace,) = tmp_path.rglob("perfetto_trace.json.gz")
     assert str(trace) in done.stdout.decode()

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from kangaroo_jax import InputError, demo, generate, generate_plain, load_adapter, load_target
+from kangaroo_jax import DraftConfig, InputError, demo, generate, generate_plain, load_adapter, load_target
 from kangaroo_jax.checkpoint.adapter import DRAFT_VOCABULARY
 from kangaroo_jax.train.draft_vocabulary import choose
 
@@ -35,7 +35,7 @@ def test_the_most_frequent_tokens_are_drafted(tmp_path):
     # In use: other drafts, the same tokens.
     prompt = ["class A:\n    def f(self):\n        return self.value\n\n    def g(self):\n"]
     small = load_adapter(adapter, target)
-    out = generate(target, small, prompt, 24, small.draft)
+    out = generate(target, small, prompt, 24, DraftConfig(None, 2, 0.0))
     assert out.tokens == generate_plain(target, prompt, 24).tokens
     too_many = run(*flags, "--size=4096")
     assert too_many.returncode == 2
