@@ -13,6 +13,7 @@ import pytest
 
 from tests.bench.models import save_model
 from tests.decode_commands import decode_in_one_process
+from tests.train.runs import LESS_OPTIMIZATION
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = [{"id": i, "prompt": f"{i}: class Stack{i}", "max_new_tokens": 60 + 7 * i % 60} for i in range(60)]
@@ -31,6 +32,7 @@ def environment(work):
     return os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(work / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": LESS_OPTIMIZATION,
     }
 
 

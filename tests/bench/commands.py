@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from tests.train.runs import LESS_OPTIMIZATION
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 _RUNNER = """
@@ -52,6 +54,7 @@ def bench(
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": LESS_OPTIMIZATION,
     }
     done = subprocess.run(
         [sys.executable, "-c", _RUNNER, command],
