@@ -19,8 +19,8 @@ _SETTINGS = {"jax_compilation_cache_dir": _CACHE, "jax_persistent_cache_min_comp
 
 
 def pytest_configure():
-    # Half of the time goes into compiling. Commands in processes of their own are
-    # compiled as users have them, unless their test says otherwise.
+    # Half of the time goes into compiling. Commands in processes of their own are compiled as users have them, unless
+    # their test says otherwise.
     before = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{before} {LESS_OPTIMIZATION}"
     jax.devices()  # reads it
