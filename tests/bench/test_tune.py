@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from absl import flags
 
 from kangaroo_jax import DraftConfig, InputError, TreeConfig, load_adapter
-from kangaroo_jax.bench import parts
+from kangaroo_jax.bench import parts, tune
 from kangaroo_jax.bench.acceptance import NOWHERE, Chains, Trees
 from kangaroo_jax.bench.tune import Costs, Recording, best_of, measure_costs, predict, settings_of_trees
 from kangaroo_jax.checkpoint.adapter import read_draft_settings, save_adapter, write_draft_settings
@@ -81,6 +82,24 @@ def test_the_best_of_each_tree_is_measured_beside_single_sequences():
     }
     assert [speeds[draft] for draft in best_of(speeds, 2)] == [1.1, 1.05, 2.0, 0.5]
     assert [speeds[draft] for draft in best_of(speeds, 1)] == [1.1, 2.0]
+
+
+def test_predictions_are_corrected_by_what_decoding_takes(monkeypatch, capsys):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    chains = Chains(np.full((20, 12), 0.9, np.float32), np.arange(20) % 7)
+    recording, costs = Recording(chains, {}), Costs(3.0, 0.5, {count: 3.0 + count for count in (1, 2, 4, 6, 8, 12)})
+    monkeypatch.setattr(tune, "_record", lambda *_: recording)
+    monkeypatch.setattr(tune, "measure_costs", lambda *_: costs)
+    # Decoding takes twice as long as its rounds timed alone.
+    monkeypatch.setattr(
+        tune, "_measure", lambda *inputs: [predict([recording], costs, draft) / 2 for draft in inputs[3]]
+    )
+    draft, speed = tune._tune(tiny_target(), tiny_adapter(2), [[1, 2, 3]], [])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("single")]
+    assert len(rows) == 3
+    assert [row[-1] for row in rows] == ["0%"] * 3
+    assert speed == predict([recording], costs, draft) / 2
 
 
 def test_written_settings_are_those_an_adapter_is_loaded_with(tmp_path):
