@@ -292,7 +292,8 @@ class TreeConfig:
         _check_count("tree_budget", self.budget)
 
     def drafted(self, levels: int) -> int:
-        """How many tokens a tree that grew to so many levels has verified."""
+        """The most tokens of a tree of so many levels that are verified: what a draft holds, what verification passes
+        over and what the caches reserve room for. The first level has K candidates, each later one K^2."""
         return min(self.budget, self.topk + (levels - 1) * self.topk**2)
 
 

@@ -211,7 +211,7 @@ def _prune(
     batch, total = growth.scores.shape[0], max_draft_len * per_level
     scores = growth.scores.reshape(batch, total)
     # Of equal scores the first is taken, so that a token never goes in without the one it follows.
-    best, index = jax.lax.top_k(scores, min(tree.budget, total))
+    best, index = jax.lax.top_k(scores, tree.drafted(max_draft_len))
     index = jnp.sort(jnp.where(best >= 0, index, total), axis=1)
     exists = index < total
     place = jnp.minimum(index, total - 1)

@@ -1,0 +1,76 @@
+"""Answers that end exactly at, and just before and after, what the caches hold: each way of drafting gives plain
+decoding's tokens there too.
+
+Truth: one plain run, long enough that none of its own limits is near.
+"""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kangaroo_jax import DraftConfig, Request, TreeConfig, generate, generate_many, generate_plain
+from kangaroo_jax.model.adapter import DraftVocabulary
+from tests.decode.models import VOCABULARY, tiny_adapter, tiny_target
+
+CAPACITY = 128  # of the smallest caches, in positions
+# Most tokens that a round adds to a sequence's caches: what lies between an answer's end and the caches' end.
+DRAFTS = {
+    "sequence": (DraftConfig(2, 4, 0.0), 5),
+    "tree of one level": (DraftConfig(2, 1, 0.0, TreeConfig(10, 32)), 11),
+    "tree of two levels": (DraftConfig(2, 2, 0.0, TreeConfig(4, 32)), 21),
+    "tree of three levels": (DraftConfig(2, 3, 0.0, TreeConfig(3, 32)), 22),
+}
+_RANDOM = np.random.default_rng(0)
+PROMPTS = [_RANDOM.integers(0, VOCABULARY, 41).tolist() for _ in range(6)]
+
+
+@functools.cache
+def plain():
+    return generate_plain(tiny_target(), PROMPTS, 160).tokens
+
+
+def limits(reserve):
+    """Most new tokens, so that a round at the answer's end fills the caches exactly, one and two fewer and more; and so
+    that the answer itself does."""
+    return [end + extra - len(PROMPTS[0]) for end in (CAPACITY - reserve, CAPACITY) for extra in (-2, -1, 0, 1, 2)]
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_answers_that_end_at_the_caches_end(kind):
+    draft, reserve = DRAFTS[kind]
+    for limit in limits(reserve):
+        out = generate(tiny_target(), tiny_adapter(2), PROMPTS, limit, draft)
+        assert out.tokens == [tokens[:limit] for tokens in plain()], limit
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_slots_that_are_refilled_end_at_the_caches_end(kind):
+    draft, reserve = DRAFTS[kind]
+    for longest in limits(reserve):
+        # Neighbours and successors end earlier, at other places of the same caches.
+        most = [longest - i % 3 for i in range(len(PROMPTS))]
+        requests = [Request(prompt, limit) for prompt, limit in zip(PROMPTS, most, strict=True)]
+        for answer in generate_many(tiny_target(), tiny_adapter(2), requests, 3, draft=draft):
+            assert answer.tokens == plain()[answer.index][: most[answer.index]], (longest, answer.index)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "tree of two levels"])
+def test_drafts_from_a_vocabulary_end_at_the_caches_end(kind):
+    target, adapter = tiny_target(), tiny_adapter(2)
+    model = nnx.clone(adapter.model)
+    model.draft_vocabulary = DraftVocabulary(target.model, jnp.arange(0, VOCABULARY, 2))
+    some = dataclasses.replace(adapter, model=model)
+    draft, reserve = DRAFTS[kind]
+    for limit in limits(reserve)[1:4]:
+        out = generate(target, some, PROMPTS, limit, draft)
+        assert out.tokens == [tokens[:limit] for tokens in plain()], limit
+
+
+def test_a_budget_beyond_what_one_level_holds_is_no_error():
+    draft = DraftConfig(2, 1, 0.4, TreeConfig(12, 140))
+    out = generate(tiny_target(), tiny_adapter(2), [PROMPTS[0]], 40, draft)
+    assert out.tokens[0] == plain()[0][:40]
