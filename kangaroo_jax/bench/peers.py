@@ -104,7 +104,7 @@ def _transformers(target: Target, adapter: TrainedAdapter, threads: int) -> dict
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(target.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(target.name, dtype=torch.float32, trust_remote_code=False)
     model.generation_config.eos_token_id = None
 
     def method(**mode: Any) -> Method:

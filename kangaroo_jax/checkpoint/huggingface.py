@@ -562,7 +562,15 @@ def _tokenizer(folder: pathlib.Path, config: ModelConfig) -> Any:
     from transformers import AutoTokenizer  # seconds to import, and not needed for token ids
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # Said, not left out: transformers would ask on the terminal whether to run code that lies in the folder.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        if "custom code" not in str(error):
+            raise InputError(f"{folder}: the tokenizer could not be read ({_one_line(error)})") from None
+        raise InputError(
+            f"{folder}: the tokenizer comes with code of its own, which is never run; save the tokenizer as "
+            "tokenizer.json (a fast tokenizer), and remove auto_map from tokenizer_config.json"
+        ) from None
     except Exception as error:  # transformers raises bare exceptions of many kinds here
         raise InputError(f"{folder}: the tokenizer could not be read ({_one_line(error)})") from None
     largest = max(tokenizer.get_vocab().values(), default=0)

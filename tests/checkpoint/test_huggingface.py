@@ -8,6 +8,7 @@ thing that can be wrong, and must be named in one line.
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from kangaroo_jax import demo
 from kangaroo_jax.checkpoint.huggingface import load_target, save_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
@@ -563,6 +565,21 @@ def test_bad_generation_config(folder: pathlib.Path, content: str, words: tuple[
 def test_bad_tokenizer(folder: pathlib.Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     refused(folder, str(folder), "the tokenizer could not be read")
+
+
+def test_code_that_comes_with_a_tokenizer_is_neither_run_nor_asked_about(folder: pathlib.Path, monkeypatch) -> None:
+    shutil.copy(demo.MODEL / "tokenizer.json", folder)
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    proof = folder / "ran"
+    (folder / "own.py").write_text(
+        f"open({str(proof)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast\n\n\n"
+        "class Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))
+    refused(folder, str(folder), "code of its own, which is never run")
+    assert not proof.exists()
 
 
 def test_tokenizer_of_another_model(folder: pathlib.Path) -> None:
