@@ -2,20 +2,23 @@
 
 from kangaroo_jax.checkpoint.adapter import load_adapter
 from kangaroo_jax.checkpoint.huggingface import load_target
-from kangaroo_jax.config import DraftConfig, SamplingConfig, TreeConfig
-from kangaroo_jax.decode.autoregressive import generate_plain
-from kangaroo_jax.decode.generate import generate
-from kangaroo_jax.decode.host_loop import Answer, Generation
-from kangaroo_jax.decode.many import Request, generate_many
+from kangaroo_jax.config import DraftConfig, EngineConfig, SamplingConfig, TreeConfig
+from kangaroo_jax.engine.engine import Engine
+from kangaroo_jax.engine.generate import Generation, generate, generate_many, generate_plain
+from kangaroo_jax.engine.requests import Answer, Finished, Request, TextDelta
 from kangaroo_jax.errors import InputError
 
 __all__ = [
     "Answer",
     "DraftConfig",
+    "Engine",
+    "EngineConfig",
+    "Finished",
     "Generation",
     "InputError",
     "Request",
     "SamplingConfig",
+    "TextDelta",
     "TreeConfig",
     "generate",
     "generate_many",

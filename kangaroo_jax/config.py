@@ -432,3 +432,24 @@ class SamplingConfig:
                 raise InputError(f"seed must be an integer from 0 to 2**32 - 1, found {seed!r}")
         if several:
             object.__setattr__(self, "seed", tuple(self.seed))  # hashable, whatever sequence was given
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """How much an engine takes on at a time.
+
+    Attributes:
+      max_batch: slots: sequences that are decoded together.
+      max_length: most tokens of a prompt and its answer together; None means the target's max_position_embeddings.
+
+    Raises:
+      InputError: for a value out of range.
+    """
+
+    max_batch: int = 8
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_count("max_batch", self.max_batch)
+        if self.max_length is not None:
+            _check_count("max_length", self.max_length)

@@ -29,7 +29,7 @@ from kangaroo_jax.checkpoint.huggingface import parameter_paths
 from kangaroo_jax.config import DraftConfig, ModelConfig
 from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.model import sharding
-from kangaroo_jax.model.adapter import abstract_adapter
+from kangaroo_jax.model.drafts.kangaroo import abstract_adapter
 from kangaroo_jax.model.target import TargetModel
 
 PREFLIGHT = flags.DEFINE_string(

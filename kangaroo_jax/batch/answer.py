@@ -19,9 +19,10 @@ from kangaroo_jax.batch.prompts import Prompt
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.config import DraftConfig, SamplingConfig
-from kangaroo_jax.decode.generate import resolve_exit_layer
-from kangaroo_jax.decode.many import Request, generate_many
-from kangaroo_jax.decode.prompts import encode_prompt
+from kangaroo_jax.engine.engine import resolve_exit_layer
+from kangaroo_jax.engine.generate import generate_many
+from kangaroo_jax.engine.prompts import encode_prompt
+from kangaroo_jax.engine.requests import Request
 from kangaroo_jax.errors import InputError
 
 

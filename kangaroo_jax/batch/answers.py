@@ -17,7 +17,7 @@ from typing import Any
 
 from kangaroo_jax import resumable
 from kangaroo_jax.batch.prompts import Id, Prompt
-from kangaroo_jax.decode.host_loop import Answer
+from kangaroo_jax.engine.requests import Answer
 from kangaroo_jax.errors import InputError
 
 _MEND = "remove the line, or give another --output"

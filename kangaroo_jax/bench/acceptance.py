@@ -17,11 +17,11 @@ from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.config import DraftConfig
 from kangaroo_jax.decode.draft import draft
-from kangaroo_jax.decode.generate import resolve_exit_layer
 from kangaroo_jax.decode.prefill import bucket, prefill
 from kangaroo_jax.decode.state import DecodeState
 from kangaroo_jax.decode.tree import grow_tree
-from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.engine.engine import resolve_exit_layer
+from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import TargetModel
 
 NOWHERE = np.iinfo(np.int32).max

@@ -12,8 +12,7 @@ from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.config import DraftConfig
 from kangaroo_jax.decode.autoregressive import generate_plain
-from kangaroo_jax.decode.generate import generate
-from kangaroo_jax.decode.host_loop import Generation
+from kangaroo_jax.engine.generate import Generation, generate
 from kangaroo_jax.errors import InputError
 
 # Tokens. A shorter answer's time is its prompt's, and says nothing about decoding.

@@ -25,8 +25,8 @@ from kangaroo_jax.bench.prompts import held_out_functions
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.config import DraftConfig
-from kangaroo_jax.decode.host_loop import Answer
 from kangaroo_jax.decode.many import Request
+from kangaroo_jax.engine.requests import Answer
 from kangaroo_jax.errors import InputError
 
 _MODEL = flags.DEFINE_string("model", str(demo.MODEL), "Target.")

@@ -27,7 +27,7 @@ from kangaroo_jax.decode.prefill import prefill
 from kangaroo_jax.decode.state import DecodeState, Draft
 from kangaroo_jax.decode.tree import draft_tree, grow_tree
 from kangaroo_jax.decode.verify import commit, verify
-from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import TargetModel
 
 State = TypeVar("State")  # of a timed loop: a DecodeState, with what else its turns start from

@@ -8,7 +8,7 @@ from flax import nnx
 
 from kangaroo_jax.bench.machine import memory_bytes
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import TargetModel
 from kangaroo_jax.shapes import SHAPES
 

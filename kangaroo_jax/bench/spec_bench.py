@@ -32,7 +32,7 @@ from kangaroo_jax.bench.ask import ask, conversation_ids
 from kangaroo_jax.bench.questions import Question, load_questions, spread
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.huggingface import Target
-from kangaroo_jax.decode.generate import resolve_exit_layer
+from kangaroo_jax.engine.engine import resolve_exit_layer
 from kangaroo_jax.errors import InputError
 
 _QUESTIONS = flags.DEFINE_string("questions", None, "Spec-Bench's question.jsonl.")

@@ -24,7 +24,7 @@ from kangaroo_jax.checkpoint.upstream import load_upstream
 from kangaroo_jax.config import DraftConfig, ModelConfig, TreeConfig
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
-from kangaroo_jax.model.adapter import Adapter, DraftVocabulary, abstract_adapter
+from kangaroo_jax.model.drafts.kangaroo import Adapter, DraftVocabulary, abstract_adapter
 
 # Beside an adapter: how to draft with it, and what tokens its drafts are made of.
 DRAFT_SETTINGS = "decode.json"

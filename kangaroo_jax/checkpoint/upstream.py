@@ -22,7 +22,7 @@ from kangaroo_jax.checkpoint.huggingface import (
 )
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.model.adapter import Adapter, abstract_adapter
+from kangaroo_jax.model.drafts.kangaroo import Adapter, abstract_adapter
 
 # The adapter is run with the target's settings, so those of its own config must be the same.
 _SAME = (

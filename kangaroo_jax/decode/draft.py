@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from kangaroo_jax.decode.pick import pick_token
-from kangaroo_jax.decode.sampling import DRAFT
+from kangaroo_jax.decode.sampling import DRAFT, Sampling
 from kangaroo_jax.decode.state import DecodeState, Draft
-from kangaroo_jax.model.adapter import Adapter, adapter_apply, draft_head
 from kangaroo_jax.model.cache import KVCache
+from kangaroo_jax.model.drafts.draft_model import DraftModel
 from kangaroo_jax.model.target import TargetModel, shallow_apply
 
 
-def draft(
+def draft_sequence(
     target: TargetModel,
-    adapter: Adapter,
+    draft_model: DraftModel,
     state: DecodeState,
     threshold: Float[Array, ""],
+    sampling: Sampling | None,
     *,
     exit_layer: int,
     max_draft_len: int,
@@ -27,77 +28,80 @@ def draft(
 
     A token whose top-1 draft probability is below `threshold` is kept, and is the sequence's last. Sampling does not
     change what is compared with `threshold`: the top-1 probability before temperature, top-k and top-p, so that a
-    threshold means what it means in greedy decoding, and it depends on the tokens before the drafted one alone, as
-    exact sampling needs. A sequence that
-    has stopped idles, its lengths unchanged, until the slowest of the batch stops. K drafted tokens cost K passes of
-    adapter and LM head and K + 1 of the shallow layers.
+    threshold means what it means in greedy decoding, and it depends on the tokens before the drafted one alone, as exact
+    sampling needs. A sequence that has stopped idles, its lengths unchanged, until the slowest of the batch stops. K
+    drafted tokens cost K passes of adapter and LM head and K + 1 of the shallow layers.
 
     Args:
       target: the model.
-      adapter: trained for `exit_layer`.
-      state: between rounds; the adapter's cache is one position behind the shallow one.
+      draft_model: trained for `exit_layer`.
+      state: between rounds.
       threshold: eta.
+      sampling: the state's; None where every sequence is greedy.
       exit_layer: l, static.
       max_draft_len: gamma, static.
 
     Returns:
       The draft, with caches that include every drafted position.
     """
-    batch, _, width = state.shallow_hidden.shape
+    batch = len(state.token)
+    start = state.shallow.length  # n, the position of x_n
 
     def shallow_step(tokens: Int[Array, " batch"], cache: KVCache, active: Bool[Array, " batch"]):
         hidden, new = shallow_apply(target, tokens[:, None], cache.length[:, None], cache, exit_layer=exit_layer)
         return hidden, new.replace(length=jnp.where(active, new.length, cache.length))
 
     def spread(probs: Float[Array, "batch drafted"]) -> Float[Array, "batch 1 vocab"]:
-        """Over the whole vocabulary: 0 for tokens that cannot be drafted."""
-        if adapter.draft_vocabulary is None:
+        """Over the full vocabulary: 0 for tokens that cannot be drafted."""
+        if probs.shape[1] == target.config.vocab_size:
             return probs[:, None]
-        whole = jnp.zeros((batch, target.config.vocab_size))
-        return whole.at[:, adapter.draft_vocabulary.token_ids[...]].set(probs)[:, None]
+        tokens = draft_model.token_ids(jnp.arange(probs.shape[1]))
+        return jnp.zeros((batch, target.config.vocab_size)).at[:, tokens].set(probs)[:, None]
 
-    def draft_step(carry, hidden: Float[Array, "batch time hidden"]):
-        """One more token, from shallow hidden states that end at the last known position."""
-        k, active, drafted = carry
-        cache = drafted.adapter
-        positions = cache.length[:, None] + jnp.arange(hidden.shape[1])
-        adapted, new = adapter_apply(adapter, hidden, positions, cache)
-        logits = draft_head(target, adapter, adapted[:, -1])
+    def add_token(
+        k: Int[Array, ""], active: Bool[Array, " batch"], drafted: Draft, carry: PyTree, logits: Float[Array, "batch v"]
+    ):
+        """Takes the next token from the draft model's logits, and runs the shallow layers on it."""
         top = jnp.max(logits, axis=-1)
         # The top-1 probability: softmax at the maximum.
         confidence = 1.0 / jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
-        index, probs = pick_token(logits, state.sampler, state.shallow.length + 1 + k, DRAFT)
-        tokens = adapter.token_ids(index)
-        next_hidden, shallow = shallow_step(tokens, drafted.shallow, active)
+        index, probs = pick_token(logits, sampling, start + 1 + k, DRAFT)
+        tokens = draft_model.token_ids(index)
+        hidden, shallow = shallow_step(tokens, drafted.shallow, active)
         drafted = Draft(
             tokens=jax.lax.dynamic_update_slice(drafted.tokens, tokens[:, None], (0, k)),
             confidence=jax.lax.dynamic_update_slice(drafted.confidence, confidence[:, None], (0, k)),
             probs=None if probs is None else jax.lax.dynamic_update_slice(drafted.probs, spread(probs), (0, k, 0)),
             length=drafted.length + active,
-            hidden=jax.lax.dynamic_update_slice(drafted.hidden, next_hidden, (0, k + 1, 0)),
+            hidden=jax.lax.dynamic_update_slice(drafted.hidden, hidden, (0, k + 1, 0)),
             shallow=shallow,
-            adapter=new.replace(length=jnp.where(active, new.length, cache.length)),
+            carry=carry,
         )
         return k + 1, active & (confidence >= threshold), drafted
+
+    def one_more(loop):
+        k, active, drafted = loop
+        hidden = jax.lax.dynamic_slice_in_dim(drafted.hidden, k, 1, axis=1)
+        # A sequence that has stopped writes where the next round writes again.
+        place = start + drafted.length
+        tokens = jax.lax.dynamic_slice_in_dim(drafted.tokens, k - 1, 1, axis=1)
+        carry, logits = draft_model.step(target, drafted.carry, tokens, hidden, place)
+        return add_token(k, active, drafted, carry, logits[:, 0])
 
     with jax.named_scope("draft"):
         active = ~state.finished
         hidden, shallow = shallow_step(state.token, state.shallow, active)
+        carry, logits = draft_model.begin(target, state.draft, state.token, hidden, start)
+        width = hidden.shape[-1]
         drafted = Draft(
             tokens=jnp.zeros((batch, max_draft_len), jnp.int32),
             confidence=jnp.zeros((batch, max_draft_len)),
             length=jnp.zeros((batch,), jnp.int32),
             hidden=jnp.zeros((batch, max_draft_len + 1, width), hidden.dtype).at[:, :1].set(hidden),
             shallow=shallow,
-            adapter=state.adapter,
-            probs=None if state.sampler is None else jnp.zeros((batch, max_draft_len, target.config.vocab_size)),
+            carry=carry,
+            probs=None if sampling is None else jnp.zeros((batch, max_draft_len, target.config.vocab_size)),
         )
-        # After a fully accepted draft the adapter has not seen position n - 1. Feeding it together with n costs no
-        # extra pass over the weights, and where it has been seen the same entry is written again.
-        carry = draft_step((0, active, drafted), jnp.concatenate([state.shallow_hidden, hidden], axis=1))
-        _, _, drafted = jax.lax.while_loop(
-            lambda carry: (carry[0] < max_draft_len) & jnp.any(carry[1]),
-            lambda carry: draft_step(carry, jax.lax.dynamic_slice_in_dim(carry[2].hidden, carry[0], 1, axis=1)),
-            carry,
-        )
+        loop = add_token(jnp.int32(0), active, drafted, carry, logits)
+        _, _, drafted = jax.lax.while_loop(lambda loop: (loop[0] < max_draft_len) & jnp.any(loop[1]), one_more, loop)
     return drafted

@@ -1,6 +1,6 @@
 """Which token comes next, greedily or sampled: the one place where the two differ.
 
-Without a sampler no random number and no distribution is in the compiled program.
+Without `sampling` no random number and no distribution is in the compiled program.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kangaroo_jax.decode.sampling import TARGET, Sampler, accept_and_resample, probabilities, sample
+from kangaroo_jax.decode.sampling import TARGET, Sampling, accept_and_resample, probabilities, sample
 from kangaroo_jax.decode.state import Draft, DraftTree
 
 
@@ -33,26 +33,26 @@ class Verdict:
 
 
 def pick_token(
-    logits: Float[Array, "batch vocab"], sampler: Sampler | None, positions: Int[Array, " batch"], purpose: int
+    logits: Float[Array, "batch vocab"], sampling: Sampling | None, positions: Int[Array, " batch"], purpose: int
 ) -> tuple[Int[Array, " batch"], Float[Array, "batch vocab"] | None]:
     """The next token, and the distribution it was drawn from (None in greedy decoding).
 
     Args:
       logits: float32.
-      sampler: None for greedy decoding.
+      sampling: None where every sequence is greedy.
       positions: of the token.
       purpose: `sampling.DRAFT` or `sampling.TARGET`.
     """
-    if sampler is None:
+    if sampling is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
-    probs = probabilities(logits, sampler)
-    return sample(sampler.keys, positions, purpose, probs), probs
+    probs = probabilities(logits, sampling)
+    return sample(sampling.keys, positions, purpose, probs), probs
 
 
 def pick_verified(
     logits: Float[Array, "batch width vocab"],
     draft: Draft,
-    sampler: Sampler | None,
+    sampling: Sampling | None,
     positions: Int[Array, "batch width"],
 ) -> Verdict:
     """What the target makes of a draft: how many drafted tokens stand, and the tokens up to the one after those.
@@ -60,15 +60,15 @@ def pick_verified(
     Args:
       logits: the target's at x_n and the drafted tokens, float32; width is above the longest draft.
       draft: the draft.
-      sampler: None for greedy decoding, where drafts stand as far as they are the target's own choices.
+      sampling: None where every sequence is greedy, where drafts stand as far as they are the target's own choices.
       positions: of the tokens that follow those.
     """
     drafted = draft.tokens[:, : logits.shape[1] - 1]
     if draft.tree is not None:
-        return walk(_choices(logits, sampler, positions), drafted, draft.length, draft.tree)
-    if sampler is not None:
-        p, q = probabilities(logits, sampler), draft.probs[:, : drafted.shape[1]]
-        tokens, accepted = accept_and_resample(p, q, drafted, draft.length, sampler, positions[:, 0])
+        return walk(_choices(logits, sampling, positions), drafted, draft.length, draft.tree)
+    if sampling is not None:
+        p, q = probabilities(logits, sampling), draft.probs[:, : drafted.shape[1]]
+        tokens, accepted = accept_and_resample(p, q, drafted, draft.length, sampling.keys, positions[:, 0])
     else:
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         agrees = (drafted == tokens[:, :-1]) & (jnp.arange(drafted.shape[1]) < draft.length[:, None])
@@ -77,14 +77,14 @@ def pick_verified(
 
 
 def _choices(
-    logits: Float[Array, "batch width vocab"], sampler: Sampler | None, positions: Int[Array, "batch width"]
+    logits: Float[Array, "batch width vocab"], sampling: Sampling | None, positions: Int[Array, "batch width"]
 ) -> Int[Array, "batch width"]:
     """The target's own next token at each place: what plain decoding would choose there, with the same random
     numbers."""
-    if sampler is None:
+    if sampling is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    probs = probabilities(logits, sampler)
-    return jax.vmap(lambda p, place: sample(sampler.keys, place, TARGET, p), 1, 1)(probs, positions)
+    probs = probabilities(logits, sampling)
+    return jax.vmap(lambda p, place: sample(sampling.keys, place, TARGET, p), 1, 1)(probs, positions)
 
 
 def walk(

@@ -1,182 +1,222 @@
-"""Prefill: the prompt through the whole model once, giving the first token and the caches."""
+"""Prompts into the caches, and each one's first token."""
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from kangaroo_jax.decode.pick import pick_token
-from kangaroo_jax.decode.sampling import TARGET, Sampler
-from kangaroo_jax.decode.state import DecodeState, RoundStats
-from kangaroo_jax.model.adapter import Adapter, adapter_apply
+from kangaroo_jax.decode.rounds import RoundShape
+from kangaroo_jax.decode.sampling import TARGET, Sampling
+from kangaroo_jax.decode.state import DecodeState
+from kangaroo_jax.model.attention.backend import AttentionBackend
 from kangaroo_jax.model.cache import KVCache
+from kangaroo_jax.model.drafts.draft_model import DraftModel
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 
-
-def bucket(length: int, step: int) -> int:
-    """The smallest multiple of `step` that holds `length`: few shapes, so few compilations."""
-    return -(-length // step) * step
+Tree = TypeVar("Tree")
 
 
-def prefill(
+@flax.struct.dataclass
+class Prompts:
+    """The caches of prompts on their way into a running batch."""
+
+    shallow: KVCache
+    deep: KVCache
+    draft: PyTree | None  # the draft model's state
+
+
+@flax.struct.dataclass
+class Admission:
+    """What requests ask for, a row each, in host arrays."""
+
+    slots: Int[Array, " rows"]  # rows of the running batch that they get; the same one twice writes it twice
+    max_output: Int[Array, " rows"]  # at least 1
+    eos_token_ids: Int[Array, "rows eos"]  # padded with -1
+    sampling: Sampling
+
+
+def empty_prompts(
     target: TargetModel,
-    adapter: Adapter | None,
-    tokens: Int[Array, "batch time"],
-    lengths: Int[Array, " batch"],
-    max_output: Int[Array, " batch"],
-    eos_token_ids: Int[Array, " eos"],
-    sampler: Sampler | None = None,
+    draft_model: DraftModel | None,
+    rows: int,
     *,
     exit_layer: int,
     capacity: int,
-    room: int,
-) -> DecodeState:
-    """Processes prompts and commits each one's first token.
-
-    Args:
-      target: the model.
-      adapter: None for plain decoding.
-      tokens: prompts, padded on the right.
-      lengths: of the prompts, at least 1.
-      max_output: most new tokens per sequence, at least 1.
-      eos_token_ids: tokens that end a sequence.
-      sampler: None for greedy decoding.
-      exit_layer: l, static.
-      capacity: of the caches, static: prompt, new tokens and a round beyond them.
-      room: of the output buffers, static: new tokens and a round beyond them.
-    """
-    with jax.named_scope("prefill"):
-        batch, time = tokens.shape
-        config, dtype = target.config, target.dtype
-        positions = jnp.broadcast_to(jnp.arange(time), (batch, time))
-        # The prompt attends to a buffer of its own length; room for the answer is added after.
-        shallow, deep = (
-            KVCache.empty(config, layers, batch, time, dtype)
-            for layers in (exit_layer, config.num_hidden_layers - exit_layer)
-        )
-        hidden, shallow = shallow_apply(target, tokens, positions, shallow, exit_layer=exit_layer)
-        normed, deep = deep_apply(target, hidden, positions, deep, exit_layer=exit_layer)
-        adapter_cache = None
-        if adapter is not None:
-            adapter_cache = KVCache.empty(config, 1, batch, time, dtype)
-            _, adapter_cache = adapter_apply(adapter, hidden, positions, adapter_cache)
-            adapter_cache = adapter_cache.grown(config, capacity).replace(length=lengths - 1)
-        last = (lengths - 1)[:, None, None]
-        logits = lm_head(target, jnp.take_along_axis(normed, last, axis=1)[:, 0])
-        token, _ = pick_token(logits, sampler, lengths, TARGET)
-        ended = jnp.any(token[:, None] == eos_token_ids, axis=-1)
-        return DecodeState(
-            token=token,
-            shallow_hidden=jnp.take_along_axis(hidden, last, axis=1),
-            shallow=shallow.grown(config, capacity).replace(length=lengths),
-            deep=deep.grown(config, capacity).replace(length=lengths),
-            adapter=adapter_cache,
-            output=jnp.zeros((batch, room), jnp.int32).at[:, 0].set(token),
-            num_output=jnp.ones((batch,), jnp.int32),
-            max_output=max_output,
-            finished=ended | (max_output <= 1),
-            stats=RoundStats.empty(batch, room),
-            sampler=sampler,
-        )
+    backend: AttentionBackend,
+) -> Prompts:
+    """Caches of `rows` prompts with room for `capacity` positions each."""
+    config, dtype = target.config, target.compute_dtype
+    shallow, deep = (
+        KVCache.empty(config, layers, rows, capacity, dtype, backend)
+        for layers in (exit_layer, config.num_hidden_layers - exit_layer)
+    )
+    return Prompts(shallow, deep, None if draft_model is None else draft_model.init(rows, capacity, dtype, backend))
 
 
 def empty_slots(
     target: TargetModel,
-    adapter: Adapter | None,
-    sampler: Sampler | None,
+    draft_model: DraftModel | None,
     batch: int,
+    max_eos: int,
     *,
     exit_layer: int,
     capacity: int,
-    room: int,
+    backend: AttentionBackend,
 ) -> DecodeState:
-    """A state whose sequences all idle, for `prefill_into`. Arguments as for `prefill`; the sampler's keys are
-    placeholders."""
-    config, dtype = target.config, target.dtype
-    one = jnp.ones((batch,), jnp.int32)  # idle sequences read and write within their own row, whatever it holds
-    shallow, deep, adapter_cache = (
-        KVCache.empty(config, layers, batch, capacity, dtype)
-        for layers in (exit_layer, config.num_hidden_layers - exit_layer, 1)
-    )
+    """A state whose sequences all idle. `max_eos` is room for each one's EOS ids."""
+    caches = empty_prompts(target, draft_model, batch, exit_layer=exit_layer, capacity=capacity, backend=backend)
+
+    def zeros() -> Int[Array, " batch"]:
+        return jnp.zeros((batch,), jnp.int32)
+
+    # Length 1: idle sequences run too, and a draft model may look at the position before.
     return DecodeState(
-        token=jnp.zeros((batch,), jnp.int32),
-        shallow_hidden=jnp.zeros((batch, 1, config.hidden_size), dtype),
-        shallow=shallow.replace(length=one),
-        deep=deep.replace(length=one + 0),  # donated, so no two may share a buffer
-        adapter=None if adapter is None else adapter_cache,
-        output=jnp.zeros((batch, room), jnp.int32),
-        num_output=jnp.zeros((batch,), jnp.int32),
-        max_output=jnp.zeros((batch,), jnp.int32),
+        token=zeros(),
+        shallow=caches.shallow.replace(length=zeros() + 1),
+        deep=caches.deep.replace(length=zeros() + 1),
+        draft=caches.draft,
+        num_output=zeros(),
+        max_output=zeros(),
+        eos_token_ids=jnp.full((batch, max_eos), -1, jnp.int32),
         finished=jnp.ones((batch,), bool),
-        stats=RoundStats.empty(batch, room),
-        sampler=sampler,
+        sampling=Sampling.greedy(batch),
     )
 
 
-def prefill_into(
+def prefill_piece(
     target: TargetModel,
-    adapter: Adapter | None,
-    state: DecodeState,
-    slot: Int[Array, ""],
-    tokens: Int[Array, "1 time"],
-    length: Int[Array, " 1"],
-    max_output: Int[Array, " 1"],
-    eos_token_ids: Int[Array, " eos"],
-    sampler: Sampler | None,
+    draft_model: DraftModel | None,
+    prompts: Prompts,
+    tokens: Int[Array, "rows time"],
+    start: Int[Array, " rows"],
+    lengths: Int[Array, " rows"],
     *,
     exit_layer: int,
-) -> DecodeState:
-    """Processes one prompt, and puts it where sequence `slot` was; the other sequences stay as they are.
-
-    Only what the prompt fills is written: what lies beyond it in the slot's row is masked, and overwritten later.
-    With `state` donated, in place.
+) -> tuple[Prompts, Float[Array, "rows hidden"]]:
+    """A piece of each prompt through the complete model. Attention's scores exist for one piece at a time, so memory
+    grows with a prompt's length and not with its square.
 
     Args:
       target: the model.
-      adapter: None for plain decoding.
-      state: whose caches hold `time` positions or more.
-      slot: which sequence to replace.
-      tokens: the prompt, padded on the right.
-      length: of the prompt, at least 1.
-      max_output: most new tokens, at least 1.
-      eos_token_ids: tokens that end a sequence.
-      sampler: of this sequence; None for greedy decoding.
+      draft_model: None for plain decoding.
+      prompts: what came before `start` is in them.
+      tokens: the pieces, padded on the right; start + time is within the capacity.
+      start: position of each piece's first token.
+      lengths: of the pieces, at least 1.
       exit_layer: l, static.
+
+    Returns:
+      The caches with the pieces in them, and the normed hidden state of each piece's last token.
     """
-    time = tokens.shape[1]
-    new = prefill(
-        target,
-        adapter,
-        tokens,
-        length,
-        max_output,
-        eos_token_ids,
-        sampler,
-        exit_layer=exit_layer,
-        capacity=time,
-        room=1,
-    )
+    with jax.named_scope("prefill"):
+        positions = start[:, None] + jnp.arange(tokens.shape[1])
+        shallow, deep = (cache.replace(length=start) for cache in (prompts.shallow, prompts.deep))
+        hidden, shallow = shallow_apply(target, tokens, positions, shallow, exit_layer=exit_layer)
+        normed, deep = deep_apply(target, hidden, positions, deep, exit_layer=exit_layer)
+        draft = prompts.draft
+        if draft_model is not None:
+            draft = draft_model.after_prefill(draft, tokens, hidden, normed, start, lengths)
+        end = start + lengths
+        last = jnp.take_along_axis(normed, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return Prompts(shallow.replace(length=end), deep.replace(length=end), draft), last
 
-    def put(buffer: Array, row: Array) -> Array:
-        # The first axis is the batch, or batch and heads.
-        return jax.lax.dynamic_update_slice(buffer, row, (slot * row.shape[0], *[0] * (row.ndim - 1)))
 
-    def put_cache(cache: KVCache, row: KVCache) -> KVCache:
-        keys, values = (tuple(map(put, *pair)) for pair in ((cache.keys, row.keys), (cache.values, row.values)))
-        return cache.replace(keys=keys, values=values, length=put(cache.length, row.length))
+def admit(
+    target: TargetModel,
+    state: DecodeState,
+    prompts: Prompts,
+    last: Float[Array, "rows hidden"],
+    admission: Admission,
+    *,
+    sampled: bool,
+) -> tuple[DecodeState, Int[Array, " rows"]]:
+    """Puts prompts into their slots, each with its first token. With `state` donated, in place.
 
-    # Spelled out, not `replace`, so that no part of a state can be forgotten.
-    return DecodeState(
-        token=put(state.token, new.token),
-        shallow_hidden=put(state.shallow_hidden, new.shallow_hidden),
-        shallow=put_cache(state.shallow, new.shallow),
-        deep=put_cache(state.deep, new.deep),
-        adapter=None if adapter is None else put_cache(state.adapter, new.adapter),
-        output=put(state.output, new.output),
-        num_output=put(state.num_output, new.num_output),
-        max_output=put(state.max_output, new.max_output),
-        finished=put(state.finished, new.finished),
-        stats=jax.tree.map(put, state.stats, new.stats),
-        sampler=None if sampler is None else state.sampler.replace(keys=put(state.sampler.keys, sampler.keys)),
-    )
+    Args:
+      target: the model.
+      state: whose caches hold as many positions as those of `prompts`, or more.
+      prompts: complete.
+      last: from the last `prefill_piece`.
+      admission: of each prompt.
+      sampled: whether any of them samples, static.
+
+    Returns:
+      The state, and the first tokens.
+    """
+    with jax.named_scope("admit"):
+        sampling = admission.sampling
+        logits = lm_head(target, last)
+        tokens, _ = pick_token(logits, sampling if sampled else None, prompts.deep.length, TARGET)
+        ended = jnp.any(tokens[:, None] == admission.eos_token_ids, axis=-1)
+        # Spelled out, so that no part of a state can be forgotten.
+        rows = DecodeState(
+            token=tokens,
+            shallow=prompts.shallow,
+            deep=prompts.deep,
+            draft=prompts.draft,
+            num_output=jnp.ones_like(tokens),
+            max_output=jnp.asarray(admission.max_output),
+            eos_token_ids=jnp.asarray(admission.eos_token_ids),
+            finished=ended | (admission.max_output <= 1),
+            sampling=sampling,
+        )
+        for i in range(len(admission.slots)):
+            state = _map_rows(lambda old, new, i=i: _put(old, new, i, admission.slots[i]), state, rows)
+        return state, tokens
+
+
+def prefill_and_admit(
+    target: TargetModel,
+    draft_model: DraftModel | None,
+    state: DecodeState,
+    prompts: Prompts | None,
+    tokens: Int[Array, "rows time"],
+    start: Int[Array, " rows"],
+    lengths: Int[Array, " rows"],
+    admission: Admission,
+    *,
+    shape: RoundShape,
+    backend: AttentionBackend,
+    sampled: bool,
+) -> tuple[DecodeState, Int[Array, " rows"]]:
+    """The last piece of each prompt, and its admission; `prompts` is None where that piece is all of it."""
+    rows, time = tokens.shape
+    if prompts is None:
+        prompts = empty_prompts(target, draft_model, rows, exit_layer=shape.exit_layer, capacity=time, backend=backend)
+    prompts, last = prefill_piece(target, draft_model, prompts, tokens, start, lengths, exit_layer=shape.exit_layer)
+    return admit(target, state, prompts, last, admission, sampled=sampled)
+
+
+def take_prompt(state: DecodeState, slot: Int[Array, ""]) -> Prompts:
+    """What a slot of a running batch holds, as the beginning of a prompt."""
+
+    def take(x: Array | KVCache) -> Array | KVCache:
+        return x.row(slot) if isinstance(x, KVCache) else jax.lax.dynamic_slice_in_dim(x, slot, 1)
+
+    held = Prompts(state.shallow, state.deep, state.draft)
+    return jax.tree.map(take, held, is_leaf=_is_cache)
+
+
+def resize(state: Tree, capacity: int) -> Tree:
+    """The same sequences in caches with room for `capacity` positions."""
+    return jax.tree.map(lambda x: x.resized(capacity) if _is_cache(x) else x, state, is_leaf=_is_cache)
+
+
+def _is_cache(x: object) -> bool:
+    return isinstance(x, KVCache)
+
+
+def _map_rows(put, old: Tree, new: Tree) -> Tree:
+    return jax.tree.map(put, old, new, is_leaf=_is_cache)
+
+
+def _put(old: Array | KVCache, new: Array | KVCache, source: int, slot: Int[Array, ""]) -> Array | KVCache:
+    if isinstance(old, KVCache):
+        return old.with_row(slot, new, source)
+    row = new[source : source + 1].astype(old.dtype)
+    return jax.lax.dynamic_update_slice(old, row, (slot, *[0] * (old.ndim - 1)))

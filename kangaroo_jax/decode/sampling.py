@@ -19,10 +19,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from kangaroo_jax.config import SamplingConfig
-from kangaroo_jax.errors import InputError
 
 # What a random number at a position is for; numbers for different purposes are independent.
 DRAFT, ACCEPT, TARGET = range(3)
@@ -30,74 +29,100 @@ _PURPOSES = 3
 
 
 @flax.struct.dataclass
-class Sampler:
-    """A `SamplingConfig` on the device. Numbers are data; what decides which code runs is static."""
+class Sampling:
+    """How each sequence of a batch chooses its tokens: a `SamplingConfig` per row."""
 
-    keys: Key[Array, " batch"]  # of each sequence; never used up, every number is derived from its position
-    temperature: Float[Array, ""]
-    top_p: Float[Array, ""]
-    top_k: int = flax.struct.field(pytree_node=False)  # 0: off
-    nucleus: bool = flax.struct.field(pytree_node=False)  # whether top_p is below 1
+    key_words: UInt32[Array, "batch 2"]  # of each sequence; never used up, every number is derived from its position
+    temperature: Float[Array, " batch"]  # 0: greedy
+    top_p: Float[Array, " batch"]  # 1: off
+    top_k: Int[Array, " batch"]  # 0: off
 
     @classmethod
-    def create(cls, config: SamplingConfig, prompts: Sequence[Sequence[int]]) -> Sampler | None:
-        """The sampler of a batch of prompts (token ids); None for greedy decoding.
-
-        Raises:
-          InputError: for several seeds that are not one per prompt.
-        """
-        if config.temperature == 0:
-            return None
-        seeds = [config.seed] * len(prompts) if isinstance(config.seed, int) else config.seed
-        if len(seeds) != len(prompts):
-            raise InputError(f"seed must be one integer or one per prompt, found {len(seeds)} for {len(prompts)}")
+    def create(cls, configs: Sequence[SamplingConfig], prompts: Sequence[Sequence[int]]) -> Sampling:
+        """Host arrays for prompts (token ids), a setting with one seed for each."""
         # The prompt is part of the key so that different prompts with one seed do not share their random numbers.
-        words = [(seed, zlib.crc32(np.asarray(ids, np.int32))) for seed, ids in zip(seeds, prompts, strict=True)]
+        words = [(c.seed, zlib.crc32(np.asarray(ids, np.int32))) for c, ids in zip(configs, prompts, strict=True)]
         number = np.finfo(np.float32)
+        # Within float32's normal numbers: these are divided by and compared with.
+        temperature = [np.clip(c.temperature, number.tiny, number.max) if c.temperature else 0.0 for c in configs]
         return cls(
-            # A threefry key is any 64 bits. Named, so that the text does not depend on JAX's default generator.
-            keys=jax.random.wrap_key_data(jnp.asarray(np.asarray(words, np.uint32)), impl="threefry2x32"),
-            # Within float32's normal numbers: these are divided by and compared with.
-            temperature=jnp.float32(np.clip(config.temperature, number.tiny, number.max)),
-            top_p=jnp.float32(max(config.top_p, number.tiny)),
-            top_k=config.top_k,
-            nucleus=config.top_p < 1,
+            key_words=np.asarray(words, np.uint32),
+            temperature=np.asarray(temperature, np.float32),
+            top_p=np.asarray([max(c.top_p, number.tiny) for c in configs], np.float32),
+            top_k=np.asarray([c.top_k for c in configs], np.int32),
         )
 
+    @classmethod
+    def greedy(cls, batch: int) -> Sampling:
+        return cls(
+            key_words=jnp.zeros((batch, 2), jnp.uint32),
+            temperature=jnp.zeros((batch,), jnp.float32),
+            top_p=jnp.ones((batch,), jnp.float32),
+            top_k=jnp.zeros((batch,), jnp.int32),
+        )
 
-def probabilities(logits: Float[Array, "... vocab"], sampler: Sampler) -> Float[Array, "... vocab"]:
+    @property
+    def keys(self) -> Key[Array, " batch"]:
+        # A threefry key is any 64 bits. Named, so that the text does not depend on JAX's default generator.
+        return jax.random.wrap_key_data(self.key_words, impl="threefry2x32")
+
+
+def probabilities(
+    logits: Float[Array, "batch *places vocab"], sampling: Sampling
+) -> Float[Array, "batch *places vocab"]:
     """The distribution that is sampled from: temperature, then top-k, then top-p (transformers' order).
 
     Args:
       logits: float32.
-      sampler: the settings.
+      sampling: the settings of each sequence.
 
     Returns:
-      float32, adding up to 1; 0 for tokens that are filtered out. Tokens tied with the k-th are all kept (as in
-      transformers); so are those tied with the last of the nucleus (transformers keeps some, by its sort's order).
+      float32, adding up to 1; 0 for tokens that are filtered out. A greedy sequence's is 1 at its most probable token:
+      what is sampled from it, accepted and put in place of rejected drafts is then greedy decoding's. Tokens tied with
+      the k-th are all kept (as in transformers); so are those tied with the last of the nucleus (transformers keeps
+      some, by its sort's order).
     """
     with jax.named_scope("shape"):
+        shape = (-1, *[1] * (logits.ndim - 1))
+        temperature, top_p, top_k = (x.reshape(shape) for x in (sampling.temperature, sampling.top_p, sampling.top_k))
+        best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
         # The maximum goes first: divided by a small temperature, logits overflow where their differences must not.
-        logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampler.temperature
-        if 0 < sampler.top_k < logits.shape[-1]:
-            last = jax.lax.top_k(logits, sampler.top_k)[0][..., -1:]
-            logits = jnp.where(logits < last, -jnp.inf, logits)
+        logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1.0)
+        logits = jnp.where(logits < top_k_floor(logits, top_k), -jnp.inf, logits)
         probs = jax.nn.softmax(logits, axis=-1)
-        if not sampler.nucleus:
-            return probs
-        probs = jnp.where(probs < nucleus_floor(probs, sampler.top_p), 0.0, probs)
-        return probs / jnp.sum(probs, axis=-1, keepdims=True)
+        probs = jnp.where(probs < nucleus_floor(probs, top_p), 0.0, probs)
+        probs = jnp.where(top_p < 1, probs / jnp.sum(probs, axis=-1, keepdims=True), probs)
+        return jnp.where(temperature > 0, probs, best)
 
 
-def nucleus_floor(probs: Float[Array, "... vocab"], top_p: Float[Array, ""]) -> Float[Array, "... 1"]:
-    """The smallest v for which the tokens more probable than v have less than `top_p` together.
+def top_k_floor(logits: Float[Array, "... vocab"], top_k: Int[Array, "... 1"]) -> Float[Array, "... 1"]:
+    """The k-th largest of logits that are at most 0; -inf where k is 0 (off) or more than there are."""
+    distance = jax.lax.bitcast_convert_type(-logits + 0.0, jnp.int32)  # 0 and up: the bits are in the numbers' order
+
+    # Found by halving the interval of candidates, as in `nucleus_floor`: the smallest distance that k or more are
+    # within. No turn where no sequence asks for it.
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = jnp.sum(distance <= middle, axis=-1, keepdims=True) >= top_k
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    infinite = jax.lax.bitcast_convert_type(jnp.full_like(logits[..., :1], jnp.inf), jnp.int32)
+    turns = jnp.where(jnp.any(top_k > 0), 32, 0)
+    _, high = jax.lax.fori_loop(0, turns, halve, (jnp.full_like(infinite, -1), infinite))
+    return jnp.where(top_k > 0, -jax.lax.bitcast_convert_type(high, jnp.float32), -jnp.inf)
+
+
+def nucleus_floor(probs: Float[Array, "... vocab"], top_p: Float[Array, "... 1"]) -> Float[Array, "... 1"]:
+    """The smallest v for which the tokens more probable than v have less than `top_p` together; 0 where that is 1.
 
     A token is in the nucleus (Holtzman et al. 2020, arXiv 1904.09751) if its probability is at least v; the most
     probable one always is. `top_p` is above 0.
     """
 
     # Found by halving the interval of candidates, float32 numbers in order of their bits: 30 sums, exact, and far
-    # cheaper than sorting the vocabulary (on one CPU core 0.15 ms against 8 ms for 7 rows of 4,096).
+    # cheaper than sorting the vocabulary (on one CPU core 0.15 ms against 8 ms for 7 rows of 4,096). No turn where no
+    # sequence asks for it.
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = low + (high - low) // 2
@@ -106,8 +131,9 @@ def nucleus_floor(probs: Float[Array, "... vocab"], top_p: Float[Array, ""]) -> 
         return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
 
     high = jax.lax.bitcast_convert_type(jnp.max(probs, axis=-1, keepdims=True), jnp.int32)
-    _, high = jax.lax.fori_loop(0, 30, halve, (jnp.full_like(high, -1), high))  # 1.0 is below bit pattern 2**30
-    return jax.lax.bitcast_convert_type(high, jnp.float32)
+    turns = jnp.where(jnp.any(top_p < 1), 30, 0)
+    _, high = jax.lax.fori_loop(0, turns, halve, (jnp.full_like(high, -1), high))  # 1.0 is below bit pattern 2**30
+    return jnp.where(top_p < 1, jax.lax.bitcast_convert_type(high, jnp.float32), 0.0)
 
 
 def sample(
@@ -116,7 +142,7 @@ def sample(
     """One token per sequence, with probability in proportion to its weight; never one of weight 0.
 
     Args:
-      keys: the sampler's.
+      keys: of each sequence.
       positions: of the tokens, counted in prompt and answer.
       purpose: `DRAFT` or `TARGET`.
       weights: at least one above 0.
@@ -166,7 +192,7 @@ def accept_and_resample(
     q: Float[Array, "batch width-1 vocab"],
     drafted: Int[Array, "batch width-1"],
     length: Int[Array, " batch"],
-    sampler: Sampler,
+    keys: Key[Array, " batch"],
     positions: Int[Array, " batch"],
 ) -> tuple[Int[Array, "batch width"], Int[Array, " batch"]]:
     """The accepted drafts, and the token after them.
@@ -176,12 +202,12 @@ def accept_and_resample(
       q: the draft model's, that the drafted tokens were drawn from.
       drafted: the drafted tokens.
       length: how many of them a sequence has; the rest are not looked at.
-      sampler: for its keys.
+      keys: of each sequence.
       positions: of each sequence's first drafted token.
 
     Returns:
       Tokens, and how many drafts at their beginning are accepted; the token after those is the target's own: a
-      rejected one's replacement, or the one after a draft accepted whole. Tokens beyond it are meaningless.
+      rejected one's replacement, or the one after a fully accepted draft. Tokens beyond it are meaningless.
     """
     index = jnp.arange(p.shape[1])
     is_drafted = index < length[:, None]
@@ -189,13 +215,13 @@ def accept_and_resample(
     accepted = is_drafted[:, :-1] & accepts(
         jnp.take_along_axis(p[:, :-1], chosen, axis=-1)[..., 0],
         jnp.take_along_axis(q, chosen, axis=-1)[..., 0],
-        uniforms(sampler.keys, positions[:, None] + index[:-1]),
+        uniforms(keys, positions[:, None] + index[:-1]),
     )
     count = jnp.sum(jnp.cumprod(accepted, axis=1), axis=1, dtype=jnp.int32)
     # After the last draft q counts as 0, and the residual is p.
     q = jnp.where(is_drafted[:, :, None], jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0.0)
     here = count[:, None, None]
     weights = residual(jnp.take_along_axis(p, here, axis=1)[:, 0], jnp.take_along_axis(q, here, axis=1)[:, 0])
-    token = sample(sampler.keys, positions + count, TARGET, weights)
+    token = sample(keys, positions + count, TARGET, weights)
     tokens = jnp.where(index < count[:, None], jnp.pad(drafted, ((0, 0), (0, 1))), token[:, None])
     return tokens, count

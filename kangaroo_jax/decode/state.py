@@ -4,42 +4,45 @@ from __future__ import annotations
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from kangaroo_jax.decode.sampling import Sampler
+from kangaroo_jax.decode.sampling import Sampling
 from kangaroo_jax.model.cache import KVCache
 
 
 @flax.struct.dataclass
-class RoundStats:
-    """One entry per round and sequence; entries at and beyond `rounds` are unused."""
+class DecodeState:
+    """A batch of sequences between rounds: `shallow.length` = `deep.length` = n tokens of each have been processed.
+    What a request asks for is data of its row. Every array's first axis is the batch (caches: see their backend)."""
 
-    accept_lengths: Int[Array, "batch room"]  # tokens the round committed
-    draft_lengths: Int[Array, "batch room"]  # tokens the round drafted
-    rounds: Int[Array, " batch"]
-
-    @classmethod
-    def empty(cls, batch: int, room: int) -> RoundStats:
-        lengths = (jnp.zeros((batch, room), jnp.int32) for _ in range(2))
-        return cls(*lengths, jnp.zeros((batch,), jnp.int32))
+    token: Int[Array, " batch"]  # x_n, the last committed token, not yet processed
+    shallow: KVCache  # of layers [0, exit_layer)
+    deep: KVCache  # of layers [exit_layer, L)
+    draft: PyTree | None  # the draft model's state; None in plain decoding
+    num_output: Int[Array, " batch"]  # new tokens committed
+    max_output: Int[Array, " batch"]  # at most this many new tokens
+    eos_token_ids: Int[Array, "batch eos"]  # tokens that end a sequence, padded with -1
+    finished: Bool[Array, " batch"]  # such a sequence idles
+    sampling: Sampling
 
 
 @flax.struct.dataclass
-class DecodeState:
-    """Between rounds, n = `shallow.length` = `deep.length` tokens of a sequence have been processed, and
-    `adapter.length` = n - 1: the adapter sees position n - 1 (again) in the next round's first draft step."""
+class Chunk:
+    """What a run of rounds committed: read by the host while the next run is on its way."""
 
-    token: Int[Array, " batch"]  # x_n, the last committed token, not yet processed
-    shallow_hidden: Float[Array, "batch 1 hidden"]  # after the shallow layers, at position n - 1
-    shallow: KVCache  # of layers [0, exit_layer)
-    deep: KVCache  # of layers [exit_layer, L)
-    adapter: KVCache | None  # None in plain decoding
-    output: Int[Array, "batch room"]  # committed new tokens; beyond num_output, leftovers of rejected drafts
-    num_output: Int[Array, " batch"]
-    max_output: Int[Array, " batch"]  # at most this many new tokens
-    finished: Bool[Array, " batch"]  # hit EOS or max_output; such a sequence idles
-    stats: RoundStats
-    sampler: Sampler | None  # None in greedy decoding
+    tokens: Int[Array, "batch room"]  # beyond num_tokens, leftovers of rejected drafts
+    num_tokens: Int[Array, " batch"]
+    accept_lengths: Int[Array, "batch rounds"]  # tokens that each round committed; unused beyond num_rounds
+    draft_lengths: Int[Array, "batch rounds"]  # tokens that each round drafted (levels of a tree)
+    num_rounds: Int[Array, " batch"]
+    finished: Bool[Array, " batch"]
+
+    @classmethod
+    def empty(cls, finished: Bool[Array, " batch"], room: int, rounds: int) -> Chunk:
+        batch = len(finished)
+        zero = jnp.zeros((batch,), jnp.int32)
+        lengths = jnp.zeros((batch, rounds), jnp.int32)
+        return cls(jnp.zeros((batch, room), jnp.int32), zero, lengths, lengths, zero, finished)
 
 
 @flax.struct.dataclass
@@ -50,8 +53,8 @@ class DraftTree:
     parents: Int[Array, "batch drafts"]  # node that a drafted token follows
     depths: Int[Array, "batch drafts"]  # 1 for those that follow x_n
     levels: Int[Array, " batch"]  # draft steps taken: the depth of the tree before the budget cut it
-    adapter_slots: Int[Array, "batch drafts"]  # of a token's keys and values in the adapter's cache, after x_n's
-    num_adapter_slots: int = flax.struct.field(pytree_node=False)
+    step_positions: Int[Array, "batch drafts"]  # where a token's draft step wrote in the draft model's cache, after x_n
+    num_step_positions: int = flax.struct.field(pytree_node=False)
     max_depth: int = flax.struct.field(pytree_node=False)  # gamma
 
     def ancestors(self) -> Bool[Array, "batch nodes nodes"]:
@@ -76,7 +79,7 @@ class Draft:
     length: Int[Array, " batch"]  # drafted tokens
     hidden: Float[Array, "batch drafts+1 hidden"]  # after the shallow layers, of x_n and the drafted tokens
     shallow: KVCache
-    adapter: KVCache | None
+    carry: PyTree | None  # the draft model's, after its last step; None in plain decoding
     # The distributions that the tokens were drawn from; None where they were not drawn: in greedy decoding, and in
     # trees. For a vocabulary of 128,000 and gamma 6 they take 3 MB per sequence, written and read once a round: little
     # beside a draft step's weights.

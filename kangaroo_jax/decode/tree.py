@@ -5,12 +5,12 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from kangaroo_jax.config import TreeConfig
 from kangaroo_jax.decode.state import DecodeState, Draft, DraftTree
-from kangaroo_jax.model.adapter import Adapter, adapter_apply, draft_head
 from kangaroo_jax.model.cache import KVCache, draft_mask
+from kangaroo_jax.model.drafts.draft_model import DraftModel
 from kangaroo_jax.model.target import TargetModel, shallow_apply
 
 
@@ -24,14 +24,15 @@ class Growth:
     tokens: Int[Array, "batch levels candidates"]
     scores: Float[Array, "batch levels candidates"]  # probability of the path; negative where there is no candidate
     frontiers: Int[Array, "batch levels topk"]  # which candidates of a level are its frontier
-    visible: Bool[Array, "batch topk slots"]  # slots that the newest frontier's tokens may look at, own ones included
+    # Which positions after x_n the newest frontier's tokens may look at, their own included.
+    visible: Bool[Array, "batch topk positions"]
     shallow: KVCache
-    adapter: KVCache
+    carry: PyTree  # the draft model's
 
 
 def draft_tree(
     target: TargetModel,
-    adapter: Adapter,
+    draft_model: DraftModel,
     state: DecodeState,
     threshold: Float[Array, ""],
     *,
@@ -52,22 +53,22 @@ def draft_tree(
 
     Args:
       target: the model.
-      adapter: trained for `exit_layer`.
-      state: between rounds; the adapter's cache is one position behind the shallow one.
+      draft_model: trained for `exit_layer`.
+      state: between rounds.
       threshold: eta.
       exit_layer: l, static.
       max_draft_len: gamma, static; the greatest depth.
       tree: K and the budget, static.
 
     Returns:
-      The draft. In the shallow cache its tokens lie one after another, behind x_n; in the adapter's cache only those
-      that have followers, at `adapter_slots`.
+      The draft. In the shallow cache its tokens lie one after another, behind x_n; in the draft model's cache only those
+      that have followers, at `step_positions`.
     """
     with jax.named_scope("draft"):
-        start = state.shallow.length  # the slot and the position of x_n
+        start = state.shallow.length  # n, the position of x_n
         first = start[:, None]
         root, growth = grow_tree(
-            target, adapter, state, threshold, exit_layer=exit_layer, max_draft_len=max_draft_len, topk=tree.topk
+            target, draft_model, state, threshold, exit_layer=exit_layer, max_draft_len=max_draft_len, topk=tree.topk
         )
         tokens, scores, links = _prune(growth, max_draft_len, tree)
         # Through the shallow layers once more, all together: most of the tree's leaves have not been, and the others
@@ -81,7 +82,7 @@ def draft_tree(
             length=jnp.where(state.finished, 0, jnp.sum(scores >= 0, axis=1)),
             hidden=jnp.concatenate([root, hidden], axis=1),
             shallow=shallow,
-            adapter=growth.adapter,
+            carry=growth.carry,
             probs=None,
             tree=links,
         )
@@ -89,7 +90,7 @@ def draft_tree(
 
 def grow_tree(
     target: TargetModel,
-    adapter: Adapter,
+    draft_model: DraftModel,
     state: DecodeState,
     threshold: Float[Array, ""],
     *,
@@ -106,18 +107,12 @@ def grow_tree(
     start = state.shallow.length
     first = start[:, None]
     root, shallow = shallow_apply(target, state.token[:, None], first, state.shallow, exit_layer=exit_layer)
-    # As for a single sequence, the adapter sees position n - 1 (again) together with n.
-    adapted, adapter_cache = adapter_apply(
-        adapter,
-        jnp.concatenate([state.shallow_hidden, root], axis=1),
-        jnp.concatenate([first - 1, first], axis=1),
-        state.adapter,
-    )
-    growth = _grow_first(target, adapter, adapted[:, -1], shallow, adapter_cache, ~state.finished, max_draft_len, topk)
+    carry, logits = draft_model.begin(target, state.draft, state.token, root, start)
+    growth = _grow_first(draft_model, logits, shallow, carry, ~state.finished, max_draft_len, topk)
     growth = growth.replace(active=growth.active & (growth.scores[:, 0].max(-1) >= threshold))
 
     def one_level(growth: Growth) -> Growth:
-        return _grow(target, adapter, growth, start, threshold, exit_layer=exit_layer, topk=topk)
+        return _grow(target, draft_model, growth, start, threshold, exit_layer=exit_layer, topk=topk)
 
     growth = jax.lax.while_loop(
         lambda growth: (growth.level < max_draft_len) & jnp.any(growth.active), one_level, growth
@@ -126,28 +121,26 @@ def grow_tree(
 
 
 def _best_followers(
-    target: TargetModel, adapter: Adapter, adapted: Float[Array, "... hidden"], topk: int
+    draft_model: DraftModel, logits: Float[Array, "... drafted"], topk: int
 ) -> tuple[Int[Array, "... topk"], Float[Array, "... topk"]]:
     """The likeliest next tokens, and their draft probabilities."""
-    logits = draft_head(target, adapter, adapted)
     best, index = jax.lax.top_k(logits, topk)
     probs = jnp.exp(best - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
-    return adapter.token_ids(index), probs
+    return draft_model.token_ids(index), probs
 
 
 def _grow_first(
-    target: TargetModel,
-    adapter: Adapter,
-    adapted: Float[Array, "batch hidden"],
+    draft_model: DraftModel,
+    logits: Float[Array, "batch drafted"],
     shallow: KVCache,
-    adapter_cache: KVCache,
+    carry: PyTree,
     active: Bool[Array, " batch"],
     max_draft_len: int,
     topk: int,
 ) -> Growth:
     """The first level: what may follow x_n. All its candidates are its frontier."""
-    batch = adapted.shape[0]
-    tokens, scores = _best_followers(target, adapter, adapted, topk)
+    batch = len(logits)
+    tokens, scores = _best_followers(draft_model, logits, topk)
     return Growth(
         level=jnp.int32(1),
         active=active,
@@ -158,13 +151,13 @@ def _grow_first(
         .at[:, :, :topk]
         .set(jnp.eye(topk, dtype=bool)),
         shallow=shallow,
-        adapter=adapter_cache,
+        carry=carry,
     )
 
 
 def _grow(
     target: TargetModel,
-    adapter: Adapter,
+    draft_model: DraftModel,
     growth: Growth,
     start: Int[Array, " batch"],
     threshold: Float[Array, ""],
@@ -177,13 +170,13 @@ def _grow(
     tokens = jnp.take_along_axis(growth.tokens[:, level - 1], frontier, axis=1)
     scores = jnp.take_along_axis(growth.scores[:, level - 1], frontier, axis=1)
     positions = jnp.broadcast_to((start + level)[:, None], tokens.shape)
-    slots = start + 1 + (level - 1) * topk
+    entries = start + 1 + (level - 1) * topk
     mask = draft_mask(start + 1, growth.visible, growth.shallow.capacity)
     hidden, shallow = shallow_apply(
-        target, tokens, positions, growth.shallow.replace(length=slots), exit_layer=exit_layer, mask=mask
+        target, tokens, positions, growth.shallow.replace(length=entries), exit_layer=exit_layer, mask=mask
     )
-    adapted, adapter_cache = adapter_apply(adapter, hidden, positions, growth.adapter.replace(length=slots), mask=mask)
-    followers, probs = _best_followers(target, adapter, adapted, topk)
+    carry, logits = draft_model.step(target, growth.carry, tokens, hidden, entries, positions, mask)
+    followers, probs = _best_followers(draft_model, logits, topk)
     followers = followers.reshape(len(start), -1)
     candidates = jnp.where(growth.active[:, None], (scores[:, :, None] * probs).reshape(followers.shape), -1.0)
     best, chosen = jax.lax.top_k(candidates, topk)
@@ -198,7 +191,7 @@ def _grow(
         frontiers=growth.frontiers.at[:, level].set(chosen),
         visible=seen | own,
         shallow=shallow,
-        adapter=adapter_cache,
+        carry=carry,
     )
 
 
@@ -226,8 +219,8 @@ def _prune(
         parents=jnp.where(exists & (level > 0), parents, 0),
         depths=jnp.where(exists, level + 1, 1),
         levels=jnp.sum(jnp.any(growth.scores >= 0, axis=-1), axis=1, dtype=jnp.int32),
-        adapter_slots=jnp.where(jnp.any(own, axis=-1), level * topk + jnp.argmax(own, axis=-1), 0).astype(jnp.int32),
-        num_adapter_slots=growth.visible.shape[-1],
+        step_positions=jnp.where(jnp.any(own, axis=-1), level * topk + jnp.argmax(own, axis=-1), 0).astype(jnp.int32),
+        num_step_positions=growth.visible.shape[-1],
         max_depth=max_draft_len,
     )
     tokens = jnp.take_along_axis(growth.tokens.reshape(batch, total), place, axis=1)

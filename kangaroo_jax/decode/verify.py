@@ -4,41 +4,44 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from kangaroo_jax.decode.pick import Verdict, pick_verified
-from kangaroo_jax.decode.sampling import Sampler
-from kangaroo_jax.decode.state import DecodeState, Draft
+from kangaroo_jax.decode.sampling import Sampling
+from kangaroo_jax.decode.state import Chunk, DecodeState, Draft
 from kangaroo_jax.model.cache import KVCache, draft_mask
+from kangaroo_jax.model.drafts.draft_model import Committed, DraftModel
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head
+
+Deep = Float[Array, "batch drafts+1 hidden"]
 
 
 def verify(
     target: TargetModel,
     deep: KVCache,
     draft: Draft,
-    sampler: Sampler | None,
+    sampling: Sampling | None,
     *,
     exit_layer: int,
     widths: tuple[int, ...],
-) -> tuple[Verdict, KVCache]:
+) -> tuple[Verdict, Deep, KVCache]:
     """The target's judgement of the draft, from one pass over all its tokens (paper, section 3.2).
 
     Args:
       target: the model.
       deep: the deep layers' cache, holding positions before the draft's first.
       draft: the draft; `draft.hidden` is where the pass starts.
-      sampler: None for greedy decoding.
+      sampling: of each sequence; None where every sequence is greedy.
       exit_layer: l, static.
       widths: how many tokens a pass may hold, ascending, ending with x_n and the most drafted tokens; the smallest
         that holds the longest draft of the batch is run. One width where compute is free beside reading the weights,
         several where it is not.
 
     Returns:
-      The verdict, and the cache with lengths not yet settled.
+      The verdict, the normed deep hidden states of x_n and the drafted tokens, and the cache with its length as before.
     """
 
-    def run(width: int, cache: KVCache) -> tuple[Verdict, KVCache]:
+    def run(width: int, cache: KVCache) -> tuple[Verdict, Deep, KVCache]:
         if draft.tree is None:
             depths, mask = jnp.arange(width), None
         else:
@@ -46,32 +49,35 @@ def verify(
             mask = draft_mask(cache.length, draft.tree.ancestors()[:, :width, :width], cache.capacity)
         positions = cache.length[:, None] + depths
         normed, cache = deep_apply(target, draft.hidden[:, :width], positions, cache, exit_layer=exit_layer, mask=mask)
-        verdict = pick_verified(lm_head(target, normed), draft, sampler, positions + 1)
-        return verdict, cache.replace(length=deep.length)
+        verdict = pick_verified(lm_head(target, normed), draft, sampling, positions + 1)
+        normed = jnp.pad(normed, ((0, 0), (0, draft.hidden.shape[1] - width), (0, 0)))
+        return verdict, normed, cache.replace(length=deep.length)
 
     with jax.named_scope("verify"):
         if len(widths) == 1:
             return run(widths[0], deep)
         choice = jnp.searchsorted(jnp.asarray(widths), jnp.max(draft.length) + 1)
-        carry = (jnp.bool_(False), Verdict.empty(draft), deep)
-        # Loops of one turn or none, in place of a lax.switch: XLA copies the whole cache through a conditional's
-        # branches, and updates it in place in a loop.
+        loop = (jnp.bool_(False), Verdict.empty(draft), jnp.zeros_like(draft.hidden), deep)
+        # Loops of one turn at most, in place of a lax.switch: XLA for CPU copies the complete cache through a
+        # conditional's branches, and updates it in place in a loop.
         for i, width in enumerate(widths):
-            carry = jax.lax.while_loop(
-                lambda carry, i=i: (choice == i) & ~carry[0],
-                lambda carry, width=width: (jnp.bool_(True), *run(width, carry[2])),
-                carry,
+            loop = jax.lax.while_loop(
+                lambda loop, i=i: (choice == i) & ~loop[0],
+                lambda loop, width=width: (jnp.bool_(True), *run(width, loop[3])),
+                loop,
             )
-        return carry[1:]
+        return loop[1:]
 
 
 def commit(
     state: DecodeState,
+    chunk: Chunk,
+    draft_model: DraftModel | None,
     draft: Draft,
-    deep: KVCache,
     verdict: Verdict,
-    eos_token_ids: Int[Array, " eos"],
-) -> DecodeState:
+    deep_hidden: Deep,
+    deep: KVCache,
+) -> tuple[DecodeState, Chunk]:
     """Commits the accepted drafts and the target's next token, cut after the first EOS and at the sequence's last
     allowed token.
 
@@ -80,74 +86,65 @@ def commit(
 
     Args:
       state: before the round.
+      chunk: what earlier rounds of the run committed.
+      draft_model: None in plain decoding.
       draft: the round's draft.
-      deep: the deep layers' cache from `verify`.
-      verdict: from `verify`.
-      eos_token_ids: tokens that end a sequence; may be empty.
+      verdict: from `verify`, as are the next two.
+      deep_hidden: deep hidden states of x_n and the drafted tokens.
+      deep: the deep layers' cache.
     """
     with jax.named_scope("commit"):
         target_tokens = verdict.tokens
         index = jnp.arange(target_tokens.shape[1])
         count = jnp.minimum(verdict.accepted + 1, state.max_output - state.num_output)
-        ends = jnp.any(target_tokens[:, :, None] == eos_token_ids, axis=-1) & (index < count[:, None])
+        is_eos = jnp.any(target_tokens[:, :, None] == state.eos_token_ids[:, None], axis=-1)
+        ends = is_eos & (index < count[:, None])
         count = jnp.where(jnp.any(ends, axis=1), 1 + jnp.argmax(ends, axis=1).astype(jnp.int32), count)
         count = jnp.where(state.finished, 0, count)
 
         num_output = state.num_output + count
         finished = state.finished | jnp.any(ends, axis=1) | (num_output >= state.max_output)
         last = jnp.maximum(count - 1, 0)[:, None]
-        idle = state.finished
-        token = jnp.where(idle, state.token, jnp.take_along_axis(target_tokens, last, axis=1)[:, 0])
-        node = last if verdict.path is None else jnp.take_along_axis(verdict.path, last, axis=1)
-        hidden = jnp.take_along_axis(draft.hidden, node[:, :, None], axis=1)
-        shallow, adapter = draft.shallow, draft.adapter
-        if draft.tree is not None:
-            shallow, deep, adapter = _compacted(state.deep.length + 1, draft, verdict.path[:, 1:] - 1, deep)
-        length = state.deep.length + count
-        return state.replace(
+        token = jnp.where(state.finished, state.token, jnp.take_along_axis(target_tokens, last, axis=1)[:, 0])
+
+        start, shallow, tree = state.deep.length, draft.shallow, draft.tree
+        path, step_positions, num_step_positions = jnp.broadcast_to(index, target_tokens.shape), None, 0
+        if tree is not None:
+            path = verdict.path
+            drafted = jnp.maximum(path[:, 1:] - 1, 0)
+            # What is moved beyond the path's end is masked and overwritten like any rejected draft.
+            shallow = shallow.moved(start + 1, drafted, draft.tokens.shape[1])
+            deep = deep.moved(start + 1, drafted, draft.tokens.shape[1])
+            step_positions = jnp.take_along_axis(tree.step_positions, drafted, axis=1)
+            num_step_positions = tree.num_step_positions
+        after = None
+        if draft_model is not None:
+            committed = Committed(start, count, path, draft.hidden, deep_hidden, step_positions, num_step_positions)
+            after = draft_model.after_verify(state.draft, draft.carry, committed)
+        state = state.replace(
             token=token,
-            shallow_hidden=jnp.where(idle[:, None, None], state.shallow_hidden, hidden),
-            shallow=shallow.replace(length=length),
-            deep=deep.replace(length=length),
-            adapter=None if adapter is None else adapter.replace(length=length - 1),
-            output=_write_rows(state.output, target_tokens, state.num_output),
+            shallow=shallow.replace(length=start + count),
+            deep=deep.replace(length=start + count),
+            draft=after,
             num_output=num_output,
             finished=finished,
-            stats=state.stats.replace(
-                accept_lengths=_write_rows(state.stats.accept_lengths, count[:, None], state.stats.rounds),
-                draft_lengths=_write_rows(state.stats.draft_lengths, draft.steps[:, None], state.stats.rounds),
-                rounds=state.stats.rounds + ~idle,
-            ),
         )
-
-
-def _compacted(
-    start: Int[Array, " batch"], draft: Draft, path: Int[Array, "batch gamma"], deep: KVCache
-) -> tuple[KVCache, KVCache, KVCache]:
-    """The shallow, deep and adapter caches with the accepted path's entries one after another from `start` on.
-
-    Only the slots of one round are read and written. What is moved beyond the path's end is masked and overwritten
-    like any rejected draft.
-
-    Args:
-      start: slot of the first drafted token.
-      draft: the round's draft.
-      path: drafted tokens on the accepted path, padded.
-      deep: the deep layers' cache.
-    """
-    path = jnp.maximum(path, 0)
-    slots = jnp.take_along_axis(draft.tree.adapter_slots, path, axis=1)
-    return (
-        draft.shallow.moved(start, path, draft.tokens.shape[1]),
-        deep.moved(start, path, draft.tokens.shape[1]),
-        draft.adapter.moved(start, slots, draft.tree.num_adapter_slots),
-    )
+        ran = count > 0
+        chunk = Chunk(
+            tokens=_write_rows(chunk.tokens, target_tokens, chunk.num_tokens),
+            num_tokens=chunk.num_tokens + count,
+            accept_lengths=_write_rows(chunk.accept_lengths, count[:, None], chunk.num_rounds),
+            draft_lengths=_write_rows(chunk.draft_lengths, draft.steps[:, None], chunk.num_rounds),
+            num_rounds=chunk.num_rounds + ran,
+            finished=finished,
+        )
+        return state, chunk
 
 
 def _write_rows(
     buffer: Int[Array, "batch room"], rows: Int[Array, "batch width"], start: Int[Array, " batch"]
 ) -> Int[Array, "batch room"]:
-    """Writes each row at its own start. Buffers have room for a whole round beyond the last token."""
-    for i in range(buffer.shape[0]):
-        buffer = jax.lax.dynamic_update_slice(buffer, rows[i : i + 1], (i, start[i]))
-    return buffer
+    """Writes each row at its own start."""
+    offset = jnp.arange(buffer.shape[1]) - start[:, None]
+    new = jnp.take_along_axis(rows, jnp.clip(offset, 0, rows.shape[1] - 1), axis=1)
+    return jnp.where((offset >= 0) & (offset < rows.shape[1]), new, buffer)

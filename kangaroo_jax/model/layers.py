@@ -14,10 +14,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.model import cache as kv_cache
+from kangaroo_jax.model.attention.backend import AttentionBackend
+from kangaroo_jax.model.attention.uncached import attend
+from kangaroo_jax.model.ops import dot
 from kangaroo_jax.model.rotary import rotary_angles
 
-_INIT = nnx.initializers.normal(0.02)
-_QUERIES_AT_ONCE = 256  # per sequence, of attention without a cache
+INIT = nnx.initializers.normal(0.02)
 
 
 @flax.struct.dataclass
@@ -27,17 +29,8 @@ class AttentionContext:
     cos: Float[Array, "batch time head_dim"]
     sin: Float[Array, "batch time head_dim"]
     mask: Bool[Array, "batch time keys"]  # True where a query may look
-    start: Int[Array, " batch"] | None  # slot of the first new entry; None without a cache
-
-
-def matmul(x: Float[Array, "... k"], weight: Float[Array, "k n"]) -> Float[Array, "... n"]:
-    """x @ weight in the weight's dtype. float32 is float32 on every platform: TPUs and recent GPUs would otherwise
-    multiply it in bfloat16 or TF32 passes."""
-    return jnp.matmul(x, weight, precision=_precision(weight.dtype))
-
-
-def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    start: Int[Array, " batch"] | None  # position of the first new entry in the cache; None without a cache
+    backend: AttentionBackend | None = flax.struct.field(pytree_node=False)  # None without a cache
 
 
 class RMSNorm(nnx.Module):
@@ -48,45 +41,13 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... hidden"]) -> Float[Array, "... hidden"]:
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return self.weight[...] * x32.astype(x.dtype)
+        return self.weight[...].astype(x.dtype) * x32.astype(x.dtype)
 
 
 def _rotate(x: Float[Array, "batch time heads head_dim"], context: AttentionContext) -> Array:
     first, second = jnp.split(x, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     return x * context.cos[:, :, None, :] + turned * context.sin[:, :, None, :]
-
-
-def attend(
-    query: Float[Array, "batch time kv_heads groups head_dim"],
-    keys: Float[Array, "batch keys kv_heads head_dim"],
-    values: Float[Array, "batch keys kv_heads head_dim"],
-    mask: Bool[Array, "batch time keys"],
-    *,
-    chunk: int = _QUERIES_AT_ONCE,
-) -> Float[Array, "batch time kv_heads groups head_dim"]:
-    """Attention without a cache, as training takes it: the scores of `chunk` queries exist at once, also in the
-    backward pass, which makes them anew. Batch and heads stay axes of their own, so that each can be sharded."""
-    precision = _precision(query.dtype)
-
-    @jax.checkpoint
-    def some(query: Array, mask: Array) -> Array:
-        scores = jnp.einsum("btkgd,bskd->bkgts", query, keys, precision=precision, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None, None], scores * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-        return jnp.einsum("bkgts,bskd->btkgd", weights, values, precision=precision)
-
-    batch, time = query.shape[:2]
-    if time <= chunk:
-        return some(query, mask)
-    count = -(-time // chunk)
-
-    def split(x: Array) -> Array:  # [batch, time, ...] -> [count, batch, chunk, ...]
-        x = jnp.pad(x, [(0, 0), (0, count * chunk - time)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
-
-    mixed = jax.lax.map(lambda part: some(*part), (split(query), split(mask)))
-    return jnp.moveaxis(mixed, 0, 1).reshape(batch, count * chunk, *query.shape[2:])[:, :time]
 
 
 class Attention(nnx.Module):
@@ -99,17 +60,17 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         kv_heads, groups, head_dim = config.num_key_value_heads, config.queries_per_kv, config.head_dim
         shape = (config.hidden_size, kv_heads, groups + 2, head_dim)
-        self.qkv_proj = nnx.Param(_INIT(rngs.params(), shape, dtype))
+        self.qkv_proj = nnx.Param(INIT(rngs.params(), shape, dtype))
         self.qkv_bias = nnx.Param(jnp.zeros(shape[1:], dtype)) if config.qkv_bias else None
-        self.o_proj = nnx.Param(_INIT(rngs.params(), (kv_heads * groups * head_dim, config.hidden_size), dtype))
+        self.o_proj = nnx.Param(INIT(rngs.params(), (kv_heads * groups * head_dim, config.hidden_size), dtype))
         self.o_bias = nnx.Param(jnp.zeros((config.hidden_size,), dtype)) if config.o_bias else None
 
     def __call__(
         self,
         x: Float[Array, "batch time hidden"],
         context: AttentionContext,
-        keys: Float[Array, "batch*kv_heads head_dim capacity"] | None,
-        values: Float[Array, "batch*kv_heads capacity head_dim"] | None,
+        keys: Array | None,
+        values: Array | None,
     ) -> tuple[Float[Array, "batch time hidden"], Array, Array]:
         """Attends over the cache (after writing the new entries into it), or over `x` alone without one.
 
@@ -117,32 +78,21 @@ class Attention(nnx.Module):
         """
         batch, time, _ = x.shape
         hidden, kv_heads, rows, head_dim = self.qkv_proj.shape
-        qkv = matmul(x, self.qkv_proj[...].reshape(hidden, -1)).reshape(batch, time, kv_heads, rows, head_dim)
+        qkv = dot("...k,kn->...n", x, self.qkv_proj[...].reshape(hidden, -1))
+        qkv = qkv.reshape(batch, time, kv_heads, rows, head_dim)
         if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias[...]
+            qkv = qkv + self.qkv_bias[...].astype(x.dtype)
         turned = _rotate(qkv[..., :-1, :].reshape(batch, time, -1, head_dim), context)
         turned = turned.reshape(batch, time, kv_heads, rows - 1, head_dim)
+        query, new_keys, new_values = turned[..., :-1, :], turned[..., -1, :], qkv[..., -1, :]
         if keys is None:
-            keys, values = turned[..., -1, :], qkv[..., -1, :]
-            return self._project(attend(turned[..., :-1, :], keys, values, context.mask)), keys, values
-        groups, merged = rows - 2, batch * kv_heads  # batch and heads are one axis, as in the cache
-        query = turned[..., :-1, :].transpose(0, 2, 3, 1, 4).reshape(merged, groups * time, head_dim)
-        new_keys = turned[..., -1, :].transpose(0, 2, 3, 1).reshape(merged, head_dim, time)
-        new_values = qkv[..., -1, :].transpose(0, 2, 1, 3).reshape(merged, time, head_dim)
-        keys = kv_cache.write(keys, new_keys, context.start, axis=2)
-        values = kv_cache.write(values, new_values, context.start, axis=1)
-        precision = _precision(x.dtype)
-        scores = jnp.einsum("nqd,nds->nqs", query, keys, precision=precision, preferred_element_type=jnp.float32)
-        scores = scores.reshape(batch, kv_heads, groups, time, -1) * head_dim**-0.5
-        scores = jnp.where(context.mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype).reshape(merged, groups * time, -1)
-        mixed = jnp.einsum("nqs,nsd->nqd", weights, values, precision=precision)
-        mixed = mixed.reshape(batch, kv_heads, groups, time, head_dim).transpose(0, 3, 1, 2, 4)
-        return self._project(mixed), keys, values
+            return self._project(attend(query, new_keys, new_values, context.mask)), new_keys, new_values
+        keys, values = context.backend.write(keys, values, new_keys, new_values, context.start)
+        return self._project(context.backend.attend(query, keys, values, context.mask)), keys, values
 
     def _project(self, mixed: Float[Array, "batch time kv_heads groups head_dim"]) -> Float[Array, "batch time hidden"]:
-        out = matmul(mixed.reshape(*mixed.shape[:2], -1), self.o_proj[...])
-        return out if self.o_bias is None else out + self.o_bias[...]
+        out = dot("...k,kn->...n", mixed.reshape(*mixed.shape[:2], -1), self.o_proj[...])
+        return out if self.o_bias is None else out + self.o_bias[...].astype(out.dtype)
 
 
 class MLP(nnx.Module):
@@ -150,19 +100,18 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         hidden, width = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = nnx.Param(_INIT(rngs.params(), (hidden, 2, width), dtype))
+        self.gate_up_proj = nnx.Param(INIT(rngs.params(), (hidden, 2, width), dtype))
         self.gate_up_bias = nnx.Param(jnp.zeros((2, width), dtype)) if config.mlp_bias else None
-        self.down_proj = nnx.Param(_INIT(rngs.params(), (width, hidden), dtype))
+        self.down_proj = nnx.Param(INIT(rngs.params(), (width, hidden), dtype))
         self.down_bias = nnx.Param(jnp.zeros((hidden,), dtype)) if config.mlp_bias else None
 
     def __call__(self, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time hidden"]:
         # Not reshaped into a matrix: that would move a weight that is sharded along its last axis.
-        weight = self.gate_up_proj[...]
-        both = jnp.einsum("...h,hgi->...gi", x, weight, precision=_precision(weight.dtype))
+        both = dot("...h,hgi->...gi", x, self.gate_up_proj[...])
         if self.gate_up_bias is not None:
-            both = both + self.gate_up_bias[...]
-        out = matmul(jax.nn.silu(both[..., 0, :]) * both[..., 1, :], self.down_proj[...])
-        return out if self.down_bias is None else out + self.down_bias[...]
+            both = both + self.gate_up_bias[...].astype(x.dtype)
+        out = dot("...k,kn->...n", jax.nn.silu(both[..., 0, :]) * both[..., 1, :], self.down_proj[...])
+        return out if self.down_bias is None else out + self.down_bias[...].astype(out.dtype)
 
 
 class DecoderLayer(nnx.Module):
@@ -187,19 +136,18 @@ def attention_context(
     mask: Bool[Array, "batch time keys"] | None,
     dtype: jnp.dtype,
 ) -> AttentionContext:
-    """The shared part of a forward pass. `mask` replaces the causal one (over the cache's slots, or over the new
-    positions without a cache)."""
+    """The shared part of a forward pass. `mask` replaces the causal one (over the cache's positions, or over the
+    new ones without a cache)."""
     batch, time = positions.shape
-    if cache is None:
-        cos, sin = rotary_angles(config, positions, dtype)
-    else:
-        # Looked up: computed here, XLA would put the cosines into every layer's fusions and compute them in each.
-        cos, sin = cache.cos[positions], cache.sin[positions]
+    cos, sin = rotary_angles(config, positions, dtype)
+    if cache is not None:
+        # Kept out of the layers' fusions, where XLA would compute the cosines again in each.
+        cos, sin = jax.lax.optimization_barrier((cos, sin))
     start = None if cache is None else cache.length
     if mask is None:
         first = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
         mask = kv_cache.causal_mask(first, time, time if cache is None else cache.capacity)
-    return AttentionContext(cos, sin, mask, start)
+    return AttentionContext(cos, sin, mask, start, None if cache is None else cache.backend)
 
 
 def apply_layers(

@@ -9,27 +9,42 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.model.cache import KVCache
-from kangaroo_jax.model.layers import _INIT, DecoderLayer, RMSNorm, _precision, apply_layers, attention_context
+from kangaroo_jax.model.layers import INIT, DecoderLayer, RMSNorm, apply_layers, attention_context
+from kangaroo_jax.model.ops import dot, rows
 
 
 class TargetModel(nnx.Module):
     """A Llama-family decoder (transformers' LlamaForCausalLM). Weights and static shape only."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        compute_dtype: jnp.dtype | None = None,
+    ):
         self.config = config
-        self.embed_tokens = nnx.Param(_INIT(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+        self._compute_dtype = None if compute_dtype is None else jnp.dtype(compute_dtype)
+        self.embed_tokens = nnx.Param(INIT(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config, dtype)
         # [vocab, hidden] like the embedding, so that tied and untied heads are one code path.
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else nnx.Param(_INIT(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+            else nnx.Param(INIT(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
         )
 
     @property
     def dtype(self) -> jnp.dtype:
+        """Of the weights."""
         return self.embed_tokens.dtype
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """Of activations and caches: the weights' own, unless the model was made with another."""
+        return self.dtype if self._compute_dtype is None else self._compute_dtype
 
 
 def shallow_apply(
@@ -47,7 +62,7 @@ def shallow_apply(
       target: the model.
       tokens: token ids.
       positions: their rotary positions.
-      cache: the shallow layers' cache; new entries go to its slots length .. length + time - 1. None attends over
+      cache: the shallow layers' cache; new entries go to its positions length .. length + time - 1. None attends over
         the given tokens alone.
       exit_layer: l, static.
       mask: replaces the causal mask, True where a query may look.
@@ -56,7 +71,7 @@ def shallow_apply(
       The hidden state after layer exit_layer - 1, and the cache with the new entries counted in its length.
     """
     with jax.named_scope("shallow"):
-        hidden = target.embed_tokens[...][tokens]
+        hidden = rows(target.embed_tokens[...], tokens, target.compute_dtype)
         context = attention_context(target.config, positions, cache, mask, hidden.dtype)
         return apply_layers(target.layers[:exit_layer], hidden, context, cache)
 
@@ -88,5 +103,6 @@ def lm_head(target: TargetModel, hidden: Float[Array, "... hidden"]) -> Float[Ar
 
 
 def logits(hidden: Float[Array, "... hidden"], weight: Float[Array, "vocab hidden"]) -> Float[Array, "... vocab"]:
-    """float32 logits, by a head's rows."""
-    return jnp.einsum("...d,vd->...v", hidden, weight, precision=_precision(hidden.dtype)).astype(jnp.float32)
+    """float32 logits, by a head's rows. Accumulated in float32 and not rounded: in bfloat16, logits near 20 are 0.125
+    apart, and ties would decide."""
+    return dot("...d,vd->...v", hidden, weight, accumulate=jnp.float32)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from kangaroo_jax.model.adapter import Adapter, adapter_apply
+from kangaroo_jax.model.drafts.kangaroo import Adapter, adapter_apply
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 
 Sums = dict[str, Float[Array, ""]]

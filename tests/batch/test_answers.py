@@ -20,7 +20,7 @@ from kangaroo_jax import DraftConfig, InputError, SamplingConfig, TreeConfig, ge
 from kangaroo_jax.batch import answers
 from kangaroo_jax.batch.answer import answer_prompts
 from kangaroo_jax.batch.prompts import read_prompts
-from kangaroo_jax.model.adapter import DraftVocabulary
+from kangaroo_jax.model.drafts.kangaroo import DraftVocabulary
 from tests.decode.models import lettered_target, tiny_adapter
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from kangaroo_jax.checkpoint.adapter import item_handlers, load_adapter, named_l
 from kangaroo_jax.checkpoint.huggingface import Target, load_target
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import TargetModel
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "fixtures" / "golden"

@@ -16,7 +16,7 @@ from kangaroo_jax.checkpoint import convert, upstream
 from kangaroo_jax.checkpoint.adapter import load_adapter, named_leaves
 from kangaroo_jax.checkpoint.huggingface import load_target
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.model.adapter import adapter_apply
+from kangaroo_jax.model.drafts.kangaroo import adapter_apply
 
 torch = pytest.importorskip("torch", reason="the authors' adapters are PyTorch files, which need torch to read")
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.config import ModelConfig
-from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import TargetModel
 
 LAYERS = 5

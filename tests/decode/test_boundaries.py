@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from kangaroo_jax import DraftConfig, Request, TreeConfig, generate, generate_many, generate_plain
-from kangaroo_jax.model.adapter import DraftVocabulary
+from kangaroo_jax.model.drafts.kangaroo import DraftVocabulary
 from tests.decode.models import VOCABULARY, tiny_adapter, tiny_target
 
 CAPACITY = 128  # of the smallest caches, in positions

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kangaroo_jax import DraftConfig, generate, generate_plain
-from kangaroo_jax.model.adapter import adapter_apply
+from kangaroo_jax.model.drafts.kangaroo import adapter_apply
 from kangaroo_jax.model.target import deep_apply, lm_head, shallow_apply
 from tests.decode.models import LAYERS, VOCABULARY, tiny_adapter, tiny_target
 

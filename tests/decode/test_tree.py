@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kangaroo_jax.decode.generate import kangaroo_round
 
 from kangaroo_jax import DraftConfig, InputError, SamplingConfig, TreeConfig, generate, generate_plain
-from kangaroo_jax.decode.generate import kangaroo_round
 from kangaroo_jax.decode.prefill import prefill
-from kangaroo_jax.model.adapter import DraftVocabulary
+from kangaroo_jax.model.drafts.kangaroo import DraftVocabulary
 from tests.decode.models import VOCABULARY, tiny_adapter, tiny_target
 from tests.decode.test_lossless import full_forward
 

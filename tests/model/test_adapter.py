@@ -15,8 +15,8 @@ from flax import nnx
 
 from kangaroo_jax.checkpoint.huggingface import parameter_paths, parameter_rule
 from kangaroo_jax.config import ModelConfig, RopeScaling
-from kangaroo_jax.model.adapter import Adapter, adapter_apply
 from kangaroo_jax.model.cache import KVCache
+from kangaroo_jax.model.drafts.kangaroo import Adapter, adapter_apply
 
 LENGTH = 11
 CONFIGS = {

@@ -19,7 +19,7 @@ from kangaroo_jax.checkpoint.adapter import named_leaves
 from kangaroo_jax.checkpoint.huggingface import save_target
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.model.adapter import abstract_adapter
+from kangaroo_jax.model.drafts.kangaroo import abstract_adapter
 from kangaroo_jax.model.sharding import check_batch_size, make_mesh, partition, undivided
 from kangaroo_jax.model.target import TargetModel
 
@@ -102,7 +102,7 @@ from flax import nnx
 from kangaroo_jax import DraftConfig, generate, load_target
 from kangaroo_jax.checkpoint import huggingface
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter, named_leaves
-from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model import sharding
 from kangaroo_jax.train.loop import _Run
 from kangaroo_jax.train.settings import check_config, make_mesh

@@ -14,7 +14,7 @@ import pytest
 
 from kangaroo_jax.checkpoint.adapter import abstract_adapter, adapter_from_parameters, load_adapter, named_leaves
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.model.adapter import adapter_apply
+from kangaroo_jax.model.drafts.kangaroo import adapter_apply
 from kangaroo_jax.train.loop import train
 from kangaroo_jax.train.settings import check_config
 from kangaroo_jax.train.step import initial_parameters, make_optimizer

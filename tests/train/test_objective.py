@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from kangaroo_jax.config import ModelConfig
-from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import TargetModel
 from kangaroo_jax.train.objective import adapter_loss, distillation
 

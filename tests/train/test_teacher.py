@@ -25,7 +25,7 @@ from flax import nnx
 from kangaroo_jax.checkpoint.huggingface import load_target
 from kangaroo_jax.data.input import DataConfig, Rows, device_part, load_rows
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import deep_apply, shallow_apply
 from kangaroo_jax.train import teacher as teacher_module
 from kangaroo_jax.train.loop import train

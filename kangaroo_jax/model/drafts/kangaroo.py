@@ -1,14 +1,19 @@
-"""The adapter: the only trained part of the draft model (paper, section 3.1)."""
+"""The paper's draft model: an adapter of one attention and two norms on the shallow layers (section 3.1)."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.model.attention.backend import AttentionBackend
 from kangaroo_jax.model.cache import KVCache
+from kangaroo_jax.model.drafts.draft_model import Committed
 from kangaroo_jax.model.layers import Attention, AttentionContext, RMSNorm, apply_layers, attention_context
 from kangaroo_jax.model.target import TargetModel, lm_head, logits
 
@@ -40,11 +45,22 @@ class DraftVocabulary(nnx.Module):
         self.weight = nnx.Param(head[...][token_ids])
 
 
+@flax.struct.dataclass
+class AdapterState:
+    """Between rounds. The adapter's cache may lack position n - 1: after a fully accepted draft the adapter has not seen
+    it. So it counts n - 1 positions, and the next round's first step sees position n - 1 (again) together with n."""
+
+    cache: KVCache  # length n - 1
+    last: Float[Array, "batch 1 hidden"]  # shallow hidden state at position n - 1
+
+
 class Adapter(nnx.Module):
-    """RMSNorm, attention with a residual, RMSNorm. Its output goes through the target's LM head.
+    """RMSNorm, attention with a residual, RMSNorm. Its output goes through the target's LM head. A `DraftModel`.
 
     `config` is the target's: hidden size, heads and rotary settings are the same.
     """
+
+    kind: ClassVar[str] = "kangaroo"
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         self.config = config
@@ -54,8 +70,68 @@ class Adapter(nnx.Module):
         self.draft_vocabulary: DraftVocabulary | None = nnx.data(None)
 
     def token_ids(self, index: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
-        """The tokens at places of `draft_head`'s last axis."""
         return index if self.draft_vocabulary is None else self.draft_vocabulary.token_ids[...][index]
+
+    def num_tokens(self, vocab_size: int) -> int:
+        return vocab_size if self.draft_vocabulary is None else len(self.draft_vocabulary.token_ids[...])
+
+    def init(self, batch: int, capacity: int, dtype: jnp.dtype, backend: AttentionBackend) -> AdapterState:
+        cache = KVCache.empty(self.config, len(self.layers), batch, capacity, dtype, backend)
+        return AdapterState(cache, jnp.zeros((batch, 1, self.config.hidden_size), dtype))
+
+    def after_prefill(
+        self,
+        state: AdapterState,
+        tokens: Int[Array, "batch time"],
+        shallow: Float[Array, "batch time hidden"],
+        deep: Float[Array, "batch time hidden"],
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+    ) -> AdapterState:
+        del tokens, deep
+        positions = start[:, None] + jnp.arange(shallow.shape[1])
+        _, cache = adapter_apply(self, shallow, positions, state.cache.replace(length=start))
+        last = jnp.take_along_axis(shallow, (lengths - 1)[:, None, None], axis=1)
+        return AdapterState(cache.replace(length=start + lengths - 1), last)
+
+    def begin(
+        self,
+        target: TargetModel,
+        state: AdapterState,
+        token: Int[Array, " batch"],
+        shallow: Float[Array, "batch 1 hidden"],
+        start: Int[Array, " batch"],
+    ) -> tuple[KVCache, Float[Array, "batch drafted"]]:
+        del token
+        # Two positions cost no extra pass over the weights; where n - 1 has been seen, the same entry is written again.
+        hidden = jnp.concatenate([state.last, shallow], axis=1)
+        positions = start[:, None] + jnp.arange(-1, 1)
+        adapted, cache = adapter_apply(self, hidden, positions, state.cache.replace(length=start - 1))
+        return cache, draft_head(target, self, adapted[:, -1])
+
+    def step(
+        self,
+        target: TargetModel,
+        carry: KVCache,
+        tokens: Int[Array, "batch time"],
+        shallow: Float[Array, "batch time hidden"],
+        start: Int[Array, " batch"],
+        positions: Int[Array, "batch time"] | None = None,
+        mask: Bool[Array, "batch time capacity"] | None = None,
+    ) -> tuple[KVCache, Float[Array, "batch time drafted"]]:
+        del tokens
+        if positions is None:
+            positions = start[:, None] + jnp.arange(shallow.shape[1])
+        adapted, cache = adapter_apply(self, shallow, positions, carry.replace(length=start), mask=mask)
+        return cache, draft_head(target, self, adapted)
+
+    def after_verify(self, state: AdapterState, carry: KVCache, committed: Committed) -> AdapterState:
+        if committed.step_positions is not None:
+            carry = carry.moved(committed.start + 1, committed.step_positions, committed.num_step_positions)
+        newest = jnp.take_along_axis(committed.path, jnp.maximum(committed.count - 1, 0)[:, None], axis=1)
+        hidden = jnp.take_along_axis(committed.shallow, newest[:, :, None], axis=1)
+        last = jnp.where((committed.count == 0)[:, None, None], state.last, hidden)
+        return AdapterState(carry.replace(length=committed.start + committed.count - 1), last)
 
 
 def abstract_adapter(config: ModelConfig, dtype: jnp.dtype) -> Adapter:

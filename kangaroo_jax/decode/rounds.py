@@ -1,0 +1,150 @@
+"""Rounds of decoding: Kangaroo's, plain decoding's, and runs of them on the device alone.
+
+Plain decoding, the baseline, is made of the same pieces, so that a comparison compares the method and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kangaroo_jax.config import DraftConfig, TreeConfig
+from kangaroo_jax.decode.draft import draft_sequence
+from kangaroo_jax.decode.sampling import Sampling
+from kangaroo_jax.decode.state import Chunk, DecodeState, Draft
+from kangaroo_jax.decode.tree import draft_tree
+from kangaroo_jax.decode.verify import commit, verify
+from kangaroo_jax.model.drafts.draft_model import DraftModel
+from kangaroo_jax.model.target import TargetModel, shallow_apply
+
+# Where plain decoding splits the layers; the result does not depend on it.
+_PLAIN_EXIT_LAYER = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundShape:
+    """What a round is, as far as compiled programs depend on it. Static.
+
+    Attributes:
+      exit_layer: l.
+      max_draft_len: gamma; 0 is plain decoding, which drafts nothing.
+      tree: None drafts a single sequence.
+      widths: how many tokens a verification pass may hold (see `verify`).
+    """
+
+    exit_layer: int
+    max_draft_len: int
+    tree: TreeConfig | None
+    widths: tuple[int, ...]
+
+    @classmethod
+    def plain(cls) -> RoundShape:
+        return cls(_PLAIN_EXIT_LAYER, 0, None, (1,))
+
+    @classmethod
+    def kangaroo(cls, exit_layer: int, draft: DraftConfig, platform: str) -> RoundShape:
+        """Of drafts as `draft` says, on devices of `platform`."""
+        gamma, tree = draft.max_draft_len, draft.tree
+        if tree is None:
+            full, fewer = gamma + 1, (2, 3, 5, 7, 9, 13)
+        else:
+            # What a tree of each depth holds.
+            *fewer, full = sorted({1 + tree.drafted(levels) for levels in range(1, gamma + 1)})
+        # Beside reading the weights, positions are free on accelerators; on CPU they are not.
+        widths = (*(w for w in fewer if w < full), full) if platform == "cpu" else (full,)
+        return cls(exit_layer, gamma, tree, widths)
+
+    @property
+    def max_commit(self) -> int:
+        """The most tokens that a round commits per sequence."""
+        return self.max_draft_len + 1
+
+    @property
+    def positions(self) -> int:
+        """The most positions from x_n on that a round fills in the caches."""
+        # While a tree grows, each level but the last has its frontier in the caches; then all that is verified.
+        growing = 0 if self.tree is None else 1 + self.tree.topk * (self.max_draft_len - 1)
+        return max(growing, self.widths[-1])
+
+
+def run_rounds(
+    target: TargetModel,
+    draft_model: DraftModel | None,
+    state: DecodeState,
+    running: Bool[Array, " batch"],
+    threshold: Float[Array, ""],
+    at_least: Int[Array, ""],
+    *,
+    shape: RoundShape,
+    sampled: bool,
+    max_tokens: int,
+) -> tuple[DecodeState, Chunk]:
+    """Rounds until a sequence has `max_tokens` new tokens, all have finished, or fewer than `at_least` go on.
+
+    Args:
+      target: the model.
+      draft_model: None for plain decoding.
+      state: donated by the caller, so that caches are updated in place.
+      running: sequences that are to go on; the others finish here.
+      threshold: eta.
+      at_least: sequences that must go on for another round; 0 runs on with any.
+      shape: of a round, static.
+      sampled: whether any sequence may sample, static: where none does, no random number is in the program.
+      max_tokens: static.
+    """
+    state = state.replace(finished=state.finished | ~running)
+    chunk = Chunk.empty(state.finished, max_tokens - 1 + shape.max_commit, max_tokens)
+
+    def goes_on(loop: tuple[DecodeState, Chunk]) -> Bool[Array, ""]:
+        state, chunk = loop
+        count = jnp.sum(~state.finished)
+        return (count > 0) & (count >= at_least) & (jnp.max(chunk.num_tokens) < max_tokens)
+
+    return jax.lax.while_loop(
+        goes_on,
+        lambda loop: one_round(target, draft_model, *loop, threshold, shape=shape, sampled=sampled),
+        (state, chunk),
+    )
+
+
+def one_round(
+    target: TargetModel,
+    draft_model: DraftModel | None,
+    state: DecodeState,
+    chunk: Chunk,
+    threshold: Float[Array, ""],
+    *,
+    shape: RoundShape,
+    sampled: bool,
+) -> tuple[DecodeState, Chunk]:
+    """One draft, one verification, one commit. Arguments as for `run_rounds`; `chunk` has room for the round."""
+    sampling = state.sampling if sampled else None
+    static = {"exit_layer": shape.exit_layer, "max_draft_len": shape.max_draft_len}
+    if draft_model is None:
+        drafted = _nothing_drafted(target, state, sampling, shape.exit_layer)
+    elif shape.tree is None:
+        drafted = draft_sequence(target, draft_model, state, threshold, sampling, **static)
+    else:
+        drafted = draft_tree(target, draft_model, state, threshold, **static, tree=shape.tree)
+    verdict, hidden, deep = verify(
+        target, state.deep, drafted, sampling, exit_layer=shape.exit_layer, widths=shape.widths
+    )
+    return commit(state, chunk, draft_model, drafted, verdict, hidden, deep)
+
+
+def _nothing_drafted(target: TargetModel, state: DecodeState, sampling: Sampling | None, exit_layer: int) -> Draft:
+    """Plain decoding's draft: x_n through the shallow layers."""
+    start, batch = state.shallow.length, len(state.token)
+    hidden, shallow = shallow_apply(target, state.token[:, None], start[:, None], state.shallow, exit_layer=exit_layer)
+    return Draft(
+        tokens=jnp.zeros((batch, 0), jnp.int32),
+        confidence=jnp.zeros((batch, 0)),
+        length=jnp.zeros((batch,), jnp.int32),
+        hidden=hidden,
+        shallow=shallow,
+        carry=None,
+        probs=None if sampling is None else jnp.zeros((batch, 0, target.config.vocab_size)),
+    )

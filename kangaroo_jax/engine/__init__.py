@@ -1,0 +1,1 @@
+"""The engine that decodes requests, and its drivers."""

@@ -1,0 +1,547 @@
+"""The engine: requests in, text as it comes, a running batch on the device in between."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int, PyTree
+
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter, check_exit_layer
+from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.config import DraftConfig, EngineConfig, SamplingConfig
+from kangaroo_jax.decode.prefill import (
+    Admission,
+    Prompts,
+    empty_prompts,
+    empty_slots,
+    prefill_and_admit,
+    prefill_piece,
+    resize,
+    take_prompt,
+)
+from kangaroo_jax.decode.rounds import RoundShape, run_rounds
+from kangaroo_jax.decode.sampling import Sampling
+from kangaroo_jax.decode.state import Chunk, DecodeState
+from kangaroo_jax.engine.programs import STORE, compile_program, signature
+from kangaroo_jax.engine.prompts import encode_prompt
+from kangaroo_jax.engine.requests import Answer, Event, Finished, Request, TextDelta
+from kangaroo_jax.engine.shapes import CHUNK, MAX_EOS, PIECE, Plan, Shapes, capacity_class, group_size, prompt_width
+from kangaroo_jax.engine.text import TextStream
+from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.attention.backend import choose_backend
+from kangaroo_jax.model.cache import batch_shardings
+
+_MAX_NEW_TOKENS = 128  # of a request that does not say
+
+
+@dataclasses.dataclass(eq=False)
+class _Run:
+    """A request on its way: waiting, in a slot, or ended."""
+
+    id: int
+    ids: list[int]  # of the prompt
+    max_new_tokens: int
+    sampling: SamplingConfig
+    stop: tuple[str, ...]
+    eos: tuple[int, ...]
+    stream: bool
+    plan: Plan
+    text: TextStream | None
+    start: float = 0.0  # of its prefill, on the engine's clock
+    first: float = 0.0  # when its first token was here
+    reused: int = 0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    accept_lengths: list[int] = dataclasses.field(default_factory=list)
+    draft_lengths: list[int] = dataclasses.field(default_factory=list)
+    chunks_ahead: int = 0  # launched and not read yet
+    ended: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Launched:
+    """Work on the device whose results have not been read.
+
+    Attributes:
+      runs: of the rows of what it gives.
+      first_tokens: of an admission; None of a chunk of rounds.
+      chunk: of rounds; None of an admission.
+    """
+
+    runs: list[_Run | None]
+    first_tokens: Int[Array, " rows"] | None
+    chunk: Chunk | None
+
+
+@dataclasses.dataclass
+class _Slot:
+    """A row of the running batch."""
+
+    run: _Run | None = None
+    held: list[int] = dataclasses.field(default_factory=list)  # token ids whose keys and values are in its caches
+
+
+class Engine:
+    """Decodes requests in the slots of a running batch.
+
+    A request's tokens are those that it gets alone: what it asks for is data of its slot, and nothing of it touches
+    another's. In float32 they are plain decoding's.
+
+        engine = Engine(target, adapter, EngineConfig(max_batch=8))
+        id = engine.add(Request("Why is the sky blue?", max_new_tokens=200))
+        while engine.busy:
+            for event in engine.step():
+                ...
+
+    Args:
+      target: from `load_target`.
+      adapter: from `load_adapter`; None decodes plainly, one token per pass.
+      config: slots and limits.
+      draft: exit layer, gamma, eta and trees; `adapter.draft` is what tuning found for the adapter.
+
+    Raises:
+      InputError: for an exit layer that is out of range or not the adapter's, an adapter of another target, a tree wider
+        than the vocabulary, or a batch that the mesh's data axis does not divide.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        adapter: TrainedAdapter | None,
+        config: EngineConfig = EngineConfig(),  # noqa: B008 - frozen
+        draft: DraftConfig = DraftConfig(),  # noqa: B008 - frozen
+    ):
+        self.target, self.adapter, self.config = target, adapter, config
+        devices = sorted(target.model.embed_tokens[...].devices(), key=lambda device: device.id)
+        self.shapes = Shapes(round_shape(target, adapter, draft, devices[0].platform))
+        self._backend = choose_backend(target.mesh, devices)
+        if target.mesh is not None and config.max_batch % target.mesh.shape["data"]:
+            raise InputError(
+                f"max_batch must be a multiple of the {target.mesh.shape['data']} devices along the mesh's data axis, "
+                f"found {config.max_batch}"
+            )
+        self._weights = (target.model, None if adapter is None else adapter.model)
+        self._threshold = np.float32(draft.threshold if adapter is not None else 0.0)
+        self._signature = (signature(self._weights), self.shapes, self._backend, config.max_batch)
+        self._state: DecodeState | None = None
+        self._capacity = 0
+        self._slots = [_Slot() for _ in range(config.max_batch)]
+        self._waiting: collections.deque[_Run] = collections.deque()
+        self._runs: dict[int, _Run] = {}  # that have not ended, by id
+        self._launched: collections.deque[_Launched] = collections.deque()
+        self._partial: tuple[_Run, int, Prompts, int] | None = None  # a long prompt: its slot, and tokens done
+        self._next_id = 0
+        self.compile_seconds = 0.0
+
+    # --- Requests.
+
+    def add(self, request: Request) -> int:
+        """Queues a request; returns its id. Requests are begun in the order in which they are added.
+
+        Raises:
+          InputError: for settings that cannot be, or a prompt that does not fit with its answer. The engine goes on.
+        """
+        target = self.target
+        sampling = SamplingConfig() if request.sampling is None else request.sampling
+        if request.seed is not None:
+            sampling = dataclasses.replace(sampling, seed=request.seed)  # checks it
+        if not isinstance(sampling.seed, int):
+            raise InputError(f"seed of a request must be one integer, found {sampling.seed!r}")
+        stop = () if request.stop is None else request.stop
+        if isinstance(stop, str) or not all(isinstance(string, str) and string for string in stop):
+            raise InputError(f"stop must be a list of strings that are not empty, found {stop!r}")
+        if stop and target.tokenizer is None:
+            raise InputError(f"{target.name}: has no tokenizer; stop strings need one")
+        eos = tuple(target.eos_token_ids if request.eos_token_ids is None else request.eos_token_ids)
+        if not all(-1 <= token < 2**31 for token in eos):
+            raise InputError(f"eos_token_ids must be token ids, found {list(eos)}")
+        if len(eos) > MAX_EOS:
+            raise InputError(f"eos_token_ids must be at most {MAX_EOS} token ids, found {len(eos)}")
+        most = _MAX_NEW_TOKENS if request.max_new_tokens is None else request.max_new_tokens
+        ids = encode_prompt(target, request.prompt, most, self.config.max_length, "the prompt")
+        text = None if target.tokenizer is None else TextStream(target.tokenizer, stop)
+        plan = self.shapes.plan(len(ids), most)
+        run = _Run(self._next_id, ids, most, sampling, tuple(stop), eos, request.stream, plan, text)
+        self._next_id += 1
+        self._runs[run.id] = run
+        self._waiting.append(run)
+        return run.id
+
+    def abort(self, id: int) -> None:
+        """Ends a request: no event of it follows, and its slot is free. An id that is unknown or has ended is no
+        error."""
+        run = self._runs.pop(id, None)
+        if run is None:
+            return
+        run.ended = True
+        if run in self._waiting:
+            self._waiting.remove(run)
+        if self._partial is not None and self._partial[0] is run:
+            self._partial = None
+        for slot in self._slots:
+            if slot.run is run:
+                self._free(slot)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request has not ended."""
+        return bool(self._runs)
+
+    def step(self) -> list[Event]:
+        """Goes on by one chunk of rounds, and returns what is known of earlier ones; an empty list where nothing is.
+
+        The next chunk is launched before the last one's tokens are read, so that the device does not wait for text.
+        """
+        self._admit()
+        self._launch_rounds()
+        events: list[Event] = []
+        while self._launched and (len(self._launched) > 1 or not self._running()):
+            launched = self._launched.popleft()
+            if any(run is not None and not run.ended for run in launched.runs):  # else nobody waits for its end
+                events += self._read(launched)
+        return events
+
+    def _running(self) -> list[_Run]:
+        """The requests that rounds go on with, which are not still being prefilled."""
+        partial = None if self._partial is None else self._partial[0]
+        return [slot.run for slot in self._slots if slot.run not in (None, partial)]
+
+    # --- Prompts into slots.
+
+    def _admit(self) -> None:
+        """Prefills prompts that wait, as far as there are free slots: those of one width together; of a long one, a piece
+        per step, so that others go on meanwhile."""
+        if self._partial is not None:
+            self._prefill_more()
+        while self._waiting and self._partial is None:
+            free = [i for i, slot in enumerate(self._slots) if slot.run is None]
+            if not free:
+                return
+            run = self._waiting[0]
+            slot, reused = self._best_slot(run, free)
+            if reused or len(run.ids) > PIECE:
+                self._waiting.popleft()
+                self._begin_long(run, slot, reused)
+                continue
+            alike = 0
+            for other in self._waiting:
+                if alike == len(free) or len(other.ids) > PIECE or other.plan.width != run.plan.width:
+                    break
+                alike += 1
+            count = group_size(alike)
+            runs = [self._waiting.popleft() for _ in range(count)]
+            # Slots that hold the least are overwritten first.
+            free.sort(key=lambda i: len(self._slots[i].held))
+            self._reserve(runs)
+            self._prefill_last(runs, free[:count], None, [0] * count)
+
+    def _best_slot(self, run: _Run, free: Sequence[int]) -> tuple[int, int]:
+        """The free slot that holds the longest beginning of a prompt, and how many tokens of it; without any, the one
+        that holds the least."""
+        shared = {i: _shared(self._slots[i].held, run.ids) for i in free}
+        best = max(free, key=lambda i: (shared[i], -len(self._slots[i].held)))
+        # Below this, taking a row out of the batch costs more than it saves.
+        return best, shared[best] if shared[best] >= min(PIECE, len(run.ids)) // 4 and shared[best] >= 16 else 0
+
+    def _begin_long(self, run: _Run, slot: int, reused: int) -> None:
+        """Begins a prompt that is not one fresh piece: it is long, or its slot holds its beginning."""
+        self._reserve([run])
+        run.start, run.reused = self._clock(), reused
+        if reused:
+            take = self._program("take a prompt", (self._capacity,), take_prompt, (), None, self._state, np.int32(0))
+            prompts = take(self._state, np.int32(slot))
+        else:
+            prompts = self._empty_prompts(run.plan.prompt_capacity)
+        self._slots[slot].run, self._slots[slot].held = run, []
+        self._partial = (run, slot, prompts, reused)
+        self._prefill_more()
+
+    def _prefill_more(self) -> None:
+        """The next piece of the long prompt."""
+        run, slot, prompts, done = self._partial
+        capacity = prompts.deep.capacity
+        rest = len(run.ids) - done
+        if rest > PIECE:
+            tokens = np.asarray([run.ids[done : done + PIECE]], np.int32)
+            inputs = (*self._weights, prompts, tokens, np.asarray([done], np.int32), np.asarray([PIECE], np.int32))
+            exit_layer = self.shapes.round.exit_layer
+            program = self._program("piece", (capacity,), prefill_piece, (2,), None, *inputs, exit_layer=exit_layer)
+            prompts, _ = program(*inputs)
+            self._partial = (run, slot, prompts, done + PIECE)
+            return
+        # The padded piece has to lie within the caches: where it would not, it begins earlier and does some again.
+        done = min(done, max(0, capacity - prompt_width(rest)))
+        self._partial = None
+        self._prefill_last([run], [slot], prompts, [done])
+
+    def _prefill_last(self, runs: list[_Run], slots: list[int], prompts: Prompts | None, done: list[int]) -> None:
+        """The last piece of each prompt, its first token, and its row of the running batch."""
+        pieces = [run.ids[start:] for run, start in zip(runs, done, strict=True)]
+        tokens = np.zeros((len(runs), max(map(prompt_width, map(len, pieces)))), np.int32)
+        eos = np.full((len(runs), MAX_EOS), -1, np.int32)
+        for i, (run, piece) in enumerate(zip(runs, pieces, strict=True)):
+            tokens[i, : len(piece)] = piece
+            eos[i, : len(run.eos)] = run.eos
+        admission = Admission(
+            slots=np.asarray(slots, np.int32),
+            max_output=np.asarray([run.max_new_tokens for run in runs], np.int32),
+            eos_token_ids=eos,
+            sampling=Sampling.create([run.sampling for run in runs], [run.ids for run in runs]),
+        )
+        lengths = np.asarray(list(map(len, pieces)), np.int32)
+        inputs = (*self._weights, self._state, prompts, tokens, np.asarray(done, np.int32), lengths, admission)
+        sampled = any(run.sampling.temperature > 0 for run in runs)
+        capacity = 0 if prompts is None else prompts.deep.capacity
+        before = self._clock()
+        program = self._program(
+            "admit",
+            (self._capacity, capacity, *tokens.shape, sampled),
+            prefill_and_admit,
+            (2,),
+            self._kept(),
+            *inputs,
+            shape=self.shapes.round,
+            backend=self._backend,
+            sampled=sampled,
+        )
+        self._state, first = program(*inputs)
+        for run, slot in zip(runs, slots, strict=True):
+            if prompts is None:
+                run.start = before
+            self._slots[slot].run, self._slots[slot].held = run, []
+        self._launched.append(_Launched(runs, first, None))
+
+    # --- Rounds.
+
+    def _launch_rounds(self) -> None:
+        going_on = self._running()
+        if not going_on:
+            return
+        runs = [slot.run if slot.run in going_on else None for slot in self._slots]
+        self._reserve([])
+        sampled = any(run.sampling.temperature > 0 for run in runs if run is not None)
+        running = np.asarray([run is not None for run in runs])
+        # A chunk ends with a sequence whose place another can take.
+        at_least = np.int32(running.sum() if self._waiting else 0)
+        inputs = (*self._weights, self._state, running, self._threshold, at_least)
+        program = self._program(
+            "rounds",
+            (self._capacity, sampled),
+            run_rounds,
+            (2,),
+            self._kept(),
+            *inputs,
+            shape=self.shapes.round,
+            sampled=sampled,
+            max_tokens=CHUNK,
+        )
+        self._state, chunk = program(*inputs)
+        for run in runs:
+            if run is not None:
+                run.chunks_ahead += 1
+        self._launched.append(_Launched(runs, None, chunk))
+
+    def _reserve(self, new: Sequence[_Run]) -> None:
+        """Sees to it that the caches hold what the sequences and `new` ones come to fill by the next chunk's end."""
+        needed = 0
+        for run in [*(slot.run for slot in self._slots if slot.run is not None), *new]:
+            filled = len(run.ids) + len(run.tokens) + self.shapes.chunk_positions(run.chunks_ahead + 1)
+            filled += self.shapes.round.positions
+            capacity = self.shapes.capacity(filled, run.plan.positions)
+            if not run.tokens:
+                capacity = max(capacity, capacity_class(run.plan.prompt_capacity))
+            needed = max(needed, capacity)
+        if self._state is None:
+            self._state = self._empty_state(needed)
+        elif needed > self._capacity or (needed and 2 * needed <= self._capacity):
+            where = None
+            if self.target.mesh is not None:
+                where = batch_shardings(jax.eval_shape(lambda x: resize(x, needed), self._state), self.target.mesh)
+            program = self._program("resize", (self._capacity, needed), resize, (), where, self._state, capacity=needed)
+            self._state = program(self._state)
+            for slot in self._slots:
+                # An idle row runs too, and writes behind what it holds.
+                if slot.run is None and len(slot.held) + 2 + self.shapes.round.positions > needed:
+                    slot.held = []
+        else:
+            return
+        self._capacity = needed
+
+    # --- Results.
+
+    def _read(self, launched: _Launched) -> list[Event]:
+        events: list[Event] = []
+        if launched.chunk is None:
+            tokens = jax.device_get(launched.first_tokens)
+            now = self._clock()
+            for run, token in zip(launched.runs, tokens.tolist(), strict=True):
+                run.first = now
+                events += self._advance(run, [token], [], [])
+            return events
+        chunk = jax.device_get(launched.chunk)
+        for i, run in enumerate(launched.runs):
+            if run is None:
+                continue
+            run.chunks_ahead -= 1
+            rounds = chunk.num_rounds[i]
+            events += self._advance(
+                run,
+                chunk.tokens[i, : chunk.num_tokens[i]].tolist(),
+                chunk.accept_lengths[i, :rounds].tolist(),
+                chunk.draft_lengths[i, :rounds].tolist(),
+            )
+        return events
+
+    def _advance(
+        self, run: _Run, tokens: list[int], accept_lengths: list[int], draft_lengths: list[int]
+    ) -> list[Event]:
+        """Takes what the device committed for a request."""
+        if run.ended or not tokens:
+            return []
+        run.tokens += tokens
+        run.accept_lengths += accept_lengths
+        run.draft_lengths += draft_lengths
+        reason = None
+        if run.tokens[-1] in run.eos:
+            reason = "eos"
+        elif len(run.tokens) >= run.max_new_tokens:
+            reason = "length"
+        piece = ""
+        if run.text is not None and (run.stop or run.stream or reason):
+            piece = run.text.feed(run.tokens[run.text.num_tokens :], final=reason is not None)
+            if run.text.stopped:
+                reason = "stop"
+                surplus = len(run.tokens) - run.text.num_tokens
+                tokens = tokens[: len(tokens) - surplus]
+                run.tokens = run.tokens[: run.text.num_tokens]
+        events: list[Event] = [TextDelta(run.id, piece, tokens)] if run.stream else []
+        return events if reason is None else [*events, self._finish(run, reason)]
+
+    def _finish(self, run: _Run, reason: str) -> Finished:
+        # A stop string may end the sequence within a round, or before ones that the chunk still ran.
+        lengths, left = [], len(run.tokens) - 1
+        for length in run.accept_lengths:
+            if left <= 0:
+                break
+            lengths.append(min(length, left))
+            left -= length
+        run.ended = True
+        del self._runs[run.id]
+        for slot in self._slots:
+            if slot.run is run:
+                self._free(slot)
+        answer = Answer(
+            id=run.id,
+            tokens=run.tokens,
+            text=None if run.text is None else run.text.text,
+            accept_lengths=lengths,
+            draft_lengths=run.draft_lengths[: len(lengths)],
+            finish_reason=reason,
+            prefill_seconds=run.first - run.start,
+            seconds=self._clock() - run.start,
+            reused_tokens=run.reused,
+        )
+        return Finished(run.id, answer)
+
+    def _free(self, slot: _Slot) -> None:
+        """Leaves a slot to others. What it holds can begin another prompt; not its last two tokens, which the caches may
+        lack."""
+        run = slot.run
+        slot.run, slot.held = None, (run.ids + run.tokens)[:-2] if run.tokens else []
+
+    # --- Programs and arrays.
+
+    def _clock(self) -> float:
+        """Seconds on a clock that stands still while programs are compiled."""
+        return time.perf_counter() - self.compile_seconds
+
+    def _program(
+        self,
+        name: str,
+        key: tuple[Any, ...],
+        function: Callable[..., Any],
+        donated: tuple[int, ...],
+        out_shardings: PyTree,
+        *args: Any,
+        **static: Any,
+    ) -> Callable[..., Any]:
+        """`function` with `static` settings, compiled for arguments like `args`; `name` and `key` say which it is, of the
+        programs for these weights."""
+        program, seconds = STORE.get(
+            (name, key, self._signature),
+            lambda: compile_program(function, donated, out_shardings, *args, **static),
+        )
+        self.compile_seconds += seconds
+        return program
+
+    def _empty_state(self, capacity: int) -> DecodeState:
+        static = {
+            "batch": self.config.max_batch,
+            "max_eos": MAX_EOS,
+            "exit_layer": self.shapes.round.exit_layer,
+            "capacity": capacity,
+            "backend": self._backend,
+        }
+        where = None
+        if self.target.mesh is not None:
+            abstract = jax.eval_shape(functools.partial(empty_slots, **static), *self._weights)
+            where = batch_shardings(abstract, self.target.mesh)
+        return self._program("empty", (capacity,), empty_slots, (), where, *self._weights, **static)(*self._weights)
+
+    def _empty_prompts(self, capacity: int) -> Prompts:
+        exit_layer = self.shapes.round.exit_layer
+        static = {"rows": 1, "exit_layer": exit_layer, "capacity": capacity, "backend": self._backend}
+        program = self._program("empty prompt", (capacity,), empty_prompts, (), None, *self._weights, **static)
+        return program(*self._weights)
+
+    def _kept(self) -> PyTree:
+        """Where a program's results go: the state stays where it is, so that a program takes its own result."""
+        if self.target.mesh is None:
+            return None
+        return jax.tree.map(lambda x: x.sharding, self._state), None
+
+
+def round_shape(target: Target, adapter: TrainedAdapter | None, draft: DraftConfig, platform: str) -> RoundShape:
+    """What a round is, on devices of `platform`.
+
+    Raises:
+      InputError: as `Engine`.
+    """
+    if adapter is None:
+        return RoundShape.plain()
+    size = adapter.model.num_tokens(target.config.vocab_size)
+    if draft.tree is not None and draft.tree.topk > size:
+        raise InputError(f"tree_topk must be at most the {size} tokens that can be drafted, found {draft.tree.topk}")
+    return RoundShape.kangaroo(resolve_exit_layer(target, adapter, draft), draft, platform)
+
+
+def resolve_exit_layer(target: Target, adapter: TrainedAdapter, draft: DraftConfig) -> int:
+    """The exit layer to use, or `InputError` if it is not the adapter's or not within the target."""
+    if adapter.target_fingerprint not in (None, target.fingerprint):
+        raise InputError(f"{adapter.name}: loaded for another target than {target.name}; load it for this one")
+    exit_layer = draft.exit_layer or adapter.exit_layer
+    if exit_layer is None:
+        raise InputError(f"{adapter.name}: does not record its exit layer; give exit_layer (the paper's 7B uses 2)")
+    if adapter.exit_layer is not None and exit_layer != adapter.exit_layer:
+        raise InputError(
+            f"{adapter.name}: trained for exit layer {adapter.exit_layer}, but exit_layer={exit_layer} was given; "
+            "leave exit_layer out, or train an adapter for it"
+        )
+    check_exit_layer(exit_layer, target.config)
+    return exit_layer
+
+
+def _shared(held: Sequence[int], ids: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike; at most all but the last of `ids`, which gives the first token."""
+    count = 0
+    for a, b in zip(held, ids[:-1], strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

@@ -1,0 +1,82 @@
+"""The shapes that programs are compiled for: few, so that there are few compilations."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kangaroo_jax.decode.rounds import RoundShape
+
+# The device works alone until a sequence has this many new tokens; then the host looks, streams and checks stop strings.
+CHUNK = 32
+PIECE = 512  # tokens of a prompt that are processed at a time
+MAX_EOS = 16  # tokens that may end a sequence
+_PROMPT_STEP = 64
+_SMALLEST_CAPACITY = 128
+_AT_ONCE = 512  # positions that caches begin with where they may need them
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The shapes for one prompt.
+
+    Attributes:
+      width: tokens of its last piece, padded.
+      prompt_capacity: positions of the caches that it is prefilled in.
+      positions: the most positions of a cache that it and its answer fill.
+    """
+
+    width: int
+    prompt_capacity: int
+    positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Rounds up what requests need. Used by the engine, by preflight and by the benchmarks.
+
+    Attributes:
+      round: what a round is.
+    """
+
+    round: RoundShape
+
+    def plan(self, prompt_tokens: int, max_new_tokens: int) -> Plan:
+        """Shapes for a prompt of so many tokens, and the most new ones."""
+        last = (prompt_tokens - 1) % PIECE + 1
+        width = prompt_width(last)
+        positions = prompt_tokens + max_new_tokens + self.round.positions
+        return Plan(width, prompt_tokens - last + width, positions)
+
+    def capacity(self, filled: int, positions: int) -> int:
+        """Positions of caches for a sequence that fills `filled` and may come to fill `positions`: they grow by
+        doubling, so that long limits cost nothing before they are used."""
+        return capacity_class(min(positions, max(_AT_ONCE, 2 * filled)))
+
+    def chunk_positions(self, chunks: int) -> int:
+        """The most positions that a sequence goes on by in so many chunks."""
+        return chunks * (CHUNK - 1 + self.round.max_commit)
+
+
+def prompt_width(length: int) -> int:
+    """Tokens that a piece of a prompt is padded to: two sizes between powers of two, from 128 on."""
+    step = max(_PROMPT_STEP, _power_of_two(length) // 4)
+    return -(-length // step) * step
+
+
+def capacity_class(positions: int) -> int:
+    """The smallest capacity of caches that holds so many positions: a power of two, or one and a half times one."""
+    power = _power_of_two(max(positions, _SMALLEST_CAPACITY))
+    return power * 3 // 4 if positions <= power * 3 // 4 and power > _SMALLEST_CAPACITY else power
+
+
+def group_size(count: int) -> int:
+    """How many of `count` prompts are prefilled together: a power of four."""
+    size = 1
+    while size * 4 <= count:
+        size *= 4
+    return size
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,115 @@
+"""The cache for accelerators and for several devices: every axis has a name of its own, so that each can be split."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+Entries = Float[Array, "batch kv_heads capacity head_dim"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseBackend:
+    """Accelerators, or several devices: sequences are split over the mesh's `data` axis, heads over `model`. Methods as
+    `AttentionBackend` describes them.
+
+    Attributes:
+      mesh: that the target is split over; None on one device.
+    """
+
+    mesh: Mesh | None = None
+
+    def init_cache(
+        self, batch: int, kv_heads: int, capacity: int, head_dim: int, dtype: jnp.dtype
+    ) -> tuple[Entries, Entries]:
+        shape = (batch, kv_heads, capacity, head_dim)
+        return self._placed(jnp.zeros(shape, dtype)), self._placed(jnp.zeros(shape, dtype))
+
+    def capacity(self, values: Entries) -> int:
+        return values.shape[2]
+
+    def write(
+        self, keys: Entries, values: Entries, new_keys: Array, new_values: Array, start: Int[Array, " batch"]
+    ) -> tuple[Entries, Entries]:
+        def put(buffer: Array, new: Array) -> Array:
+            new = new.transpose(0, 2, 1, 3).astype(buffer.dtype)
+            return self._placed(jax.vmap(_update)(buffer, new, start))
+
+        return put(keys, new_keys), put(values, new_values)
+
+    def attend(
+        self, query: Array, keys: Entries, values: Entries, mask: Bool[Array, "batch time capacity"]
+    ) -> Float[Array, "batch time kv_heads groups head_dim"]:
+        batch, time, kv_heads, groups, head_dim = query.shape
+        # float32 is float32 on every platform, as in `ops.dot`.
+        with jax.default_matmul_precision("highest" if query.dtype == jnp.float32 else "default"):
+            mixed = jax.nn.dot_product_attention(
+                query.reshape(batch, time, kv_heads * groups, head_dim),
+                keys.transpose(0, 2, 1, 3),
+                values.transpose(0, 2, 1, 3),
+                mask=mask[:, None],
+            )
+        return mixed.reshape(query.shape)
+
+    def move(
+        self,
+        keys: Entries,
+        values: Entries,
+        start: Int[Array, " batch"],
+        sources: Int[Array, "batch moved"],
+        region: int,
+    ) -> tuple[Entries, Entries]:
+        def one(buffer: Array, start: Array, sources: Array) -> Array:
+            entries = jax.lax.dynamic_slice_in_dim(buffer, start, region, axis=1)
+            return _update(buffer, jnp.take(entries, sources, axis=1), start)
+
+        return tuple(self._placed(jax.vmap(one)(x, start, sources)) for x in (keys, values))
+
+    def resize(self, keys: Entries, values: Entries, capacity: int) -> tuple[Entries, Entries]:
+        more = ((0, 0), (0, 0), (0, max(0, capacity - self.capacity(values))), (0, 0))
+        return tuple(self._placed(jnp.pad(x[:, :, :capacity], more)) for x in (keys, values))
+
+    def take_row(self, keys: Entries, values: Entries, row: Int[Array, ""], batch: int) -> tuple[Entries, Entries]:
+        return tuple(jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (keys, values))
+
+    def put_row(
+        self,
+        keys: Entries,
+        values: Entries,
+        new_keys: Entries,
+        new_values: Entries,
+        source: int,
+        row: Int[Array, ""],
+        batch: int,
+        source_batch: int,
+    ) -> tuple[Entries, Entries]:
+        return tuple(
+            self._placed(jax.lax.dynamic_update_slice(x, new[source : source + 1], (row, 0, 0, 0)))
+            for x, new in ((keys, new_keys), (values, new_values))
+        )
+
+    def partition(self, shape: Sequence[int]) -> PartitionSpec:
+        batch, kv_heads = shape[:2]
+        return PartitionSpec(
+            "data" if batch % self.mesh.shape["data"] == 0 else None,
+            "model" if kv_heads % self.mesh.shape["model"] == 0 else None,
+        )
+
+    def _placed(self, buffer: Entries) -> Entries:
+        """Split over the mesh."""
+        if self.mesh is None:
+            return buffer
+        return jax.lax.with_sharding_constraint(buffer, NamedSharding(self.mesh, self.partition(buffer.shape)))
+
+
+def _update(
+    buffer: Float[Array, "kv_heads capacity head_dim"],
+    new: Float[Array, "kv_heads time head_dim"],
+    start: Int[Array, ""],
+) -> Float[Array, "kv_heads capacity head_dim"]:
+    return jax.lax.dynamic_update_slice(buffer, new, (0, start, 0))

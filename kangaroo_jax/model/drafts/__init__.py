@@ -1,0 +1,1 @@
+"""Draft models: what drafts, behind one protocol; one module per kind."""

@@ -1,0 +1,85 @@
+"""What a draft model is to the decoding loop."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from kangaroo_jax.model.attention.backend import AttentionBackend
+from kangaroo_jax.model.target import TargetModel
+
+
+@flax.struct.dataclass
+class Committed:
+    """What a round of decoding settled, for `DraftModel.after_verify`. The round's nodes are x_n, the last committed
+    token before the round, and then its drafted tokens; of a sequence, node i is position n + i."""
+
+    start: Int[Array, " batch"]  # n, the position of x_n
+    count: Int[Array, " batch"]  # tokens committed; 0 for a sequence that idles
+    path: Int[Array, "batch path"]  # nodes that have now been processed: x_n, then the accepted drafts, then padding
+    shallow: Float[Array, "batch nodes hidden"]  # hidden states after the shallow layers
+    deep: Float[Array, "batch nodes hidden"]  # normed hidden states after the deep layers
+    # Of a tree, which position after x_n's each node on the path was drafted at (`DraftModel.step`), and how many such
+    # positions there are. None: nodes were drafted one after another.
+    step_positions: Int[Array, "batch path-1"] | None
+    num_step_positions: int = flax.struct.field(pytree_node=False, default=0)
+
+
+class DraftModel(Protocol):
+    """A trained model that drafts, from the target's shallow hidden states. A pytree of weights; its state is another
+    pytree, of arrays whose first axis is the batch and of `KVCache`s.
+
+    `start` is always a position: the first that a call's tokens have in a sequence.
+    """
+
+    kind: str  # names it in checkpoints
+
+    def init(self, batch: int, capacity: int, dtype: jnp.dtype, backend: AttentionBackend) -> PyTree:
+        """The state of `batch` sequences, with room for `capacity` positions each."""
+
+    def after_prefill(
+        self,
+        state: PyTree,
+        tokens: Int[Array, "batch time"],
+        shallow: Float[Array, "batch time hidden"],
+        deep: Float[Array, "batch time hidden"],
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+    ) -> PyTree:
+        """After a piece of each prompt, of `lengths` (at least 1) tokens from `start` on, padded on the right."""
+
+    def begin(
+        self,
+        target: TargetModel,
+        state: PyTree,
+        token: Int[Array, " batch"],
+        shallow: Float[Array, "batch 1 hidden"],
+        start: Int[Array, " batch"],
+    ) -> tuple[Any, Float[Array, "batch drafted"]]:
+        """Catches up on what was verified, and takes the first step, from x_n at `start`. Returns what later steps go
+        on from, and float32 logits of the tokens that can be drafted (`token_ids` names them)."""
+
+    def step(
+        self,
+        target: TargetModel,
+        carry: Any,
+        tokens: Int[Array, "batch time"],
+        shallow: Float[Array, "batch time hidden"],
+        start: Int[Array, " batch"],
+        positions: Int[Array, "batch time"] | None = None,
+        mask: Bool[Array, "batch time capacity"] | None = None,
+    ) -> tuple[Any, Float[Array, "batch time drafted"]]:
+        """One more step, from drafted tokens. In a tree, `positions` says which position of the sequence each token
+        has, and `mask` what it sees; `start` is then only where their entries go."""
+
+    def after_verify(self, state: PyTree, carry: Any, committed: Committed) -> PyTree:
+        """The state before the next round. `state` is that before this one."""
+
+    def token_ids(self, index: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+        """The tokens at places of the logits' last axis."""
+
+    def num_tokens(self, vocab_size: int) -> int:
+        """How many tokens can be drafted, of a target's vocabulary."""
