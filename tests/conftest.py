@@ -8,7 +8,7 @@ import tempfile
 import jax
 import pytest
 
-from kangaroo_jax.decode import host_loop
+from kangaroo_jax.engine.programs import STORE
 from tests.train.runs import LESS_OPTIMIZATION
 
 pytest_plugins = ["tests.targets"]
@@ -39,6 +39,6 @@ def _forget_programs():
     """Compiled programs of one module are of no use to the next, and each holds memory mappings, of which a process
     may have 65,530: beyond that, compiling crashes."""
     yield
-    host_loop._programs.clear()
+    STORE.clear()
     jax.clear_caches()
     gc.collect()

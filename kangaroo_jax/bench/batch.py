@@ -113,7 +113,7 @@ def _refilled(
 ) -> Way:
     def run() -> list[Answer]:
         answers = generate_many(target, adapter, requests, size, draft=draft, eos_token_ids=())
-        return sorted(answers, key=lambda answer: answer.index)
+        return sorted(answers, key=lambda answer: answer.id)
 
     return run
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from kangaroo_jax.decode.pick import pick_token
-from kangaroo_jax.decode.rounds import RoundShape
 from kangaroo_jax.decode.sampling import TARGET, Sampling
 from kangaroo_jax.decode.state import DecodeState
 from kangaroo_jax.model.attention.backend import AttentionBackend
@@ -32,9 +31,8 @@ class Prompts:
 
 @flax.struct.dataclass
 class Admission:
-    """What requests ask for, a row each, in host arrays."""
+    """What requests ask for, a row each."""
 
-    slots: Int[Array, " rows"]  # rows of the running batch that they get; the same one twice writes it twice
     max_output: Int[Array, " rows"]  # at least 1
     eos_token_ids: Int[Array, "rows eos"]  # padded with -1
     sampling: Sampling
@@ -126,48 +124,58 @@ def prefill_piece(
         return Prompts(shallow.replace(length=end), deep.replace(length=end), draft), last
 
 
-def admit(
+def first_tokens(
     target: TargetModel,
-    state: DecodeState,
     prompts: Prompts,
     last: Float[Array, "rows hidden"],
     admission: Admission,
     *,
     sampled: bool,
-) -> tuple[DecodeState, Int[Array, " rows"]]:
-    """Puts prompts into their slots, each with its first token. With `state` donated, in place.
+) -> DecodeState:
+    """Complete prompts as sequences, each with its first token committed.
 
     Args:
       target: the model.
-      state: whose caches hold as many positions as those of `prompts`, or more.
       prompts: complete.
       last: from the last `prefill_piece`.
       admission: of each prompt.
       sampled: whether any of them samples, static.
-
-    Returns:
-      The state, and the first tokens.
     """
-    with jax.named_scope("admit"):
-        sampling = admission.sampling
-        logits = lm_head(target, last)
-        tokens, _ = pick_token(logits, sampling if sampled else None, prompts.deep.length, TARGET)
-        ended = jnp.any(tokens[:, None] == admission.eos_token_ids, axis=-1)
-        # Spelled out, so that no part of a state can be forgotten.
-        rows = DecodeState(
-            token=tokens,
-            shallow=prompts.shallow,
-            deep=prompts.deep,
-            draft=prompts.draft,
-            num_output=jnp.ones_like(tokens),
-            max_output=jnp.asarray(admission.max_output),
-            eos_token_ids=jnp.asarray(admission.eos_token_ids),
-            finished=ended | (admission.max_output <= 1),
-            sampling=sampling,
-        )
-        for i in range(len(admission.slots)):
-            state = _map_rows(lambda old, new, i=i: _put(old, new, i, admission.slots[i]), state, rows)
-        return state, tokens
+    logits = lm_head(target, last)
+    tokens, _ = pick_token(logits, admission.sampling if sampled else None, prompts.deep.length, TARGET)
+    ended = jnp.any(tokens[:, None] == admission.eos_token_ids, axis=-1)
+    return DecodeState(
+        token=tokens,
+        shallow=prompts.shallow,
+        deep=prompts.deep,
+        draft=prompts.draft,
+        num_output=jnp.ones_like(tokens),
+        max_output=jnp.asarray(admission.max_output),
+        eos_token_ids=jnp.asarray(admission.eos_token_ids),
+        finished=ended | (admission.max_output <= 1),
+        sampling=jax.tree.map(jnp.asarray, admission.sampling),
+    )
+
+
+def prefill(
+    target: TargetModel,
+    draft_model: DraftModel | None,
+    tokens: Int[Array, "rows time"],
+    lengths: Int[Array, " rows"],
+    admission: Admission,
+    *,
+    exit_layer: int,
+    capacity: int,
+    backend: AttentionBackend,
+    sampled: bool,
+) -> DecodeState:
+    """A batch of its own: prompts, each one piece (arguments as for `prefill_piece` and `first_tokens`), in caches with
+    room for `capacity` positions."""
+    rows = len(tokens)
+    prompts = empty_prompts(target, draft_model, rows, exit_layer=exit_layer, capacity=capacity, backend=backend)
+    start = jnp.zeros((rows,), jnp.int32)
+    prompts, last = prefill_piece(target, draft_model, prompts, tokens, start, lengths, exit_layer=exit_layer)
+    return first_tokens(target, prompts, last, admission, sampled=sampled)
 
 
 def prefill_and_admit(
@@ -178,18 +186,41 @@ def prefill_and_admit(
     tokens: Int[Array, "rows time"],
     start: Int[Array, " rows"],
     lengths: Int[Array, " rows"],
+    slots: Int[Array, " rows"],
     admission: Admission,
     *,
-    shape: RoundShape,
+    exit_layer: int,
     backend: AttentionBackend,
     sampled: bool,
 ) -> tuple[DecodeState, Int[Array, " rows"]]:
-    """The last piece of each prompt, and its admission; `prompts` is None where that piece is all of it."""
+    """The last piece of each prompt, and its row of a running batch. With `state` donated, in place.
+
+    Args:
+      target: the model.
+      draft_model: None for plain decoding.
+      state: whose caches hold as many positions as those of the prompts, or more.
+      prompts: what came before the piece; None where it is all of each prompt.
+      tokens: the pieces, padded on the right.
+      start: position of each piece's first token.
+      lengths: of the pieces, at least 1.
+      slots: rows of `state` that the prompts get.
+      admission: of each prompt.
+      exit_layer: l, static.
+      backend: of the caches, static.
+      sampled: whether any of the prompts samples, static.
+
+    Returns:
+      The state, and each prompt's first token.
+    """
     rows, time = tokens.shape
     if prompts is None:
-        prompts = empty_prompts(target, draft_model, rows, exit_layer=shape.exit_layer, capacity=time, backend=backend)
-    prompts, last = prefill_piece(target, draft_model, prompts, tokens, start, lengths, exit_layer=shape.exit_layer)
-    return admit(target, state, prompts, last, admission, sampled=sampled)
+        prompts = empty_prompts(target, draft_model, rows, exit_layer=exit_layer, capacity=time, backend=backend)
+    prompts, last = prefill_piece(target, draft_model, prompts, tokens, start, lengths, exit_layer=exit_layer)
+    with jax.named_scope("admit"):
+        new = first_tokens(target, prompts, last, admission, sampled=sampled)
+        for i in range(rows):
+            state = jax.tree.map(lambda old, new, i=i: _put(old, new, i, slots[i]), state, new, is_leaf=_is_cache)
+        return state, new.token
 
 
 def take_prompt(state: DecodeState, slot: Int[Array, ""]) -> Prompts:
@@ -209,10 +240,6 @@ def resize(state: Tree, capacity: int) -> Tree:
 
 def _is_cache(x: object) -> bool:
     return isinstance(x, KVCache)
-
-
-def _map_rows(put, old: Tree, new: Tree) -> Tree:
-    return jax.tree.map(put, old, new, is_leaf=_is_cache)
 
 
 def _put(old: Array | KVCache, new: Array | KVCache, source: int, slot: Int[Array, ""]) -> Array | KVCache:

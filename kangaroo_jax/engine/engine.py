@@ -289,13 +289,13 @@ class Engine:
             tokens[i, : len(piece)] = piece
             eos[i, : len(run.eos)] = run.eos
         admission = Admission(
-            slots=np.asarray(slots, np.int32),
             max_output=np.asarray([run.max_new_tokens for run in runs], np.int32),
             eos_token_ids=eos,
             sampling=Sampling.create([run.sampling for run in runs], [run.ids for run in runs]),
         )
         lengths = np.asarray(list(map(len, pieces)), np.int32)
-        inputs = (*self._weights, self._state, prompts, tokens, np.asarray(done, np.int32), lengths, admission)
+        start, rows = np.asarray(done, np.int32), np.asarray(slots, np.int32)
+        inputs = (*self._weights, self._state, prompts, tokens, start, lengths, rows, admission)
         sampled = any(run.sampling.temperature > 0 for run in runs)
         capacity = 0 if prompts is None else prompts.deep.capacity
         before = self._clock()
@@ -306,7 +306,7 @@ class Engine:
             (2,),
             self._kept(),
             *inputs,
-            shape=self.shapes.round,
+            exit_layer=self.shapes.round.exit_layer,
             backend=self._backend,
             sampled=sampled,
         )

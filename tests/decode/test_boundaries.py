@@ -55,7 +55,7 @@ def test_slots_that_are_refilled_end_at_the_caches_end(kind):
         most = [longest - i % 3 for i in range(len(PROMPTS))]
         requests = [Request(prompt, limit) for prompt, limit in zip(PROMPTS, most, strict=True)]
         for answer in generate_many(tiny_target(), tiny_adapter(2), requests, 3, draft=draft):
-            assert answer.tokens == plain()[answer.index][: most[answer.index]], (longest, answer.index)
+            assert answer.tokens == plain()[answer.id][: most[answer.id]], (longest, answer.id)
 
 
 @pytest.mark.parametrize("kind", ["sequence", "tree of two levels"])

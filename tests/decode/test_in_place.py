@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.config import TreeConfig
-from kangaroo_jax.decode.autoregressive import plain_round
-from kangaroo_jax.decode.generate import kangaroo_round
-from kangaroo_jax.decode.host_loop import advance_rounds
-from kangaroo_jax.decode.prefill import empty_slots, prefill, prefill_into
+from kangaroo_jax.decode.prefill import Admission, empty_slots, prefill_and_admit
+from kangaroo_jax.decode.rounds import RoundShape, run_rounds
+from kangaroo_jax.decode.sampling import Sampling
+from kangaroo_jax.model.attention.cpu import CpuBackend
 from tests.decode.models import CONFIG, tiny_adapter, tiny_target
 
 CAPACITY = 1000
@@ -20,13 +20,15 @@ _TREE = TreeConfig(3, 8)
 EOS = np.full(4, -1, np.int32)
 
 
-def compiled_text(one_round, adapter, exit_layer, donate, batch=1):
+def compiled_text(shape, adapter, donate, batch=1):
     model = tiny_target().model
-    start = functools.partial(prefill, exit_layer=exit_layer, capacity=CAPACITY, room=128)
-    one = np.ones((batch,), np.int32)
-    state = jax.eval_shape(start, model, adapter, np.zeros((batch, 64), np.int32), one, one, EOS)
-    program = jax.jit(functools.partial(advance_rounds, one_round), donate_argnums=(2,) if donate else ())
-    return program.lower(model, adapter, state, np.int32(9), EOS, np.float32(0.5)).compile().as_text()
+    empty = functools.partial(
+        empty_slots, batch=batch, max_eos=4, exit_layer=shape.exit_layer, capacity=CAPACITY, backend=CpuBackend()
+    )
+    state = jax.eval_shape(empty, model, adapter)
+    rounds = functools.partial(run_rounds, shape=shape, sampled=False, max_tokens=32)
+    program = jax.jit(rounds, donate_argnums=(2,) if donate else ())
+    return program.lower(model, adapter, state, np.ones(batch, bool), np.float32(0.5), 0).compile().as_text()
 
 
 def cache_copies(text, batch=1):
@@ -47,24 +49,28 @@ def cache_copies(text, batch=1):
     ],
 )
 def test_kangaroo_rounds_do_not_copy_the_cache(widths, batch, tree):
-    one_round = functools.partial(kangaroo_round, exit_layer=2, max_draft_len=6, widths=widths, tree=tree)
-    assert cache_copies(compiled_text(one_round, tiny_adapter(2).model, 2, donate=True, batch=batch), batch) == []
+    shape = RoundShape(2, 6, tree, widths)
+    assert cache_copies(compiled_text(shape, tiny_adapter(2).model, donate=True, batch=batch), batch) == []
 
 
 def test_plain_steps_do_not_copy_the_cache():
-    assert cache_copies(compiled_text(plain_round, None, 1, donate=True)) == []
+    assert cache_copies(compiled_text(RoundShape.plain(), None, donate=True)) == []
 
 
 def test_the_search_finds_copies():
     # Without donation the caller keeps its buffers, so there must be copies.
-    assert cache_copies(compiled_text(plain_round, None, 1, donate=False))
+    assert cache_copies(compiled_text(RoundShape.plain(), None, donate=False))
 
 
 @pytest.mark.parametrize("donate", [True, False])
 def test_a_prompt_is_put_into_its_slot_without_copying_the_cache(donate):
     model, adapter, one = tiny_target().model, tiny_adapter(2).model, np.ones((1,), np.int32)
-    state = empty_slots(model, adapter, None, 4, exit_layer=2, capacity=CAPACITY, room=128)
-    insert = jax.jit(functools.partial(prefill_into, exit_layer=2), donate_argnums=(2,) if donate else ())
-    program = insert.lower(model, adapter, state, np.int32(1), np.zeros((1, 64), np.int32), one, one, EOS, None)
+    static = {"exit_layer": 2, "backend": CpuBackend()}
+    state = empty_slots(model, adapter, 4, 4, capacity=CAPACITY, **static)
+    insert = jax.jit(
+        functools.partial(prefill_and_admit, sampled=False, **static), donate_argnums=(2,) if donate else ()
+    )
+    admission = Admission(one, EOS[None], Sampling.greedy(1))
+    program = insert.lower(model, adapter, state, None, np.zeros((1, 64), np.int32), one - 1, one, one, admission)
     copies = cache_copies(program.compile().as_text(), batch=4)
     assert bool(copies) is not donate  # without donation there must be copies, and the search finds them

@@ -30,8 +30,8 @@ def cut(tokens, most, eos):
 
 
 def by_index(answers):
-    answers = sorted(answers, key=lambda answer: answer.index)
-    assert [answer.index for answer in answers] == list(range(len(answers)))
+    answers = sorted(answers, key=lambda answer: answer.id)
+    assert [answer.id for answer in answers] == list(range(len(answers)))
     return answers
 
 
@@ -63,7 +63,7 @@ def test_200_mixes_equal_each_alone_and_plain_decoding(max_draft_len, exit_layer
 def test_a_slot_is_refilled_while_its_neighbour_goes_on():
     requests = [Request(PROMPTS[0], MOST), *(Request(prompt, 3) for prompt in PROMPTS[1:8])]
     answers = list(generate_many(tiny_target(), tiny_adapter(1), requests, 3, draft=DraftConfig(1, 4, 0.1)))
-    assert [answer.index for answer in answers][-1] == 0
+    assert [answer.id for answer in answers][-1] == 0
     assert by_index(answers)[5].tokens == plain_tokens(PROMPTS[5])[:3]
 
 
@@ -97,7 +97,7 @@ def test_a_seed_and_a_prompt_give_the_same_text_in_every_slot():
     rng = np.random.default_rng(0)
     # Prompts of two padded lengths, so that short ones come after long ones in the same slot, and the other way round.
     prompts = [rng.integers(0, VOCABULARY, length).tolist() for length in (3, 100, 20, 1, 90, 64, 65, 7)]
-    requests = [Request(prompt, 20 + i, None if i % 2 else i) for i, prompt in enumerate(prompts)]
+    requests = [Request(prompt, 20 + i, seed=None if i % 2 else i) for i, prompt in enumerate(prompts)]
     runs = [
         by_index(generate_many(target, adapter, some, 2, draft=draft, sampling=sampling))
         for some in (requests, requests[::-1])
@@ -108,7 +108,7 @@ def test_a_seed_and_a_prompt_give_the_same_text_in_every_slot():
     out = generate(target, adapter, prompts[:2], 27, draft, settings)
     for request, answer, tokens in zip(requests, runs[0], out.tokens, strict=False):
         assert answer.tokens == tokens[: request.max_new_tokens]
-    again = [Request(prompts[1], 20, seed) for seed in (0, 1, 0)]
+    again = [Request(prompts[1], 20, seed=seed) for seed in (0, 1, 0)]
     texts = [
         answer.tokens for answer in by_index(generate_many(target, adapter, again, 2, draft=draft, sampling=sampling))
     ]
@@ -122,7 +122,7 @@ def test_a_seed_and_a_prompt_give_the_same_text_in_every_slot():
         ({"requests": [[1], []]}, "request 1 is empty"),
         ({"requests": [Request([1] * 500, 13)]}, "request 0 has 500 tokens.*lower max_new_tokens to 12"),
         ({"requests": [Request([1], 0)]}, "max_new_tokens must be at least 1"),
-        ({"requests": [Request([1], 5, -1)]}, "seed must be an integer from 0"),
+        ({"requests": [Request([1], 5, seed=-1)]}, "seed must be an integer from 0"),
         ({"sampling": SamplingConfig(1.0, seed=[1, 2])}, "one per request, found 2 for 1"),
         ({"requests": ["abc"]}, "no tokenizer"),
         ({"draft": DraftConfig(3)}, "trained for exit layer 1, but exit_layer=3"),

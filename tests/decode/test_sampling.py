@@ -19,17 +19,15 @@ import numpy as np
 import pytest
 import scipy.stats
 from flax import nnx
-from kangaroo_jax.decode.autoregressive import plain_round
-from kangaroo_jax.decode.generate import kangaroo_round
-from kangaroo_jax.decode.host_loop import advance_rounds
 
 from kangaroo_jax import DraftConfig, InputError, SamplingConfig, TreeConfig, generate, generate_plain
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.config import ModelConfig
-from kangaroo_jax.decode import pick, sampling, verify
-from kangaroo_jax.decode.prefill import prefill
-from kangaroo_jax.model import cache
+from kangaroo_jax.decode import pick, sampling
+from kangaroo_jax.decode.prefill import Admission, prefill
+from kangaroo_jax.decode.rounds import RoundShape, run_rounds
+from kangaroo_jax.model.attention.dense import DenseBackend
 from kangaroo_jax.model.drafts.kangaroo import Adapter, DraftVocabulary
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 
@@ -115,39 +113,32 @@ def program(gamma, batch, widths, new, accepts, residual, tree, walk):
     tokens = np.zeros((batch, lengths.max()), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    if gamma:
-        shape = {"exit_layer": EXIT_LAYER, "max_draft_len": gamma, "widths": widths, "tree": tree}
-        one_round = functools.partial(kangaroo_round, **shape)
-    else:
-        one_round = plain_round
-    room = new + gamma + 1
-    most = np.full(batch, new, np.int32)
-    capacity = int(lengths.max()) + room + (0 if tree is None else tree.topk * gamma + tree.budget)
-    shapes = {"exit_layer": EXIT_LAYER, "capacity": capacity, "room": room}
+    shape = RoundShape(EXIT_LAYER, gamma, tree, widths) if gamma else RoundShape.plain()
+    capacity = int(lengths.max()) + new + gamma + 1 + (0 if tree is None else tree.topk * gamma + tree.budget)
+    # Not the CPU's own: it updates sequence by sequence, which thousands are too many for.
+    static = {"exit_layer": shape.exit_layer, "capacity": capacity, "backend": DenseBackend(), "sampled": True}
+    eos = np.tile(NO_EOS, (batch, 1))
 
-    def one_batch(target, adapter, sampler, eta, keys):
-        sampler = sampler.replace(keys=keys)
-        state = prefill(target, adapter, tokens, lengths, most, NO_EOS, sampler, **shapes)
-        state = advance_rounds(one_round, target, adapter, state, new, NO_EOS, eta)
-        return state.output[:, :new], state.stats
+    def one_batch(target, adapter, settings, eta, key_words):
+        settings = settings.replace(key_words=key_words)
+        state = prefill(
+            target, adapter, tokens, lengths, Admission(np.full(batch, new, np.int32), eos, settings), **static
+        )
+        first = state.token
+        _, chunk = run_rounds(
+            target, adapter, state, ~state.finished, eta, 0, shape=shape, sampled=True, max_tokens=new
+        )
+        # A chunk ends with the first sequence that has so many tokens: rounds go on until all have.
+        return jnp.concatenate([first[:, None], chunk.tokens[:, : new - 1]], axis=1), chunk
 
-    def run(target, adapter, sampler, eta):
+    def run(target, adapter, settings, eta):
         # A few thousand sequences at a time, so that their caches stay near the core.
-        keys = sampler.keys.reshape(-1, max(1, 4000 // batch), batch)
-        return jax.lax.map(jax.vmap(functools.partial(one_batch, target, adapter, sampler, eta)), keys)
+        key_words = settings.key_words.reshape(-1, max(1, 4000 // batch), batch, 2)
+        settings = jax.tree.map(lambda x: x[:batch], settings)
+        return jax.lax.map(jax.vmap(functools.partial(one_batch, target, adapter, settings, eta)), key_words)
 
     # Half the time goes into compiling.
     return jax.jit(run, compiler_options={"xla_backend_optimization_level": 1})
-
-
-def write_by_selection(buffer, new, start, axis):
-    """What `cache.write` does, for a batch too large for its one update per sequence."""
-    start = jnp.repeat(start, buffer.shape[0] // len(start))
-    slots = jax.lax.broadcasted_iota(jnp.int32, buffer.shape, axis)
-    for i in range(new.shape[axis]):
-        here = slots == start.reshape([-1] + [1] * (buffer.ndim - 1)) + i
-        buffer = jnp.where(here, jax.lax.slice_in_dim(new, i, i + 1, axis=axis), buffer)
-    return buffer
 
 
 def draw(config, gamma, eta, batch, widths=None, count=SAMPLES, new=NEW, tree=None, drafted=None):
@@ -160,14 +151,11 @@ def draw(config, gamma, eta, batch, widths=None, count=SAMPLES, new=NEW, tree=No
     widths = widths or ((gamma if tree is None else tree.budget) + 1,)
     run = program(gamma, batch, widths, new, sampling.accepts, sampling.residual, tree, pick.walk)
     prompts = [prompt for _ in range(count // batch) for prompt in batch_prompts(batch)]
-    sampler = sampling.Sampler.create(dataclasses.replace(config, seed=range(count)), prompts)
-    with pytest.MonkeyPatch.context() as patch:
-        if batch > 4:
-            patch.setattr(cache, "write", write_by_selection)
-            patch.setattr(verify, "_write_rows", functools.partial(write_by_selection, axis=1))
-        tokens, stats = jax.device_get(run(target, adapter if gamma else None, sampler, np.float32(eta)))
-    used = np.arange(stats.draft_lengths.shape[-1]) < stats.rounds[..., None]
-    return tokens.reshape(count, new), stats.draft_lengths[used], stats.accept_lengths[used]
+    configs = [dataclasses.replace(config, seed=seed) for seed in range(count)]
+    settings = sampling.Sampling.create(configs, prompts)
+    tokens, chunk = jax.device_get(run(target, adapter if gamma else None, settings, np.float32(eta)))
+    used = np.arange(chunk.draft_lengths.shape[-1]) < chunk.num_rounds[..., None]
+    return tokens.reshape(count, new), chunk.draft_lengths[used], chunk.accept_lengths[used]
 
 
 def batch_prompts(batch):
@@ -376,10 +364,6 @@ def test_small_temperatures_are_greedy_rounds():
         assert plain(prompts, SamplingConfig(temperature)).tokens == greedy.tokens
 
 
-def test_greedy_decoding_has_no_sampler():
-    assert sampling.Sampler.create(SamplingConfig(0.0, 0.5, 3, seed=9), [[1]]) is None
-
-
 def test_seeds_that_are_not_one_per_prompt_are_named():
     with pytest.raises(InputError, match="seed must be one integer or one per prompt, found 3 for 2"):
         generate_plain(small_pair()[0], [[1], [2]], 4, sampling=SamplingConfig(1.0, seed=[1, 2, 3]))
@@ -388,8 +372,8 @@ def test_seeds_that_are_not_one_per_prompt_are_named():
 # --- The parts.
 
 
-def sampler_of(*settings):
-    return sampling.Sampler.create(SamplingConfig(*settings), [[0]])
+def sampling_of(*settings, rows=1):
+    return sampling.Sampling.create([SamplingConfig(*settings)] * rows, [[0]] * rows)
 
 
 SHAPES = list(itertools.product((0.3, 1.0, 2.5), (1.0, 0.95, 0.5, 0.01), (0, 1, 7, 300, 1000)))
@@ -410,7 +394,7 @@ def test_distributions_equal_transformers(settings):
     for warper in warpers:
         theirs = warper(None, theirs)
     theirs = theirs.softmax(-1).numpy()
-    ours = np.asarray(sampling.probabilities(jnp.asarray(logits), sampler_of(*settings)))
+    ours = np.asarray(sampling.probabilities(jnp.asarray(logits), sampling_of(*settings, rows=len(logits))))
     np.testing.assert_array_equal(ours > 0, theirs > 0)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
     np.testing.assert_allclose(ours, shaped(logits, SamplingConfig(*settings)), rtol=1e-4)
@@ -436,7 +420,7 @@ def test_distributions_equal_transformers(settings):
 def test_filters_at_their_edges(probs, settings, kept):
     with np.errstate(divide="ignore"):
         logits = np.log(np.asarray([probs], np.float32))
-    ours = np.asarray(sampling.probabilities(jnp.asarray(logits), sampler_of(*settings)))[0]
+    ours = np.asarray(sampling.probabilities(jnp.asarray(logits), sampling_of(*settings, rows=len(logits))))[0]
     assert (ours > 0).sum() == kept
     np.testing.assert_allclose(ours.sum(), 1, rtol=1e-6)
 
@@ -455,7 +439,8 @@ def test_residual_is_a_distribution_even_without_excess():
 
 
 def test_random_numbers_for_different_purposes_are_independent():
-    keys = sampling.Sampler.create(SamplingConfig(1.0, seed=range(20_000)), [[0]] * 20_000).keys
+    configs = [SamplingConfig(1.0, seed=seed) for seed in range(20_000)]
+    keys = sampling.Sampling.create(configs, [[0]] * 20_000).keys
     places = jnp.full(20_000, 9)
     flat = jnp.full((20_000, 64), 1 / 64)
     columns = [sampling.sample(keys, places, purpose, flat) for purpose in (sampling.DRAFT, sampling.TARGET)]

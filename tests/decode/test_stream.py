@@ -3,7 +3,7 @@ over chunks. Truth: the bytes themselves."""
 
 import pytest
 
-from kangaroo_jax.decode.stream import TextStream
+from kangaroo_jax.engine.text import TextStream
 
 
 class Bytes:
@@ -16,8 +16,8 @@ class Bytes:
 def stream(text, stop, chunk):
     tokens = list(text.encode())
     streamer, pieces = TextStream(Bytes(), stop), []
-    for end in [*range(chunk, len(tokens), chunk), len(tokens)]:
-        pieces.append(streamer.feed(tokens[:end], final=end == len(tokens)))
+    for start in range(0, len(tokens), chunk):
+        pieces.append(streamer.feed(tokens[start : start + chunk], final=start + chunk >= len(tokens)))
     return streamer, pieces
 
 
@@ -53,4 +53,27 @@ def test_an_unfinished_character_at_the_end_is_shown_as_such():
     tokens = list("a😀".encode())[:-1]
     streamer = TextStream(Bytes())
     assert streamer.feed(tokens, final=False) == "a"
-    assert streamer.feed(tokens, final=True) == "\ufffd"
+    assert streamer.feed([], final=True) == "\ufffd"
+
+
+class Counting(Bytes):
+    """Counts the tokens that are decoded."""
+
+    def __init__(self):
+        self.decoded = 0
+
+    def decode(self, tokens, **_):
+        self.decoded += len(tokens)
+        return super().decode(tokens)
+
+
+def test_a_stop_string_does_not_make_decoding_quadratic():
+    tokenizer = Counting()
+    streamer = TextStream(tokenizer, ("stop",))
+    tokens = list(("x" * 4000 + "stop").encode())
+    for start in range(0, len(tokens), 32):
+        streamer.feed(tokens[start : start + 32], final=False)
+    assert streamer.stopped
+    assert streamer.num_tokens == len(tokens)
+    # Each token is decoded a few times, and those of the chunk that holds the stop string once for each of them.
+    assert tokenizer.decoded < 4 * len(tokens) + 32 * 64

@@ -9,10 +9,13 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kangaroo_jax.decode.generate import kangaroo_round
 
 from kangaroo_jax import DraftConfig, InputError, SamplingConfig, TreeConfig, generate, generate_plain
-from kangaroo_jax.decode.prefill import prefill
+from kangaroo_jax.decode.prefill import Admission, prefill
+from kangaroo_jax.decode.rounds import RoundShape, run_rounds
+from kangaroo_jax.decode.sampling import Sampling
+from kangaroo_jax.model.attention.cpu import CpuBackend
+from kangaroo_jax.model.attention.dense import DenseBackend
 from kangaroo_jax.model.drafts.kangaroo import DraftVocabulary
 from tests.decode.models import VOCABULARY, tiny_adapter, tiny_target
 from tests.decode.test_lossless import full_forward
@@ -140,36 +143,39 @@ def test_neighbours_change_nothing():
         assert together.draft_lengths[i] == alone.draft_lengths[0]
 
 
-def test_caches_hold_what_prefill_of_the_committed_tokens_would_leave():
+@pytest.mark.parametrize("backend", [CpuBackend(), DenseBackend()], ids=["cpu", "dense"])
+def test_caches_hold_what_prefill_of_the_committed_tokens_would_leave(backend):
     model, adapter = tiny_target().model, tiny_adapter(2).model
     prompts = [[1, 2, 3], list(range(20, 31))]
-    eos, most = np.full(4, -1, np.int32), np.full(2, 60, np.int32)
+    admission = Admission(np.full(2, 60, np.int32), np.full((2, 4), -1, np.int32), Sampling.greedy(2))
 
     def start(sequences):
         lengths = np.asarray([len(tokens) for tokens in sequences], np.int32)
         rows = np.asarray([[*tokens, *[0] * (64 - len(tokens))] for tokens in sequences], np.int32)
-        return prefill(model, adapter, rows, lengths, most, eos, exit_layer=2, capacity=128, room=96)
+        return prefill(
+            model, adapter, rows, lengths, admission, exit_layer=2, capacity=128, backend=backend, sampled=False
+        )
 
-    one_round = jax.jit(
-        functools.partial(kangaroo_round, exit_layer=2, max_draft_len=5, widths=(13,), tree=TreeConfig(4, 12))
-    )
-    state = start(prompts)
-    for _ in range(6):
-        state = one_round(model, adapter, state, eos, np.float32(0.02))
-    assert (state.stats.accept_lengths[:, :6].max(1) > 1).all()  # something was moved
-    committed = [prompt + state.output[i, : state.num_output[i] - 1].tolist() for i, prompt in enumerate(prompts)]
+    shape = RoundShape(2, 5, TreeConfig(4, 12), (13,))
+    rounds = jax.jit(functools.partial(run_rounds, shape=shape, sampled=False, max_tokens=12))
+    state, chunk = rounds(model, adapter, start(prompts), np.ones(2, bool), np.float32(0.02), 0)
+    assert (chunk.accept_lengths.max(1) > 1).all()  # something was moved
+    committed = [
+        prompt + [int(first), *chunk.tokens[i, : chunk.num_tokens[i] - 1].tolist()]
+        for i, (prompt, first) in enumerate(zip(prompts, start(prompts).token, strict=True))
+    ]
     expected = start(committed)
-    heads = model.config.num_key_value_heads
-    for name in ("shallow", "deep", "adapter"):
-        ours, theirs = getattr(state, name), getattr(expected, name)
+    for ours, theirs in (
+        (state.shallow, expected.shallow),
+        (state.deep, expected.deep),
+        (state.draft.cache, expected.draft.cache),
+    ):
         np.testing.assert_array_equal(ours.length, theirs.length)
         for i, length in enumerate(ours.length.tolist()):
-            rows = slice(i * heads, (i + 1) * heads)
-            for a, b in zip(ours.keys, theirs.keys, strict=True):
-                np.testing.assert_allclose(a[rows, :, :length], b[rows, :, :length], atol=2e-4)
-            for a, b in zip(ours.values, theirs.values, strict=True):
-                np.testing.assert_allclose(a[rows, :length], b[rows, :length], atol=2e-4)
-    np.testing.assert_allclose(state.shallow_hidden, expected.shallow_hidden, atol=2e-4)
+            a, b = (cache.row(i).resized(length) for cache in (ours, theirs))
+            for x, y in zip(a.keys + a.values, b.keys + b.values, strict=True):
+                np.testing.assert_allclose(x, y, atol=2e-4)
+    np.testing.assert_allclose(state.draft.last, expected.draft.last, atol=2e-4)
 
 
 def test_sampled_text_is_that_of_plain_decoding_with_the_same_seed():
