@@ -300,7 +300,7 @@ def check_format(metadata: Any, folder: pathlib.Path) -> None:
 def check_target(metadata: dict[str, Any], target: Target, folder: pathlib.Path) -> None:
     """Raises `InputError` where a checkpoint's adapter was trained for another target."""
     trained_for = metadata["target"]
-    if trained_for["fingerprint"] != target.fingerprint:
+    if not target.has_fingerprint(trained_for["fingerprint"]):
         raise InputError(
             f"{folder}: trained for another target; expected {target.name} (fingerprint {target.fingerprint}), found "
             f"{trained_for['name']} (fingerprint {trained_for['fingerprint']}); train an adapter for this target, or "

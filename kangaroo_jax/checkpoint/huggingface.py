@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import pickle
@@ -33,6 +31,7 @@ from huggingface_hub.errors import HFValidationError
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
+from kangaroo_jax.checkpoint import fingerprint
 from kangaroo_jax.config import ModelConfig, token_ids
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
@@ -40,7 +39,6 @@ from kangaroo_jax.model.target import TargetModel
 
 # As safetensors spells them. ml_dtypes gives numpy the bfloat16 that safetensors asks it for.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_FINGERPRINT_SAMPLE = 64  # values of each tensor
 _HUB_TIMEOUT = 10.0  # seconds
 
 
@@ -60,6 +58,7 @@ class Target:
       eos_token_ids: from generation_config.json where there is one, else config.json.
       mesh: what the weights are split over; None where they are on one device.
       bytes_read: of weights, from files, by this process.
+      earlier_fingerprints: what earlier versions of this package recorded for the same weights.
     """
 
     model: TargetModel
@@ -69,10 +68,15 @@ class Target:
     eos_token_ids: tuple[int, ...]
     mesh: Mesh | None = None
     bytes_read: int = 0
+    earlier_fingerprints: tuple[str, ...] = ()
 
     @property
     def config(self) -> ModelConfig:
         return self.model.config
+
+    def has_fingerprint(self, recorded: str) -> bool:
+        """Whether what recorded this fingerprint was made for this target."""
+        return recorded == self.fingerprint or recorded in self.earlier_fingerprints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,11 +302,6 @@ def load_target(name: str | os.PathLike[str], dtype: str | jnp.dtype = "bfloat16
     abstract = nnx.eval_shape(lambda: TargetModel(config, rngs=nnx.Rngs(0), dtype=dtype))
     weights = _weights(folder)
     check_tensors(abstract, weights.found, weights.files, prefix="model.")
-    described = dataclasses.asdict(config) | {"bos_token_id": None, "eos_token_ids": None}
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-
-    # A few values of every tensor tell fine-tuned weights apart; as float32, so that they are the same whatever
-    # file format and wider dtype the checkpoint is converted to.
     bytes_read = 0
 
     def read(tensor_name: str, pieces: Pieces) -> np.ndarray:
@@ -311,23 +310,23 @@ def load_target(name: str | os.PathLike[str], dtype: str | jnp.dtype = "bfloat16
         bytes_read += tensor.nbytes
         return tensor
 
+    samples = {}
     for path, leaf in zip(parameter_paths(abstract), jax.tree.leaves(abstract), strict=True):
         for tensor_name in parameter_rule(path, leaf.shape).names:
             full = _full_name(tensor_name, "model.")
-            shape, _ = weights.found[full]
-            rows = -(-_FINGERPRINT_SAMPLE // math.prod(shape[1:]))
-            index = tuple(slice(0, min(rows if i == 0 else size, size)) for i, size in enumerate(shape))
-            first = read(full, (index,))
-            digest.update(first.reshape(-1)[:_FINGERPRINT_SAMPLE].astype(np.float32).tobytes())
+            rows = read(full, (fingerprint.sample_index(weights.found[full][0]),))
+            samples[tensor_name] = fingerprint.sample(rows)
+    current, *earlier = fingerprint.fingerprints(config, samples)
     model = fill_module(abstract, read, dtype, prefix="model.", files=weights.files, mesh=mesh)
     return Target(
         model=model,
         tokenizer=_tokenizer(folder, config),
         name=name,
-        fingerprint=digest.hexdigest()[:16],
+        fingerprint=current,
         eos_token_ids=eos,
         mesh=mesh,
         bytes_read=bytes_read,
+        earlier_fingerprints=tuple(earlier),
     )
 
 

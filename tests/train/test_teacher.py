@@ -305,6 +305,14 @@ def test_another_target_dtype_or_data_is_another_cache(data, rows, small, target
     assert again.folder == caches[0].folder
 
 
+def test_a_cache_made_under_an_earlier_fingerprint_of_the_target_is_used(rows, small, tmp_path):
+    before = dataclasses.replace(small, fingerprint="0123456789abcdef", earlier_fingerprints=())
+    now = dataclasses.replace(small, earlier_fingerprints=("0123456789abcdef",))
+    assert TeacherCache(rows, now, tmp_path).folder == TeacherCache(rows, small, tmp_path).folder
+    TeacherCache(rows, before, tmp_path).folder.mkdir()
+    assert TeacherCache(rows, now, tmp_path).folder == TeacherCache(rows, before, tmp_path).folder
+
+
 def test_a_run_that_stopped_goes_on_bit_for_bit_without_computing_again(
     data, small_target_folder, tmp_path, monkeypatch
 ):
