@@ -1,7 +1,7 @@
 """Kangaroo: lossless self-speculative decoding (arXiv 2404.18911) in JAX. The public names; start with `generate`."""
 
 from kangaroo_jax.checkpoint.adapter import load_adapter
-from kangaroo_jax.checkpoint.huggingface import load_target
+from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.config import DraftConfig, SamplingConfig, TreeConfig
 from kangaroo_jax.decode.autoregressive import generate_plain
 from kangaroo_jax.decode.generate import generate

@@ -19,12 +19,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
-from kangaroo_jax.checkpoint.huggingface import Target, parameter_paths
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.checkpoint.upstream import load_upstream
 from kangaroo_jax.config import DraftConfig, ModelConfig, TreeConfig
-from kangaroo_jax.errors import InputError
+from kangaroo_jax.errors import InputError, one_line
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.adapter import Adapter, DraftVocabulary, abstract_adapter
+from kangaroo_jax.model.naming import parameter_paths
 
 # Beside an adapter: how to draft with it, and what tokens its drafts are made of.
 DRAFT_SETTINGS = "decode.json"
@@ -395,7 +396,7 @@ def _read(folder: pathlib.Path, **items: Any) -> dict[str, Any]:
 def reason(error: Exception) -> str:
     """What happened, of an error of Orbax or TensorStore."""
     # TensorStore appends its whole specification, in brackets.
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(" [tensorstore_spec")[0]
+    return one_line(error).split(" [tensorstore_spec")[0]
 
 
 def item_handlers() -> dict[str, ocp.CheckpointHandler]:

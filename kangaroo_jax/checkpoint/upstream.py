@@ -10,16 +10,10 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 
-from kangaroo_jax.checkpoint.huggingface import (
-    Pieces,
-    Target,
-    check_tensors,
-    fill_module,
-    join_pieces,
-    load_torch,
-    read_json,
-    torch_to_numpy,
-)
+from kangaroo_jax.checkpoint.json_file import read_json
+from kangaroo_jax.checkpoint.mapping import check_tensors, fill_module
+from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.checkpoint.weights import Pieces, describe_torch, join_pieces, load_torch, torch_to_numpy
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.adapter import Adapter, abstract_adapter
@@ -35,7 +29,6 @@ _SAME = (
     "rope_theta",
     "rope_scaling",
 )
-_DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 
 def load_upstream(folder: str | pathlib.Path, target: Target, dtype: jnp.dtype) -> Adapter:
@@ -64,7 +57,7 @@ def load_upstream(folder: str | pathlib.Path, target: Target, dtype: jnp.dtype) 
         raise InputError(f"{weights_file}: no such file; the authors' adapter folders have one")
     tensors = load_torch(weights_file)
     abstract = abstract_adapter(target.config, dtype)
-    found = {name: (tuple(x.shape), _DTYPES.get(str(x.dtype), str(x.dtype))) for name, x in tensors.items()}
+    found = {name: describe_torch(x) for name, x in tensors.items()}
     files = dict.fromkeys(found, str(weights_file))
     check_tensors(abstract, found, files)
 

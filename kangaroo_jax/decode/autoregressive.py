@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import SamplingConfig
 from kangaroo_jax.decode.host_loop import Generation, Method, run
 from kangaroo_jax.decode.state import DecodeState, Draft

@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter, check_exit_layer
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftConfig, SamplingConfig, TreeConfig
 from kangaroo_jax.decode.draft import draft as draft_tokens
 from kangaroo_jax.decode.host_loop import Generation, Method, run

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import SamplingConfig
 from kangaroo_jax.decode.prefill import bucket, empty_slots, prefill, prefill_into
 from kangaroo_jax.decode.prompts import encode_prompts

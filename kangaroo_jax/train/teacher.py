@@ -31,11 +31,12 @@ from jaxtyping import Array, Int
 from tqdm import tqdm
 
 from kangaroo_jax import resumable
-from kangaroo_jax.checkpoint.huggingface import Target, parameter_paths
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.data.cache import locked, to_disk
 from kangaroo_jax.data.input import Batch, Rows, device_part
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
+from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel, deep_apply, shallow_apply
 from kangaroo_jax.train.objective import segment_mask
 

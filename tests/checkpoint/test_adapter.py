@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 from kangaroo_jax.checkpoint.adapter import item_handlers, load_adapter, named_leaves, save_adapter
-from kangaroo_jax.checkpoint.huggingface import Target, load_target
+from kangaroo_jax.checkpoint.target import Target, load_target
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.adapter import Adapter

@@ -14,7 +14,7 @@ import safetensors.numpy
 from kangaroo_jax import demo
 from kangaroo_jax.checkpoint.adapter import load_adapter, read_metadata, save_adapter
 from kangaroo_jax.checkpoint.fingerprint import fingerprints
-from kangaroo_jax.checkpoint.huggingface import load_target
+from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.config import ModelConfig, RopeScaling
 from kangaroo_jax.errors import InputError
 

@@ -26,7 +26,7 @@ import pytest
 import safetensors.numpy
 
 from kangaroo_jax import demo
-from kangaroo_jax.checkpoint.huggingface import load_target, save_target
+from kangaroo_jax.checkpoint.target import load_target, save_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 
@@ -309,7 +309,7 @@ def test_bfloat16_is_as_near_float32_as_that_of_transformers(tmp_path: pathlib.P
 _MEASURE = """
 import pathlib, re, sys
 import jax.numpy as jnp
-from kangaroo_jax.checkpoint.huggingface import load_target
+from kangaroo_jax.checkpoint.target import load_target
 if sys.argv[3] == "torch":
     import torch
 load_target(sys.argv[4], "float32")  # what the first load of anything costs
@@ -602,7 +602,7 @@ def test_hub_out_of_reach(tmp_path: pathlib.Path) -> None:
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
     script = (
-        "from kangaroo_jax.checkpoint.huggingface import load_target\n"
+        "from kangaroo_jax.checkpoint.target import load_target\n"
         "print(load_target('someone/cached', 'float32').fingerprint)\n"
         "load_target('someone/else')\n"
     )

@@ -22,7 +22,7 @@ from flax import nnx
 
 from kangaroo_jax import DraftConfig, InputError, SamplingConfig, TreeConfig, generate, generate_plain
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.decode import pick, sampling, verify
 from kangaroo_jax.decode.autoregressive import plain_round

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kangaroo_jax.checkpoint.huggingface import load_target
+from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.data.input import DataConfig, Rows, device_part, load_rows
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.adapter import Adapter
@@ -139,7 +139,7 @@ def test_losses_and_gradients_are_the_online_ones_to_bfloat16(small_target_folde
 
 SCRIPT = """
 import json, pathlib, sys, time
-from kangaroo_jax.checkpoint.huggingface import load_target
+from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.data import input
 from kangaroo_jax.train import teacher
 from kangaroo_jax.train.settings import make_mesh

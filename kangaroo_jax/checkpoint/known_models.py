@@ -7,7 +7,7 @@ import pathlib
 
 import huggingface_hub
 
-from kangaroo_jax.checkpoint.huggingface import read_json
+from kangaroo_jax.checkpoint.json_file import read_json
 from kangaroo_jax.config import ModelConfig, RopeScaling
 from kangaroo_jax.errors import InputError
 
