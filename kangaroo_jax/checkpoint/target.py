@@ -15,6 +15,7 @@ import safetensors.numpy
 from flax import nnx
 from jax.sharding import Mesh
 
+from kangaroo_jax import demo
 from kangaroo_jax.checkpoint import fingerprint
 from kangaroo_jax.checkpoint.hub import local_folder
 from kangaroo_jax.checkpoint.json_file import read_json
@@ -60,13 +61,27 @@ class Target:
         return recorded == self.fingerprint or recorded in self.earlier_fingerprints
 
 
-def load_target(name: str | os.PathLike[str], dtype: str | jnp.dtype = "bfloat16", mesh: Mesh | None = None) -> Target:
+def default_dtype(name: str | os.PathLike[str] | None = None, mesh: Mesh | None = None) -> str:
+    """The dtype of the weights where a user names none: float32 on CPU and for the demo, which makes drafted decoding's
+    tokens exactly those of plain decoding; bfloat16, which halves the memory, for other targets on accelerators.
+
+    Args:
+      name: of the target, as for `load_target`; None where there are no weights to load, only a shape.
+      mesh: what the weights are to be split over; None means the default device.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    is_demo = name is not None and pathlib.Path(name).resolve() == demo.MODEL.resolve()
+    return "float32" if platform == "cpu" or is_demo else "bfloat16"
+
+
+def load_target(name: str | os.PathLike[str], dtype: str | jnp.dtype | None = None, mesh: Mesh | None = None) -> Target:
     """Loads a target from a local folder or a Hugging Face hub id.
 
     Args:
       name: a folder with config.json and weights (*.safetensors, or pytorch_model*.bin where torch is installed),
         or a hub id.
-      dtype: of the weights on the device: float32, bfloat16 or float16. One parameter at a time is on the host.
+      dtype: of the weights on the device: float32, bfloat16 or float16; None means `default_dtype`. One parameter at
+        a time is on the host.
       mesh: splits the weights over its devices (model/sharding.py says how). Each process reads only the parts of
         its own devices, from safetensors; None keeps all on the default device.
 
@@ -74,7 +89,7 @@ def load_target(name: str | os.PathLike[str], dtype: str | jnp.dtype = "bfloat16
       InputError: for a missing or corrupt file, an unknown architecture, or tensors that do not fit the config.
     """
     name = os.fspath(name)
-    dtype = _weights_dtype(dtype)
+    dtype = _weights_dtype(default_dtype(name, mesh) if dtype is None else dtype)
     folder = local_folder(name)
     config_file = folder / "config.json"
     raw = read_json(config_file, "a folder in Hugging Face format has one")

@@ -67,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         sources = find_sources(args.files)
-        target = load_target(args.model)
+        target = load_target(args.model, "bfloat16")  # only its tokenizer and shapes are needed
         load_adapter(args.adapter, target)  # wrong folders are named before the data is read
         cache = open_cache(cache_folder(args.cache), sources, Encoder(target, args.template), _MAX_BAD_SHARE)
         counts = count_tokens(cache, target.config.vocab_size)

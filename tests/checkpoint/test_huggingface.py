@@ -26,8 +26,9 @@ import pytest
 import safetensors.numpy
 
 from kangaroo_jax import demo
-from kangaroo_jax.checkpoint.target import load_target, save_target
+from kangaroo_jax.checkpoint.target import default_dtype, load_target, save_target
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.sharding import make_mesh
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -415,6 +416,21 @@ def test_unsupported_dtype_asked_for(folder: pathlib.Path, dtype: str) -> None:
         assert load_target(folder, dtype).model.dtype == jnp.float16
         return
     refused(folder, "dtype", "float32, float16, bfloat16", f"found {dtype!r}", dtype=dtype)
+
+
+def test_default_dtype_is_float32_on_cpu_and_bfloat16_on_accelerators_but_for_the_demo(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_target(folder).model.dtype == jnp.float32  # the tests run on CPU
+    assert default_dtype() == "float32"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert load_target(folder).model.dtype == jnp.bfloat16
+    assert load_target(folder, "float32").model.dtype == jnp.float32
+    assert default_dtype() == default_dtype("someone/model") == "bfloat16"
+    assert default_dtype(demo.MODEL) == default_dtype(os.path.relpath(demo.MODEL)) == "float32"
+    # What counts is where the weights go, not the default device.
+    mesh = make_mesh({"data": 1, "fsdp": 1, "model": 1}, jax.devices("cpu")[:1])
+    assert load_target(folder, mesh=mesh).model.dtype == jnp.float32
 
 
 def damaged(data: bytes, kind: str) -> bytes:
