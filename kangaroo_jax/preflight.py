@@ -25,10 +25,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import PyTree
 
 from kangaroo_jax import program
-from kangaroo_jax.config import DraftConfig, ModelConfig
+from kangaroo_jax.config import DraftConfig
 from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.adapter import abstract_adapter
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel
 

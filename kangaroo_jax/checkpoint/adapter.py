@@ -21,10 +21,11 @@ from jaxtyping import Array, PyTree
 
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.checkpoint.upstream import load_upstream
-from kangaroo_jax.config import DraftConfig, ModelConfig, TreeConfig
+from kangaroo_jax.config import DraftConfig, TreeConfig
 from kangaroo_jax.errors import InputError, one_line
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.adapter import Adapter, DraftVocabulary, abstract_adapter
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.naming import parameter_paths
 
 # Beside an adapter: how to draft with it, and what tokens its drafts are made of.

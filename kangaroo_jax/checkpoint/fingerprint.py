@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.model.config import ModelConfig
 
 # Of each tensor: enough to tell fine-tuned weights apart, and read in no time.
 _VALUES = 64

@@ -28,7 +28,7 @@ class ParameterRule:
     """How one of our parameters is made from Hugging Face tensors.
 
     Attributes:
-      names: the tensors, without a leading "model.".
+      names: the tensors, as Hugging Face names them, without a prefix ("layers.0.mlp.up_proj.weight").
       shapes: their shapes.
       join: tensors -> our array. The rule of a part's shape joins the parts that `locate` names.
       split: our array -> tensors.
@@ -104,7 +104,7 @@ def fill_module(
     abstract: PyTree,
     read: Callable[[str, Pieces], np.ndarray],
     dtype: jnp.dtype,
-    prefix: str = "",
+    tensor_name: Callable[[str], str] = str,
     files: Mapping[str, str] | None = None,
     mesh: Mesh | None = None,
 ) -> PyTree:
@@ -115,7 +115,7 @@ def fill_module(
       abstract: the module from `nnx.eval_shape`.
       read: tensor name and pieces of it -> those, joined.
       dtype: of the weights on the device.
-      prefix: of the tensor names.
+      tensor_name: a name of `ParameterRule` -> the tensor's name in the checkpoint.
       files: tensor name -> file, for messages.
       mesh: to split the weights over; only the parts of this process's devices are then read.
 
@@ -143,7 +143,7 @@ def fill_module(
         rule = parameter_rule(path, shape)
         pieces = zip(rule.names, rule.locate(index), strict=True)
         of_part = parameter_rule(path, tuple(x.stop - x.start for x in index))
-        return of_part.join(*(cast(full_name(name, prefix), where) for name, where in pieces))
+        return of_part.join(*(cast(tensor_name(name), where) for name, where in pieces))
 
     leaves, structure = jax.tree.flatten(abstract)
     for i, path in enumerate(parameter_paths(abstract)):
@@ -166,12 +166,11 @@ def _slices(bounds: Iterable[tuple[int | None, int | None]]) -> Index:
     return tuple(slice(start, stop) for start, stop in bounds)
 
 
-def full_name(name: str, prefix: str) -> str:
-    return name if name.startswith("lm_head") else prefix + name
-
-
 def check_tensors(
-    abstract: PyTree, found: Mapping[str, tuple[tuple[int, ...], str]], files: Mapping[str, str], prefix: str = ""
+    abstract: PyTree,
+    found: Mapping[str, tuple[tuple[int, ...], str]],
+    files: Mapping[str, str],
+    tensor_name: Callable[[str], str] = str,
 ) -> None:
     """Compares a checkpoint's tensors with what a module needs, before anything is read.
 
@@ -179,7 +178,7 @@ def check_tensors(
       abstract: the module.
       found: tensor name -> (shape, dtype name as safetensors spells it).
       files: tensor name -> file, for messages.
-      prefix: of the tensor names.
+      tensor_name: a name of `ParameterRule` -> the tensor's name in the checkpoint.
 
     Raises:
       InputError: one line naming file, tensor, expected and found.
@@ -188,7 +187,7 @@ def check_tensors(
     expected = {}
     for path, leaf in zip(parameter_paths(abstract), jax.tree.leaves(abstract), strict=True):
         rule = parameter_rule(path, leaf.shape)
-        expected |= {full_name(n, prefix): shape for n, shape in zip(rule.names, rule.shapes, strict=True)}
+        expected |= {tensor_name(n): shape for n, shape in zip(rule.names, rule.shapes, strict=True)}
     for name, shape in expected.items():
         if name not in found:
             raise InputError(f"{where}: tensor {name} is missing; expected shape {list(shape)}, found nothing")

@@ -19,11 +19,13 @@ from kangaroo_jax import demo
 from kangaroo_jax.checkpoint import fingerprint
 from kangaroo_jax.checkpoint.hub import local_folder
 from kangaroo_jax.checkpoint.json_file import read_json
-from kangaroo_jax.checkpoint.mapping import check_tensors, fill_module, full_name, parameter_rule
+from kangaroo_jax.checkpoint.mapping import check_tensors, fill_module, parameter_rule
 from kangaroo_jax.checkpoint.tokenizer import load_tokenizer
 from kangaroo_jax.checkpoint.weights import DTYPES, Pieces, open_weights
-from kangaroo_jax.config import ModelConfig, token_ids
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.config import ModelConfig
+from kangaroo_jax.model.families import family_of, read_config
+from kangaroo_jax.model.families.config_json import token_ids
 from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel
 
@@ -93,27 +95,28 @@ def load_target(name: str | os.PathLike[str], dtype: str | jnp.dtype | None = No
     folder = local_folder(name)
     config_file = folder / "config.json"
     raw = read_json(config_file, "a folder in Hugging Face format has one")
-    config = ModelConfig.from_hf(raw, str(config_file))
+    config = read_config(raw, str(config_file))
     eos = _eos_token_ids(folder, config)
+    tensor_name = family_of(config).tensor_name
     abstract = nnx.eval_shape(lambda: TargetModel(config, rngs=nnx.Rngs(0), dtype=dtype))
     weights = open_weights(folder)
-    check_tensors(abstract, weights.found, weights.files, prefix="model.")
+    check_tensors(abstract, weights.found, weights.files, tensor_name)
     bytes_read = 0
 
-    def read(tensor_name: str, pieces: Pieces) -> np.ndarray:
+    def read(full: str, pieces: Pieces) -> np.ndarray:
         nonlocal bytes_read
-        tensor = weights.read(tensor_name, pieces)
+        tensor = weights.read(full, pieces)
         bytes_read += tensor.nbytes
         return tensor
 
     samples = {}
     for path, leaf in zip(parameter_paths(abstract), jax.tree.leaves(abstract), strict=True):
-        for tensor_name in parameter_rule(path, leaf.shape).names:
-            full = full_name(tensor_name, "model.")
+        for name_here in parameter_rule(path, leaf.shape).names:
+            full = tensor_name(name_here)
             rows = read(full, (fingerprint.sample_index(weights.found[full][0]),))
-            samples[tensor_name] = fingerprint.sample(rows)
+            samples[name_here] = fingerprint.sample(rows)
     current, *earlier = fingerprint.fingerprints(config, samples)
-    model = fill_module(abstract, read, dtype, prefix="model.", files=weights.files, mesh=mesh)
+    model = fill_module(abstract, read, dtype, tensor_name, weights.files, mesh=mesh)
     return Target(
         model=model,
         tokenizer=load_tokenizer(folder, config.vocab_size),
@@ -151,51 +154,13 @@ def save_target(model: TargetModel, folder: str | pathlib.Path, dtype: jnp.dtype
     """Writes `config.json` and `model.safetensors` (in `dtype`) that transformers and `load_target` read."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    family, tensors = family_of(model.config), {}
     for path, leaf in zip(parameter_paths(model), jax.tree.leaves(model), strict=True):
         rule = parameter_rule(path, leaf.shape)
         for name, part in zip(rule.names, rule.split(np.asarray(leaf)), strict=True):
-            tensors[full_name(name, "model.")] = np.ascontiguousarray(part.astype(dtype))
+            tensors[family.tensor_name(name)] = np.ascontiguousarray(part.astype(dtype))
     temporary = folder / "model.safetensors.tmp"
     safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(_config_to_hf(model.config, jnp.dtype(dtype).name), indent=2) + "\n")
-
-
-def _config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    scaling = config.rope_scaling
-    rope = None
-    if scaling is not None:
-        fields = dataclasses.asdict(scaling)
-        kind = fields.pop("kind")
-        rope = {"rope_type": kind} | (fields if kind == "llama3" else {"factor": scaling.factor})
-    architecture = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-    eos = config.eos_token_ids
-    hf = {
-        "architectures": [architecture[config.model_type]],
-        "model_type": config.model_type,
-        "hidden_act": "silu",
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
-        "rope_scaling": rope,
-        "torch_dtype": dtype,
-    }
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "rope_theta",
-        "tie_word_embeddings",
-    ):
-        hf[name] = getattr(config, name)
-    if config.model_type == "llama":
-        hf |= {"attention_bias": config.o_bias, "mlp_bias": config.mlp_bias}
-    if config.model_type == "mistral":
-        hf["sliding_window"] = None
-    return hf
+    config = family.write_config(model.config) | {"torch_dtype": jnp.dtype(dtype).name}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -14,9 +14,9 @@ from kangaroo_jax.checkpoint.json_file import read_json
 from kangaroo_jax.checkpoint.mapping import check_tensors, fill_module
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.checkpoint.weights import Pieces, describe_torch, join_pieces, load_torch, torch_to_numpy
-from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.adapter import Adapter, abstract_adapter
+from kangaroo_jax.model.families import read_config
 
 # The adapter is run with the target's settings, so those of its own config must be the same.
 _SAME = (
@@ -45,7 +45,7 @@ def load_upstream(folder: str | pathlib.Path, target: Target, dtype: jnp.dtype) 
     """
     folder = pathlib.Path(folder)
     config_file, weights_file = folder / "config.json", folder / "pytorch_model.bin"
-    config = ModelConfig.from_hf(read_json(config_file, "the authors' adapter folders have one"), str(config_file))
+    config = read_config(read_json(config_file, "the authors' adapter folders have one"), str(config_file))
     for key in _SAME:
         found, expected = getattr(config, key), getattr(target.config, key)
         if found != expected:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.rotary import rotary_angles
 
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.model import cache as kv_cache
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.rotary import rotary_angles
 
 _INIT = nnx.initializers.normal(0.02)

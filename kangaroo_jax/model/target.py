@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.model.cache import KVCache
-from kangaroo_jax.model.layers import _INIT, DecoderLayer, RMSNorm, _precision, apply_layers, attention_context
+from kangaroo_jax.model.config import ModelConfig
+from kangaroo_jax.model.families import family_of
+from kangaroo_jax.model.layers import _INIT, RMSNorm, _precision, apply_layers, attention_context
 
 
 class TargetModel(nnx.Module):
@@ -18,7 +19,8 @@ class TargetModel(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         self.config = config
         self.embed_tokens = nnx.Param(_INIT(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
-        self.layers = nnx.List([DecoderLayer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_hidden_layers)])
+        layer = family_of(config).decoder_layer
+        self.layers = nnx.List([layer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config, dtype)
         # [vocab, hidden] like the embedding, so that tied and untied heads are one code path.
         self.lm_head = (

@@ -17,9 +17,9 @@ from flax import nnx
 
 from kangaroo_jax.checkpoint.adapter import item_handlers, load_adapter, named_leaves, save_adapter
 from kangaroo_jax.checkpoint.target import Target, load_target
-from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.target import TargetModel
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "fixtures" / "golden"

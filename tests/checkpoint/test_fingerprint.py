@@ -15,8 +15,8 @@ from kangaroo_jax import demo
 from kangaroo_jax.checkpoint.adapter import load_adapter, read_metadata, save_adapter
 from kangaroo_jax.checkpoint.fingerprint import fingerprints
 from kangaroo_jax.checkpoint.target import load_target
-from kangaroo_jax.config import ModelConfig, RopeScaling
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.config import ModelConfig, RopeScaling
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "fixtures" / "golden"
 SAMPLES = {"embed_tokens.weight": np.arange(8, dtype=np.float32), "norm.weight": np.ones(4, np.float32)}

@@ -28,6 +28,7 @@ import safetensors.numpy
 from kangaroo_jax import demo
 from kangaroo_jax.checkpoint.target import default_dtype, load_target, save_target
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.families import all_families
 from kangaroo_jax.model.sharding import make_mesh
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 
@@ -115,7 +116,7 @@ def test_float32_logits_equal_stored_ones_of_transformers(variant: str) -> None:
 def test_fixtures_cover_every_variant() -> None:
     configs = [json.loads((FIXTURES / name / "config.json").read_text()) for name in VARIANTS]
     rope = {config["rope_parameters"]["rope_type"] for config in configs}
-    assert {config["model_type"] for config in configs} == {"llama", "mistral", "qwen2"}
+    assert {config["model_type"] for config in configs} == {family.model_type for family in all_families()}
     assert rope == {"default", "linear", "llama3"}
     assert any(c["num_key_value_heads"] == c["num_attention_heads"] for c in configs)
     assert any(c["num_key_value_heads"] < c["num_attention_heads"] for c in configs)

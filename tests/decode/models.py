@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
-from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.target import TargetModel
 
 LAYERS = 5

@@ -23,7 +23,6 @@ from flax import nnx
 from kangaroo_jax import DraftConfig, InputError, SamplingConfig, TreeConfig, generate, generate_plain
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
-from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.decode import pick, sampling, verify
 from kangaroo_jax.decode.autoregressive import plain_round
 from kangaroo_jax.decode.generate import kangaroo_round
@@ -31,6 +30,7 @@ from kangaroo_jax.decode.host_loop import advance_rounds
 from kangaroo_jax.decode.prefill import prefill
 from kangaroo_jax.model import cache
 from kangaroo_jax.model.adapter import Adapter, DraftVocabulary
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 
 FALSE_ALARM = 1e-4

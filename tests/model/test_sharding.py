@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from kangaroo_jax.checkpoint.adapter import named_leaves
 from kangaroo_jax.checkpoint.target import save_target
-from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.adapter import abstract_adapter
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.sharding import check_batch_size, make_mesh, partition, undivided
 from kangaroo_jax.model.target import TargetModel
 

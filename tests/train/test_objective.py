@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.model.adapter import Adapter
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.target import TargetModel
 from kangaroo_jax.train.objective import adapter_loss, distillation
 
