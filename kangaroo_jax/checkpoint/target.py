@@ -72,7 +72,7 @@ def default_dtype(name: str | os.PathLike[str] | None = None, mesh: Mesh | None 
       mesh: what the weights are to be split over; None means the default device.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    is_demo = name is not None and pathlib.Path(name).resolve() == demo.MODEL.resolve()
+    is_demo = name is not None and pathlib.Path(name).expanduser().resolve() == demo.MODEL.resolve()
     return "float32" if platform == "cpu" or is_demo else "bfloat16"
 
 
