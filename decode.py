@@ -47,7 +47,7 @@ from kangaroo_jax.batch import answers
 from kangaroo_jax.batch.answer import answer_prompts
 from kangaroo_jax.batch.prompts import read_prompts
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftOverrides
 from kangaroo_jax.model import sharding
 

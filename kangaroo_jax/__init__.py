@@ -1,7 +1,7 @@
 """Kangaroo: lossless self-speculative decoding (arXiv 2404.18911) in JAX. The public names; start with `generate`."""
 
 from kangaroo_jax.checkpoint.adapter import load_adapter
-from kangaroo_jax.checkpoint.huggingface import load_target
+from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.config import DraftConfig, EngineConfig, SamplingConfig, TreeConfig
 from kangaroo_jax.engine.engine import Engine
 from kangaroo_jax.engine.generate import Generation, generate, generate_many, generate_plain

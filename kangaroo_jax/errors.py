@@ -17,3 +17,9 @@ class MachineError(RuntimeError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what a library said, or its exception's name where it said nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

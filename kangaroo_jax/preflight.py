@@ -25,11 +25,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import PyTree
 
 from kangaroo_jax import program
-from kangaroo_jax.checkpoint.huggingface import parameter_paths
-from kangaroo_jax.config import DraftConfig, ModelConfig
+from kangaroo_jax.config import DraftConfig
 from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.model import sharding
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import abstract_adapter
+from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel
 
 PREFLIGHT = flags.DEFINE_string(
@@ -137,7 +138,7 @@ def training(config: Any, machine: Machine) -> bool:
     """
     # Training's packages are not needed to decode.
     from kangaroo_jax.checkpoint.adapter import check_exit_layer
-    from kangaroo_jax.shapes import model_config
+    from kangaroo_jax.checkpoint.known_models import model_config
     from kangaroo_jax.train import settings as training_settings
     from kangaroo_jax.train import step as training_step
     from kangaroo_jax.train import teacher
@@ -182,9 +183,9 @@ def decoding(
       InputError: as `training`.
     """
     from kangaroo_jax.checkpoint.adapter import check_exit_layer
+    from kangaroo_jax.checkpoint.known_models import model_config
     from kangaroo_jax.decode import generate, host_loop
     from kangaroo_jax.decode.prefill import bucket, prefill
-    from kangaroo_jax.shapes import model_config
 
     shape = model_config(target_name)
     check_exit_layer(draft.exit_layer, shape)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kangaroo_jax.checkpoint.huggingface import load_target, save_target
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.checkpoint.target import load_target, save_target
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.target import TargetModel
 from tests.tokens import byte_tokenizer
 

@@ -17,7 +17,7 @@ from kangaroo_jax.batch import answers
 from kangaroo_jax.batch.progress import Progress
 from kangaroo_jax.batch.prompts import Prompt
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftConfig, SamplingConfig
 from kangaroo_jax.engine.engine import resolve_exit_layer
 from kangaroo_jax.engine.generate import generate_many

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from kangaroo_jax import generate_plain
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftConfig
 from kangaroo_jax.decode.draft import draft
 from kangaroo_jax.decode.prefill import bucket, prefill

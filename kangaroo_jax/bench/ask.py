@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from kangaroo_jax.bench.answers import METHODS, Answer, Details, Result
 from kangaroo_jax.bench.questions import Question
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftConfig
-from kangaroo_jax.decode.autoregressive import generate_plain
 from kangaroo_jax.engine.generate import Generation, generate
 from kangaroo_jax.errors import InputError
 

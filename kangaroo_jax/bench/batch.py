@@ -23,9 +23,8 @@ from kangaroo_jax import compilation_cache, demo, generate_many, load_adapter, l
 from kangaroo_jax.bench import machine
 from kangaroo_jax.bench.prompts import held_out_functions
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftConfig
-from kangaroo_jax.decode.many import Request
 from kangaroo_jax.engine.requests import Answer
 from kangaroo_jax.errors import InputError
 

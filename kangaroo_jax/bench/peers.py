@@ -23,7 +23,7 @@ from kangaroo_jax import DraftConfig, compilation_cache, demo, generate, generat
 from kangaroo_jax.bench import machine, parts
 from kangaroo_jax.bench.prompts import held_out_prompts, held_out_tokens
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.engine.generate import Generation
 from kangaroo_jax.errors import InputError
 

@@ -9,7 +9,7 @@ import re
 import numpy as np
 from jaxtyping import Int
 
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.demo import corpus
 from kangaroo_jax.errors import InputError
 

@@ -28,10 +28,10 @@ from kangaroo_jax.bench import machine, parts
 from kangaroo_jax.bench.prompts import held_out_tokens
 from kangaroo_jax.bench.shapes import random_weights
 from kangaroo_jax.checkpoint.adapter import check_exit_layer
+from kangaroo_jax.checkpoint.known_models import SHAPES
 from kangaroo_jax.decode.generate import cache_slots, verification_widths
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import DraftVocabulary
-from kangaroo_jax.shapes import SHAPES
 
 _MODEL = flags.DEFINE_string("model", None, "Target; the demo if neither this nor --shape is given.")
 _ADAPTER = flags.DEFINE_string("adapter", None, "Adapter of --model.")

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kangaroo_jax.bench.machine import memory_bytes
+from kangaroo_jax.checkpoint.known_models import SHAPES
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import TargetModel
-from kangaroo_jax.shapes import SHAPES
 
 
 def random_weights(shape: str, dtype: str) -> tuple[TargetModel, Adapter]:

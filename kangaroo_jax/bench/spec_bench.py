@@ -31,7 +31,7 @@ from kangaroo_jax.bench.answers import Result
 from kangaroo_jax.bench.ask import ask, conversation_ids
 from kangaroo_jax.bench.questions import Question, load_questions, spread
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.engine.engine import resolve_exit_layer
 from kangaroo_jax.errors import InputError
 

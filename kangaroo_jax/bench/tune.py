@@ -39,7 +39,7 @@ from kangaroo_jax.bench import machine, parts
 from kangaroo_jax.bench.acceptance import Chains, Trees, record, record_trees
 from kangaroo_jax.bench.prompts import held_out_prompts, read_prompts
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter, write_draft_settings
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.decode.generate import cache_slots, resolve_exit_layer, verification_widths
 from kangaroo_jax.errors import InputError
 

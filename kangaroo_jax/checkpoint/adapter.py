@@ -19,12 +19,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
-from kangaroo_jax.checkpoint.huggingface import Target, parameter_paths
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.checkpoint.upstream import load_upstream
-from kangaroo_jax.config import DraftConfig, ModelConfig, TreeConfig
-from kangaroo_jax.errors import InputError
+from kangaroo_jax.config import DraftConfig, TreeConfig
+from kangaroo_jax.errors import InputError, one_line
 from kangaroo_jax.model import sharding
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import Adapter, DraftVocabulary, abstract_adapter
+from kangaroo_jax.model.naming import parameter_paths
 
 # Beside an adapter: how to draft with it, and what tokens its drafts are made of.
 DRAFT_SETTINGS = "decode.json"
@@ -33,6 +35,8 @@ DRAFT_VOCABULARY = "draft_vocabulary.npy"
 BEST_BY = "expected_acceptance"
 _FORMAT = "kangaroo_jax adapter"
 _VERSION = 1
+# What drafts. Checkpoints from before it was recorded hold the paper's adapter too.
+_KIND = "kangaroo"
 _TARGET_SHAPE = (
     "num_hidden_layers",
     "hidden_size",
@@ -84,6 +88,7 @@ def adapter_metadata(
     return {
         "format": _FORMAT,
         "version": _VERSION,
+        "kind": _KIND,
         "exit_layer": exit_layer,
         "dtype": next(iter(parameters.values())).dtype.name,
         "parameters": {path: list(x.shape) for path, x in parameters.items()},
@@ -111,7 +116,7 @@ def save_adapter(
     target: Target,
     training: dict[str, Any] | None = None,
 ) -> None:
-    """Writes a checkpoint of the adapter alone, in the dtype of its weights. Appears whole or not at all.
+    """Writes a checkpoint of the adapter alone, in the dtype of its weights. Appears complete or not at all.
 
     Args:
       folder: must not exist yet (or be empty).
@@ -196,7 +201,7 @@ def read_draft_settings(folder: pathlib.Path) -> DraftConfig:
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise InputError(
             f"{path}: expected an object with max_draft_len and threshold and, for trees, tree_topk and tree_budget; "
-            "write it anew with `python -m kangaroo_jax.bench tune`, or remove it"
+            "write it again with `python -m kangaroo_jax.bench tune`, or remove it"
         ) from None
 
 
@@ -209,20 +214,20 @@ def read_draft_vocabulary(folder: pathlib.Path, config: ModelConfig) -> np.ndarr
     path = folder / DRAFT_VOCABULARY
     if not path.exists():
         return None
-    mend = "write it anew with `python -m kangaroo_jax.train.draft_vocabulary`, or remove it"
+    fix = "write it again with `python -m kangaroo_jax.train.draft_vocabulary`, or remove it"
     try:
         token_ids = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a NumPy array ({error}); {mend}") from None
+        raise InputError(f"{path}: not a NumPy array ({error}); {fix}") from None
     if token_ids.ndim != 1 or not len(token_ids) or not np.issubdtype(token_ids.dtype, np.integer):
         raise InputError(
-            f"{path}: expected a list of token ids, found shape {list(token_ids.shape)} of {token_ids.dtype}; {mend}"
+            f"{path}: expected a list of token ids, found shape {list(token_ids.shape)} of {token_ids.dtype}; {fix}"
         )
     wrong = token_ids[(token_ids < 0) | (token_ids >= config.vocab_size)]
     if len(wrong):
-        raise InputError(f"{path}: token id {wrong[0]} is outside the vocabulary of {config.vocab_size}; {mend}")
+        raise InputError(f"{path}: token id {wrong[0]} is outside the vocabulary of {config.vocab_size}; {fix}")
     if len(np.unique(token_ids)) < len(token_ids):
-        raise InputError(f"{path}: a token id is in it twice; {mend}")
+        raise InputError(f"{path}: a token id is in it twice; {fix}")
     return token_ids.astype(np.int32)
 
 
@@ -281,7 +286,7 @@ def read_metadata(folder: pathlib.Path) -> dict[str, Any]:
     """The `metadata` item of a checkpoint.
 
     Raises:
-      InputError: where it is missing, damaged, or of another format.
+      InputError: where it is missing, damaged, of another format, or of a kind of draft model that is not known.
     """
     metadata = read_json(folder, "metadata")
     check_format(metadata, folder)
@@ -289,18 +294,24 @@ def read_metadata(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def check_format(metadata: Any, folder: pathlib.Path) -> None:
-    """Raises `InputError` for a `metadata` item of another format."""
+    """Raises `InputError` for a `metadata` item of another format, or of a kind of draft model that is not known."""
     if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT or metadata.get("version") != _VERSION:
         found = (
             f"{metadata.get('format')!r} {metadata.get('version')!r}" if isinstance(metadata, dict) else repr(metadata)
         )
         raise InputError(f"{folder}: metadata: expected format {_FORMAT!r} {_VERSION}, found {found}")
+    kind = metadata.get("kind", _KIND)
+    if kind != _KIND:
+        raise InputError(
+            f"{folder}: metadata: a draft model of kind {kind!r}, written as {_FORMAT!r} {metadata['version']}, is not "
+            f"supported; supported: {_KIND!r}; load it with the version of kangaroo_jax that wrote it"
+        )
 
 
 def check_target(metadata: dict[str, Any], target: Target, folder: pathlib.Path) -> None:
     """Raises `InputError` where a checkpoint's adapter was trained for another target."""
     trained_for = metadata["target"]
-    if trained_for["fingerprint"] != target.fingerprint:
+    if not target.has_fingerprint(trained_for["fingerprint"]):
         raise InputError(
             f"{folder}: trained for another target; expected {target.name} (fingerprint {target.fingerprint}), found "
             f"{trained_for['name']} (fingerprint {trained_for['fingerprint']}); train an adapter for this target, or "
@@ -321,7 +332,8 @@ def read_arrays(folder: pathlib.Path, item: str, expected: dict[str, Any]) -> di
       InputError: where its paths and shapes are not those expected.
     """
     found = {}
-    # One at a time: where a file is damaged, reads under way beside it would print tracebacks of their own.
+    # One at a time: Orbax closes its event loop at the first array that cannot be read, and reads of others that are
+    # still under way then print "Event loop is closed" with a traceback each.
     for path, leaf in expected.items():
         restore = ocp.args.PyTreeRestore(
             item={path: leaf},
@@ -395,7 +407,7 @@ def _read(folder: pathlib.Path, **items: Any) -> dict[str, Any]:
 def reason(error: Exception) -> str:
     """What happened, of an error of Orbax or TensorStore."""
     # TensorStore appends its whole specification, in brackets.
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(" [tensorstore_spec")[0]
+    return one_line(error).split(" [tensorstore_spec")[0]
 
 
 def item_handlers() -> dict[str, ocp.CheckpointHandler]:

@@ -12,7 +12,7 @@ import argparse
 import jax.numpy as jnp
 
 from kangaroo_jax.checkpoint.adapter import check_exit_layer, save_adapter
-from kangaroo_jax.checkpoint.huggingface import load_target
+from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.checkpoint.upstream import load_upstream
 from kangaroo_jax.command_line import fail
 from kangaroo_jax.errors import InputError
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="Folder to write; must not exist.")
     args = parser.parse_args()
     try:
-        target = load_target(args.target)
+        target = load_target(args.target, "bfloat16")  # only its shapes and fingerprint are needed
         check_exit_layer(args.exit_layer, target.config)
         # float32: the authors' own, so that nothing is lost whatever the target is run in later.
         adapter = load_upstream(args.adapter, target, jnp.float32)

@@ -10,19 +10,13 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 
-from kangaroo_jax.checkpoint.huggingface import (
-    Pieces,
-    Target,
-    check_tensors,
-    fill_module,
-    join_pieces,
-    load_torch,
-    read_json,
-    torch_to_numpy,
-)
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.checkpoint.json_file import read_json
+from kangaroo_jax.checkpoint.mapping import check_tensors, fill_module
+from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.checkpoint.weights import Pieces, describe_torch, join_pieces, load_torch, torch_to_numpy
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import Adapter, abstract_adapter
+from kangaroo_jax.model.families import read_config
 
 # The adapter is run with the target's settings, so those of its own config must be the same.
 _SAME = (
@@ -35,7 +29,6 @@ _SAME = (
     "rope_theta",
     "rope_scaling",
 )
-_DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 
 def load_upstream(folder: str | pathlib.Path, target: Target, dtype: jnp.dtype) -> Adapter:
@@ -52,7 +45,7 @@ def load_upstream(folder: str | pathlib.Path, target: Target, dtype: jnp.dtype) 
     """
     folder = pathlib.Path(folder)
     config_file, weights_file = folder / "config.json", folder / "pytorch_model.bin"
-    config = ModelConfig.from_hf(read_json(config_file, "the authors' adapter folders have one"), str(config_file))
+    config = read_config(read_json(config_file, "the authors' adapter folders have one"), str(config_file))
     for key in _SAME:
         found, expected = getattr(config, key), getattr(target.config, key)
         if found != expected:
@@ -64,7 +57,7 @@ def load_upstream(folder: str | pathlib.Path, target: Target, dtype: jnp.dtype) 
         raise InputError(f"{weights_file}: no such file; the authors' adapter folders have one")
     tensors = load_torch(weights_file)
     abstract = abstract_adapter(target.config, dtype)
-    found = {name: (tuple(x.shape), _DTYPES.get(str(x.dtype), str(x.dtype))) for name, x in tensors.items()}
+    found = {name: describe_torch(x) for name, x in tensors.items()}
     files = dict.fromkeys(found, str(weights_file))
     check_tensors(abstract, found, files)
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.data import chat
 from kangaroo_jax.data.records import BadRecord, Conversation, Place, Source, Text
 from kangaroo_jax.errors import InputError

@@ -19,7 +19,7 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.data.cache import TokenCache, cache_folder, open_cache
 from kangaroo_jax.data.encode import Encoder
 from kangaroo_jax.data.packing import pack

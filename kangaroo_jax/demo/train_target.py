@@ -23,9 +23,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kangaroo_jax import command_line
-from kangaroo_jax.checkpoint.huggingface import save_target
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.checkpoint.target import save_target
 from kangaroo_jax.demo import corpus
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 
 _OUTPUT = flags.DEFINE_string("output", "kangaroo_jax/demo/model", "Folder to write.")

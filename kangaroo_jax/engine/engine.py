@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter, check_exit_layer
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftConfig, EngineConfig, SamplingConfig
 from kangaroo_jax.decode.prefill import (
     Admission,

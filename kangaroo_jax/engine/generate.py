@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftConfig, EngineConfig, SamplingConfig
 from kangaroo_jax.engine.engine import Engine
 from kangaroo_jax.engine.prompts import encode_prompt, encode_prompts

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.errors import InputError
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree
 
-from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.model.attention.backend import AttentionBackend
+from kangaroo_jax.model.config import ModelConfig
 
 
 @flax.struct.dataclass

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.model import cache as kv_cache
 from kangaroo_jax.model.attention.backend import AttentionBackend
 from kangaroo_jax.model.attention.uncached import attend
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.ops import dot
 from kangaroo_jax.model.rotary import rotary_angles
 

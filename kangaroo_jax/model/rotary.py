@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.model.config import ModelConfig
 
 
 def rotary_angles(

@@ -7,6 +7,7 @@ Axes of the mesh: `data` (batch alone), `fsdp` (batch and weights: a weight is g
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +22,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.families import all_families
 
 AXES = ("data", "fsdp", "model")
 BATCH = P(("data", "fsdp"))
 
-# The end of a parameter's path -> mesh axes of each of its dimensions. `model` splits what can be computed apart;
-# `fsdp` only what is stored apart, along rows of the checkpoint's tensors, so that a process reads them in long runs.
+# The end of a parameter's path -> mesh axes of each of its dimensions; a family has rows of its own for parameters that
+# no other has. `model` splits what can be computed separately; `fsdp` only what is stored separately, along rows of the
+# checkpoint's tensors, so that a process reads them in long runs.
 _TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r"embed_tokens|lm_head", (("model", "fsdp"), None)),  # [vocab, hidden]
     (r"qkv_proj", (None, "model", None, "fsdp")),  # [hidden, kv_heads, q_per_kv + 2, head_dim]
@@ -115,12 +118,14 @@ def partition(path: str, shape: Sequence[int], mesh: Mesh, axes: Sequence[str] =
       axes: those to split along.
 
     Raises:
-      ValueError: for a path that the table does not know.
+      ValueError: for a path that neither the table nor a family knows.
     """
     if not shape:
         return P()
-    names = next((names for pattern, names in _TABLE if re.search(rf"(^|\.)(\w*{pattern})$", path)), None)
-    if names is None or len(names) != len(shape):
+    rows = itertools.chain(_TABLE, *(family.partitions for family in all_families()))
+    fitting = (x for pattern, x in rows if len(x) == len(shape) and re.search(rf"(^|\.)(\w*{pattern})$", path))
+    names = next(fitting, None)
+    if names is None:
         raise ValueError(f"no partition is known for {path} of shape {tuple(shape)}")
     spec = []
     for size, wanted in zip(shape, names, strict=True):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.model.cache import KVCache
-from kangaroo_jax.model.layers import INIT, DecoderLayer, RMSNorm, apply_layers, attention_context
+from kangaroo_jax.model.config import ModelConfig
+from kangaroo_jax.model.families import family_of
+from kangaroo_jax.model.layers import INIT, RMSNorm, apply_layers, attention_context
 from kangaroo_jax.model.ops import dot, rows
 
 
@@ -27,7 +28,8 @@ class TargetModel(nnx.Module):
         self.config = config
         self._compute_dtype = None if compute_dtype is None else jnp.dtype(compute_dtype)
         self.embed_tokens = nnx.Param(INIT(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
-        self.layers = nnx.List([DecoderLayer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_hidden_layers)])
+        layer = family_of(config).decoder_layer
+        self.layers = nnx.List([layer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config, dtype)
         # [vocab, hidden] like the embedding, so that tied and untied heads are one code path.
         self.lm_head = (

@@ -18,7 +18,7 @@ from jaxtyping import Int
 
 from kangaroo_jax import command_line
 from kangaroo_jax.checkpoint.adapter import load_adapter, write_draft_vocabulary
-from kangaroo_jax.checkpoint.huggingface import load_target
+from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.data import chat
 from kangaroo_jax.data.cache import TokenCache, cache_folder, open_cache
 from kangaroo_jax.data.encode import Encoder
@@ -67,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         sources = find_sources(args.files)
-        target = load_target(args.model)
+        target = load_target(args.model, "bfloat16")  # only its tokenizer and shapes are needed
         load_adapter(args.adapter, target)  # wrong folders are named before the data is read
         cache = open_cache(cache_folder(args.cache), sources, Encoder(target, args.template), _MAX_BAD_SHARE)
         counts = count_tokens(cache, target.config.vocab_size)

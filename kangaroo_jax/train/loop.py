@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from kangaroo_jax import profiling
 from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
-from kangaroo_jax.checkpoint.huggingface import Target, load_target
+from kangaroo_jax.checkpoint.target import Target, load_target
 from kangaroo_jax.data.cache import cache_folder
 from kangaroo_jax.data.input import (
     Batch,

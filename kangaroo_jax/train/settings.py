@@ -10,10 +10,10 @@ from typing import Any
 import ml_collections
 from jax.sharding import Mesh
 
-from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.data import chat
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.train.objective import LOSSES
 from kangaroo_jax.train.step import INITIALIZATIONS
 

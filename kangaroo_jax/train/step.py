@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
 from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
-from kangaroo_jax.checkpoint.huggingface import parameter_paths
-from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.model import sharding
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import abstract_adapter
+from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel
 from kangaroo_jax.train.objective import adapter_loss
 

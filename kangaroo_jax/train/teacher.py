@@ -31,11 +31,12 @@ from jaxtyping import Array, Int
 from tqdm import tqdm
 
 from kangaroo_jax import resumable
-from kangaroo_jax.checkpoint.huggingface import Target, parameter_paths
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.data.cache import locked, to_disk
 from kangaroo_jax.data.input import Batch, Rows, device_part
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
+from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel, deep_apply, shallow_apply
 from kangaroo_jax.train.objective import segment_mask
 
@@ -58,16 +59,20 @@ class TeacherCache:
 
     def __init__(self, rows: Rows, target: Target, folder: pathlib.Path):
         self._rows, self._counts, self._width = rows, rows.counts, target.config.hidden_size
-        self._about = {
-            "version": _VERSION,
-            "target": target.fingerprint,
-            "computed in": str(target.model.dtype),
-            "stored in": _ITEM.name,
-            "rows": rows.fingerprint,
-        }
-        key = hashlib.sha256(json.dumps(self._about).encode()).hexdigest()[:32]
+        # A cache that an earlier version of this package made for the same target is as good.
+        for fingerprint in (*target.earlier_fingerprints, target.fingerprint):
+            self._about = {
+                "version": _VERSION,
+                "target": fingerprint,
+                "computed in": str(target.model.dtype),
+                "stored in": _ITEM.name,
+                "rows": rows.fingerprint,
+            }
+            key = hashlib.sha256(json.dumps(self._about).encode()).hexdigest()[:32]
+            self.folder = folder / f"teacher-{key}"
+            if self.folder.exists():
+                break
         self._about["target's name"] = target.name
-        self.folder = folder / f"teacher-{key}"
         row_bytes = rows.sequence_length * self._width * _ITEM.itemsize
         self._part_rows = max(1, _PART_BYTES // row_bytes, -(-len(rows) // _MOST_PARTS))
         self._readers: dict[int, ArrayRecordReader] = {}

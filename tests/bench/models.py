@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from kangaroo_jax import load_target
 from kangaroo_jax.checkpoint.adapter import save_adapter
-from kangaroo_jax.checkpoint.huggingface import save_target
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.checkpoint.target import save_target
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import TargetModel
 

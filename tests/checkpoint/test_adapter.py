@@ -16,9 +16,9 @@ import pytest
 from flax import nnx
 
 from kangaroo_jax.checkpoint.adapter import item_handlers, load_adapter, named_leaves, save_adapter
-from kangaroo_jax.checkpoint.huggingface import Target, load_target
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.checkpoint.target import Target, load_target
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import TargetModel
 
@@ -180,6 +180,19 @@ def test_another_format_is_named(tmp_path, saved, target):
     file = folder / "metadata" / "metadata"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 2}))
     assert "expected format 'kangaroo_jax adapter' 1, found 'kangaroo_jax adapter' 2" in one_line(folder, target)
+
+
+def test_the_kind_of_draft_model_is_recorded_and_another_is_named(tmp_path, saved, target, adapter):
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved, folder)
+    file = folder / "metadata" / "metadata"
+    metadata = json.loads(file.read_text())
+    assert metadata.pop("kind") == "kangaroo"
+    file.write_text(json.dumps(metadata))  # as before kinds were recorded
+    assert_same(load_adapter(folder, target).model, adapter)
+    file.write_text(json.dumps(metadata | {"kind": "remembering"}))
+    message = one_line(folder, target)
+    assert "draft model of kind 'remembering', written as 'kangaroo_jax adapter' 1, is not supported" in message
 
 
 def test_saving_leaves_what_is_there_alone(tmp_path, adapter, target):

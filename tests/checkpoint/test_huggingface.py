@@ -26,8 +26,10 @@ import pytest
 import safetensors.numpy
 
 from kangaroo_jax import demo
-from kangaroo_jax.checkpoint.huggingface import load_target, save_target
+from kangaroo_jax.checkpoint.target import default_dtype, load_target, save_target
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.families import all_families
+from kangaroo_jax.model.sharding import make_mesh
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -114,7 +116,7 @@ def test_float32_logits_equal_stored_ones_of_transformers(variant: str) -> None:
 def test_fixtures_cover_every_variant() -> None:
     configs = [json.loads((FIXTURES / name / "config.json").read_text()) for name in VARIANTS]
     rope = {config["rope_parameters"]["rope_type"] for config in configs}
-    assert {config["model_type"] for config in configs} == {"llama", "mistral", "qwen2"}
+    assert {config["model_type"] for config in configs} == {family.model_type for family in all_families()}
     assert rope == {"default", "linear", "llama3"}
     assert any(c["num_key_value_heads"] == c["num_attention_heads"] for c in configs)
     assert any(c["num_key_value_heads"] < c["num_attention_heads"] for c in configs)
@@ -188,15 +190,6 @@ def test_saved_target_loads_as_identical_arrays(variant: str, tmp_path: pathlib.
     again = load_target(tmp_path, "bfloat16")
     jax.tree.map(np.testing.assert_array_equal, target.model, again.model)
     assert again.config == target.config
-
-
-def test_fingerprint_follows_the_weights_alone(folder: pathlib.Path) -> None:
-    original = load_target(folder, "float32").fingerprint
-    assert load_target(folder, "bfloat16").fingerprint == original
-    tensors = read_tensors(folder)
-    tensors["model.layers.1.self_attn.q_proj.weight"] += 1e-3
-    write_tensors(folder, tensors)
-    assert load_target(folder, "float32").fingerprint != original
 
 
 def test_generation_config_overrides_the_end_of_sequence(folder: pathlib.Path) -> None:
@@ -318,7 +311,7 @@ def test_bfloat16_is_as_near_float32_as_that_of_transformers(tmp_path: pathlib.P
 _MEASURE = """
 import pathlib, re, sys
 import jax.numpy as jnp
-from kangaroo_jax.checkpoint.huggingface import load_target
+from kangaroo_jax.checkpoint.target import load_target
 if sys.argv[3] == "torch":
     import torch
 load_target(sys.argv[4], "float32")  # what the first load of anything costs
@@ -424,6 +417,21 @@ def test_unsupported_dtype_asked_for(folder: pathlib.Path, dtype: str) -> None:
         assert load_target(folder, dtype).model.dtype == jnp.float16
         return
     refused(folder, "dtype", "float32, float16, bfloat16", f"found {dtype!r}", dtype=dtype)
+
+
+def test_default_dtype_is_float32_on_cpu_and_bfloat16_on_accelerators_but_for_the_demo(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_target(folder).model.dtype == jnp.float32  # the tests run on CPU
+    assert default_dtype() == "float32"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert load_target(folder).model.dtype == jnp.bfloat16
+    assert load_target(folder, "float32").model.dtype == jnp.float32
+    assert default_dtype() == default_dtype("someone/model") == "bfloat16"
+    assert default_dtype(demo.MODEL) == default_dtype(os.path.relpath(demo.MODEL)) == "float32"
+    # What counts is where the weights go, not the default device.
+    mesh = make_mesh({"data": 1, "fsdp": 1, "model": 1}, jax.devices("cpu")[:1])
+    assert load_target(folder, mesh=mesh).model.dtype == jnp.float32
 
 
 def damaged(data: bytes, kind: str) -> bytes:
@@ -611,7 +619,7 @@ def test_hub_out_of_reach(tmp_path: pathlib.Path) -> None:
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
     script = (
-        "from kangaroo_jax.checkpoint.huggingface import load_target\n"
+        "from kangaroo_jax.checkpoint.target import load_target\n"
         "print(load_target('someone/cached', 'float32').fingerprint)\n"
         "load_target('someone/else')\n"
     )

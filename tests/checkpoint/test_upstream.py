@@ -14,7 +14,7 @@ import pytest
 
 from kangaroo_jax.checkpoint import convert, upstream
 from kangaroo_jax.checkpoint.adapter import load_adapter, named_leaves
-from kangaroo_jax.checkpoint.huggingface import load_target
+from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import adapter_apply
 

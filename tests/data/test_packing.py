@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.data.packing import best_fit, pack
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import Adapter, adapter_apply
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 from kangaroo_jax.train.objective import adapter_loss

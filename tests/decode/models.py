@@ -11,8 +11,8 @@ from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
-from kangaroo_jax.checkpoint.huggingface import Target
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import TargetModel
 

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 
 from kangaroo_jax import DraftConfig, InputError, generate, generate_plain
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from tests.decode.models import LAYERS, LETTERS, VOCABULARY, lettered_target, tiny_adapter, tiny_target
 
 DRAFT = DraftConfig(2, 4, 0.1)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from kangaroo_jax import DraftConfig, demo, generate, generate_plain, load_adapter, load_target
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
-from kangaroo_jax.checkpoint.huggingface import save_target
+from kangaroo_jax.checkpoint.target import save_target
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import TargetModel
 from tests.decode.models import CONFIG

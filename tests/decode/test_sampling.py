@@ -22,12 +22,12 @@ from flax import nnx
 
 from kangaroo_jax import DraftConfig, InputError, SamplingConfig, TreeConfig, generate, generate_plain
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
-from kangaroo_jax.checkpoint.huggingface import Target
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.decode import pick, sampling
 from kangaroo_jax.decode.prefill import Admission, prefill
 from kangaroo_jax.decode.rounds import RoundShape, run_rounds
 from kangaroo_jax.model.attention.dense import DenseBackend
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import Adapter, DraftVocabulary
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kangaroo_jax.checkpoint.huggingface import parameter_paths, parameter_rule
-from kangaroo_jax.config import ModelConfig, RopeScaling
+from kangaroo_jax.checkpoint.mapping import parameter_rule
 from kangaroo_jax.model.cache import KVCache
+from kangaroo_jax.model.config import ModelConfig, RopeScaling
 from kangaroo_jax.model.drafts.kangaroo import Adapter, adapter_apply
+from kangaroo_jax.model.naming import parameter_paths
 
 LENGTH = 11
 CONFIGS = {

@@ -16,9 +16,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from kangaroo_jax.checkpoint.adapter import named_leaves
-from kangaroo_jax.checkpoint.huggingface import save_target
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.checkpoint.target import save_target
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import abstract_adapter
 from kangaroo_jax.model.sharding import check_batch_size, make_mesh, partition, undivided
 from kangaroo_jax.model.target import TargetModel
@@ -100,7 +100,6 @@ import safetensors
 from flax import nnx
 
 from kangaroo_jax import DraftConfig, generate, load_target
-from kangaroo_jax.checkpoint import huggingface
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter, named_leaves
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model import sharding

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kangaroo_jax.config import ModelConfig, RopeScaling
 from kangaroo_jax.model.cache import KVCache
+from kangaroo_jax.model.config import ModelConfig, RopeScaling
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 
 LENGTH, CAPACITY = 14, 20

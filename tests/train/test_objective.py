@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kangaroo_jax.config import ModelConfig
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import TargetModel
 from kangaroo_jax.train.objective import adapter_loss, distillation

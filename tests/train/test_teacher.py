@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kangaroo_jax.checkpoint.huggingface import load_target
+from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.data.input import DataConfig, Rows, device_part, load_rows
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import Adapter
@@ -139,7 +139,7 @@ def test_losses_and_gradients_are_the_online_ones_to_bfloat16(small_target_folde
 
 SCRIPT = """
 import json, pathlib, sys, time
-from kangaroo_jax.checkpoint.huggingface import load_target
+from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.data import input
 from kangaroo_jax.train import teacher
 from kangaroo_jax.train.settings import make_mesh
@@ -303,6 +303,14 @@ def test_another_target_dtype_or_data_is_another_cache(data, rows, small, target
     assert len({cache.folder for cache in caches}) == len(caches)
     again = TeacherCache(load_rows(data, small, LENGTH, seed=0, quiet=True)[0], small, tmp_path)
     assert again.folder == caches[0].folder
+
+
+def test_a_cache_made_under_an_earlier_fingerprint_of_the_target_is_used(rows, small, tmp_path):
+    before = dataclasses.replace(small, fingerprint="0123456789abcdef", earlier_fingerprints=())
+    now = dataclasses.replace(small, earlier_fingerprints=("0123456789abcdef",))
+    assert TeacherCache(rows, now, tmp_path).folder == TeacherCache(rows, small, tmp_path).folder
+    TeacherCache(rows, before, tmp_path).folder.mkdir()
+    assert TeacherCache(rows, now, tmp_path).folder == TeacherCache(rows, before, tmp_path).folder
 
 
 def test_a_run_that_stopped_goes_on_bit_for_bit_without_computing_again(

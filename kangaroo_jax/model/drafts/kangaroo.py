@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.model.attention.backend import AttentionBackend
 from kangaroo_jax.model.cache import KVCache
+from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.draft_model import Committed
 from kangaroo_jax.model.layers import Attention, AttentionContext, RMSNorm, apply_layers, attention_context
 from kangaroo_jax.model.target import TargetModel, lm_head, logits

@@ -7,9 +7,10 @@ import pathlib
 
 import huggingface_hub
 
-from kangaroo_jax.checkpoint.huggingface import read_json
-from kangaroo_jax.config import ModelConfig, RopeScaling
+from kangaroo_jax.checkpoint.json_file import read_json
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.config import ModelConfig, RopeScaling
+from kangaroo_jax.model.families import read_config
 
 _LLAMA2 = functools.partial(
     ModelConfig, model_type="llama", vocab_size=32000, head_dim=128, max_position_embeddings=4096, rms_norm_eps=1e-5
@@ -87,7 +88,7 @@ def model_config(name: str) -> ModelConfig:
     path = pathlib.Path(name).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if file.is_file() or path.is_dir():
-        return ModelConfig.from_hf(read_json(file, "give a folder that has one"), str(file))
+        return read_config(read_json(file, "give a folder that has one"), str(file))
     known = _KNOWN.get(name, name)
     if known in SHAPES:
         return SHAPES[known]
@@ -99,4 +100,4 @@ def model_config(name: str) -> ModelConfig:
             f"{name}: no folder with config.json, and its shape could not be had from the Hugging Face hub "
             f"({type(error).__name__}); give a config.json, or one of {', '.join(SHAPES)}"
         ) from None
-    return ModelConfig.from_hf(read_json(file, "the hub's cache is damaged"), str(file))
+    return read_config(read_json(file, "the hub's cache is damaged"), str(file))

@@ -1,0 +1,166 @@
+"""Targets in Hugging Face format: config.json and weights in, `TargetModel` out, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import nnx
+from jax.sharding import Mesh
+
+from kangaroo_jax import demo
+from kangaroo_jax.checkpoint import fingerprint
+from kangaroo_jax.checkpoint.hub import local_folder
+from kangaroo_jax.checkpoint.json_file import read_json
+from kangaroo_jax.checkpoint.mapping import check_tensors, fill_module, parameter_rule
+from kangaroo_jax.checkpoint.tokenizer import load_tokenizer
+from kangaroo_jax.checkpoint.weights import DTYPES, Pieces, open_weights
+from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.config import ModelConfig
+from kangaroo_jax.model.families import family_of, read_config
+from kangaroo_jax.model.families.config_json import token_ids
+from kangaroo_jax.model.naming import parameter_paths
+from kangaroo_jax.model.target import TargetModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A loaded target.
+
+    Attributes:
+      model: the weights.
+      tokenizer: a transformers tokenizer, or None if the folder has none.
+      name: the folder or hub id it came from.
+      fingerprint: identifies the weights whatever dtype they were loaded in; adapters record it.
+      eos_token_ids: from generation_config.json where there is one, else config.json.
+      mesh: what the weights are split over; None where they are on one device.
+      bytes_read: of weights, from files, by this process.
+      earlier_fingerprints: what earlier versions of this package recorded for the same weights.
+    """
+
+    model: TargetModel
+    tokenizer: Any
+    name: str
+    fingerprint: str
+    eos_token_ids: tuple[int, ...]
+    mesh: Mesh | None = None
+    bytes_read: int = 0
+    earlier_fingerprints: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def has_fingerprint(self, recorded: str) -> bool:
+        """Whether what recorded this fingerprint was made for this target."""
+        return recorded == self.fingerprint or recorded in self.earlier_fingerprints
+
+
+def default_dtype(name: str | os.PathLike[str] | None = None, mesh: Mesh | None = None) -> str:
+    """The dtype of the weights where a user names none: float32 on CPU and for the demo, which makes drafted decoding's
+    tokens exactly those of plain decoding; bfloat16, which halves the memory, for other targets on accelerators.
+
+    Args:
+      name: of the target, as for `load_target`; None where there are no weights to load, only a shape.
+      mesh: what the weights are to be split over; None means the default device.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    is_demo = name is not None and pathlib.Path(name).expanduser().resolve() == demo.MODEL.resolve()
+    return "float32" if platform == "cpu" or is_demo else "bfloat16"
+
+
+def load_target(name: str | os.PathLike[str], dtype: str | jnp.dtype | None = None, mesh: Mesh | None = None) -> Target:
+    """Loads a target from a local folder or a Hugging Face hub id.
+
+    Args:
+      name: a folder with config.json and weights (*.safetensors, or pytorch_model*.bin where torch is installed),
+        or a hub id.
+      dtype: of the weights on the device: float32, bfloat16 or float16; None means `default_dtype`. One parameter at
+        a time is on the host.
+      mesh: splits the weights over its devices (model/sharding.py says how). Each process reads only the parts of
+        its own devices, from safetensors; None keeps all on the default device.
+
+    Raises:
+      InputError: for a missing or corrupt file, an unknown architecture, or tensors that do not fit the config.
+    """
+    name = os.fspath(name)
+    dtype = _weights_dtype(default_dtype(name, mesh) if dtype is None else dtype)
+    folder = local_folder(name)
+    config_file = folder / "config.json"
+    raw = read_json(config_file, "a folder in Hugging Face format has one")
+    config = read_config(raw, str(config_file))
+    eos = _eos_token_ids(folder, config)
+    tensor_name = family_of(config).tensor_name
+    abstract = nnx.eval_shape(lambda: TargetModel(config, rngs=nnx.Rngs(0), dtype=dtype))
+    weights = open_weights(folder)
+    check_tensors(abstract, weights.found, weights.files, tensor_name)
+    bytes_read = 0
+
+    def read(full: str, pieces: Pieces) -> np.ndarray:
+        nonlocal bytes_read
+        tensor = weights.read(full, pieces)
+        bytes_read += tensor.nbytes
+        return tensor
+
+    samples = {}
+    for path, leaf in zip(parameter_paths(abstract), jax.tree.leaves(abstract), strict=True):
+        for name_here in parameter_rule(path, leaf.shape).names:
+            full = tensor_name(name_here)
+            rows = read(full, (fingerprint.sample_index(weights.found[full][0]),))
+            samples[name_here] = fingerprint.sample(rows)
+    current, *earlier = fingerprint.fingerprints(config, samples)
+    model = fill_module(abstract, read, dtype, tensor_name, weights.files, mesh=mesh)
+    return Target(
+        model=model,
+        tokenizer=load_tokenizer(folder, config.vocab_size),
+        name=name,
+        fingerprint=current,
+        eos_token_ids=eos,
+        mesh=mesh,
+        bytes_read=bytes_read,
+        earlier_fingerprints=tuple(earlier),
+    )
+
+
+def _weights_dtype(dtype: str | jnp.dtype) -> jnp.dtype:
+    supported = [np.dtype(x) for x in DTYPES.values()]
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in supported:
+        raise InputError(f"dtype must be one of {', '.join(x.name for x in supported)}, found {dtype!r}")
+    return found
+
+
+def _eos_token_ids(folder: pathlib.Path, config: ModelConfig) -> tuple[int, ...]:
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return config.eos_token_ids
+    try:
+        return token_ids(read_json(file, "remove it if it is not needed"), "eos_token_id") or config.eos_token_ids
+    except InputError as error:
+        raise InputError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
+
+
+def save_target(model: TargetModel, folder: str | pathlib.Path, dtype: jnp.dtype) -> None:
+    """Writes `config.json` and `model.safetensors` (in `dtype`) that transformers and `load_target` read."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    family, tensors = family_of(model.config), {}
+    for path, leaf in zip(parameter_paths(model), jax.tree.leaves(model), strict=True):
+        rule = parameter_rule(path, leaf.shape)
+        for name, part in zip(rule.names, rule.split(np.asarray(leaf)), strict=True):
+            tensors[family.tensor_name(name)] = np.ascontiguousarray(part.astype(dtype))
+    temporary = folder / "model.safetensors.tmp"
+    safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(folder / "model.safetensors")
+    config = family.write_config(model.config) | {"torch_dtype": jnp.dtype(dtype).name}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

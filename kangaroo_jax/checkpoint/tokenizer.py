@@ -1,0 +1,42 @@
+"""The tokenizer that lies beside a target's weights."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+from kangaroo_jax.errors import InputError, one_line
+
+
+def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> Any:
+    """The tokenizer in a checkpoint's folder, of transformers; None where there is none.
+
+    Raises:
+      InputError: for one that cannot be read, that needs code of its own, or whose ids a model of `vocab_size` lacks.
+    """
+    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    # transformers would say at import that torch is missing, which its tokenizers do not need.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer  # seconds to import, and not needed for token ids
+
+    try:
+        # Said, not left out: transformers would ask on the terminal whether to run code that lies in the folder.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        if "custom code" not in str(error):
+            raise InputError(f"{folder}: the tokenizer could not be read ({one_line(error)})") from None
+        raise InputError(
+            f"{folder}: the tokenizer comes with code of its own, which is never run; save the tokenizer as "
+            "tokenizer.json (a fast tokenizer), and remove auto_map from tokenizer_config.json"
+        ) from None
+    except Exception as error:  # transformers raises bare exceptions of many kinds here
+        raise InputError(f"{folder}: the tokenizer could not be read ({one_line(error)})") from None
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has token id {largest}, but the model's vocabulary ends at "
+            f"{vocab_size - 1}; use the tokenizer the weights were trained with"
+        )
+    return tokenizer

@@ -1,0 +1,28 @@
+"""Checks of single values that a user gave. Each raises `InputError` with the value's name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from kangaroo_jax.errors import InputError
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: Any) -> None:
+    # bool is an int to Python, but `true` in a JSON file is a mistake here.
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} must be a positive integer, found {value!r}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    if not is_number(value) or not 0 < value < math.inf:
+        raise InputError(f"{name} must be a finite number above 0, found {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be true or false, found {value!r}")
