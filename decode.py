@@ -25,6 +25,9 @@ from typing import Any
 import jax
 from absl import flags
 from jax.experimental import multihost_utils
+from kangaroo_jax.batch import answers
+from kangaroo_jax.batch.answer import answer_prompts
+from kangaroo_jax.batch.prompts import read_prompts
 
 from kangaroo_jax import (
     DraftConfig,
@@ -43,9 +46,6 @@ from kangaroo_jax import (
     preflight,
     profiling,
 )
-from kangaroo_jax.batch import answers
-from kangaroo_jax.batch.answer import answer_prompts
-from kangaroo_jax.batch.prompts import read_prompts
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftOverrides

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kangaroo_jax import resumable
-from kangaroo_jax.batch.prompts import Id, Prompt
+from kangaroo_jax.engine.prompt_file import Id, Prompt
 from kangaroo_jax.engine.requests import Answer
 from kangaroo_jax.errors import InputError
 

@@ -17,9 +17,9 @@ import pytest
 from flax import nnx
 
 from kangaroo_jax import DraftConfig, InputError, SamplingConfig, TreeConfig, generate_plain
-from kangaroo_jax.batch import answers
-from kangaroo_jax.batch.answer import answer_prompts
-from kangaroo_jax.batch.prompts import read_prompts
+from kangaroo_jax.engine import answer_file
+from kangaroo_jax.engine.answer_prompts import answer_prompts
+from kangaroo_jax.engine.prompt_file import read_prompts
 from kangaroo_jax.model.drafts.kangaroo import DraftVocabulary
 from tests.decode.models import lettered_target, tiny_adapter
 
@@ -207,7 +207,7 @@ def test_two_runs_do_not_write_the_same_file(whole):
 def test_a_place_that_cannot_take_answers_is_named(tmp_path, make, message):
     source = write(tmp_path / "prompts.jsonl", LINES)
     with pytest.raises(InputError, match=message):
-        answers.check_place(str(make(tmp_path)), source)
+        answer_file.check_place(str(make(tmp_path)), source)
 
 
 def test_bad_lines_are_named_by_number_and_the_rest_read(tmp_path):
@@ -269,9 +269,9 @@ def test_two_processes_share_a_file_and_merge(whole, tmp_path):
     lines = output.read_bytes().splitlines(keepends=True)
     folder = tmp_path / "out"
     folder.mkdir()
-    torn = answers.part(folder / "answers.jsonl", 2, 3)
+    torn = answer_file.part(folder / "answers.jsonl", 2, 3)
     (folder / "answers.jsonl").write_bytes(lines[0])
-    answers.part(folder / "answers.jsonl", 0, 3).write_bytes(lines[0] + lines[1])  # merged, and not yet removed
+    answer_file.part(folder / "answers.jsonl", 0, 3).write_bytes(lines[0] + lines[1])  # merged, and not yet removed
     torn.write_bytes(lines[2] + lines[3][:20])
     os.link(f"{output}.settings.json", folder / "answers.jsonl.settings.json")
     write(pathlib.Path(source), [*LINES, {"id": "empty", "prompt": ""}])
