@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import pathlib
 import shutil
 import time
@@ -21,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
@@ -75,9 +73,6 @@ def opened(output: pathlib.Path, keep: int) -> Iterator[ocp.CheckpointManager]:
         cleanup_tmp_directories=True,
     )
     manager = ocp.CheckpointManager(output, options=options, item_handlers=adapter_checkpoint.item_handlers())
-    loggers = [absl_logging.get_absl_logger(), logging.getLogger("asyncio")]
-    for logger in loggers:
-        logger.addFilter(_not_of_saving)
     try:
         yield manager
     finally:
@@ -85,8 +80,6 @@ def opened(output: pathlib.Path, keep: int) -> Iterator[ocp.CheckpointManager]:
             with _writing(output):
                 manager.close()
         finally:
-            for logger in loggers:
-                logger.removeFilter(_not_of_saving)
             if jax.process_index() == 0:
                 _remove_unfinished(output)
 
@@ -100,11 +93,6 @@ def _remove_unfinished(output: pathlib.Path) -> None:
         for folder in left:
             shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.1)
-
-
-def _not_of_saving(record: logging.LogRecord) -> bool:
-    """Orbax's threads and tasks that cannot write each log a traceback. They raise as well, which becomes one line."""
-    return record.levelname != "ERROR" or not ("orbax" in record.pathname or record.name == "asyncio")
 
 
 def save(
