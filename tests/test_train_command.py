@@ -18,7 +18,15 @@ MISTAKES = {
     ),
     "unknown setting": (
         ["--config=configs/demo.py", "--config.optimizer.learning_rat=1e-3"],
-        'Did you mean "learning_rate" instead of "learning_rat"?',
+        "--config.optimizer.learning_rat: there is no such setting; did you mean optimizer.learning_rate?",
+    ),
+    "setting without its section": (
+        ["--config=configs/demo.py", "--config.learning_rate=1e-3"],
+        "--config.learning_rate: there is no such setting; did you mean optimizer.learning_rate?",
+    ),
+    "one value for a section": (
+        ["--config=configs/demo.py", "--config.optimizer=adam"],
+        "--config.optimizer: there is no such setting; expected one of optimizer.learning_rate, ",
     ),
     "wrong type": (
         ["--config=configs/demo.py", "--config.steps=many"],
@@ -27,6 +35,10 @@ MISTAKES = {
     "wrong value": (
         ["--config=configs/demo.py", "--config.steps=-5"],
         "steps: expected a number that is more than zero",
+    ),
+    "unknown setting in the file": (
+        ["--config=FILE"],
+        "train.py: error: config: data.file is not a setting; did you mean data.files?\n",
     ),
     "missing config": (["--config=configs/missing.py"], "No such file or directory: 'configs/missing.py'"),
     "no config": ([], "--config is missing"),
@@ -37,10 +49,16 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """The commands' results, run two at a time: most of each is Python's imports."""
+    file = tmp_path_factory.mktemp("config") / "mistaken.py"
+    file.write_text(
+        "from kangaroo_jax.train.settings import config_dict\n\n\n"
+        "def get_config():\n    return config_dict(target='a', output='b', data={'file': 'c'})\n"
+    )
 
     def run(name):
         output = tmp_path_factory.mktemp("run") / "output"
-        flags = [*MISTAKES[name][0], *([f"--config.output={output}"] if name not in ("no config",) else [])]
+        flags = [word.replace("FILE", str(file)) for word in MISTAKES[name][0]]
+        flags = [*flags, *([f"--config.output={output}"] if name not in ("no config",) else [])]
         done = subprocess.run([sys.executable, ROOT / "train.py", *flags], cwd=ROOT, capture_output=True, text=True)
         return done, output
 

@@ -11,7 +11,6 @@ processes, and neither does the state of the iterator.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable
 
@@ -20,38 +19,16 @@ import numpy as np
 from jaxtyping import Int
 
 from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.config import DataConfig
 from kangaroo_jax.data.cache import TokenCache, cache_folder, open_cache
 from kangaroo_jax.data.encode import Encoder
 from kangaroo_jax.data.packing import pack
-from kangaroo_jax.data.records import STANDARD_LIBRARY, find_sources
+from kangaroo_jax.data.records import check_sources, find_sources, is_function
 from kangaroo_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
 
 _VERSION = 1  # of what rows are made of a cache; another one means other batches
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """The settings under `config.data`.
-
-    Attributes:
-      files: paths, globs or gs:// paths separated by commas, or "stdlib" for the Python standard library's sources.
-      evaluation_files: the same for held-out data. Empty: the standard library's held-out modules for "stdlib", else a
-        share `held_out` of the records of `files`.
-      held_out: share of the records to keep for evaluation where there are no evaluation files. A long text is
-        several records.
-      template: name of a chat template; empty for the tokenizer's own.
-      cache: folder for the tokens; empty for the user's cache folder.
-      max_bad_share: the most bad records, as a share of all, that are skipped.
-    """
-
-    files: str
-    evaluation_files: str
-    held_out: float
-    template: str
-    cache: str
-    max_bad_share: float
 
 
 class Rows:
@@ -133,11 +110,11 @@ class Rows:
 
 
 def check_files(data: DataConfig) -> None:
-    """Raises `InputError` for paths or globs that match nothing or a cache that cannot be; reads no file."""
+    """Raises `InputError` for data that cannot be found or a cache folder that cannot be used; reads no data."""
     cache_folder(data.cache)
-    for files in (data.files, data.evaluation_files or STANDARD_LIBRARY):
-        if files.strip() != STANDARD_LIBRARY:
-            find_sources(files)
+    check_sources(data.files)
+    if data.evaluation_files:
+        check_sources(data.evaluation_files)
 
 
 def load_rows(
@@ -162,8 +139,8 @@ def load_rows(
 
     training = cached(data.files, held_out=False)
     everything = np.arange(len(training))
-    if data.evaluation_files or data.files.strip() == STANDARD_LIBRARY:
-        evaluation = cached(data.evaluation_files or STANDARD_LIBRARY, held_out=True)
+    if data.evaluation_files or is_function(data.files):
+        evaluation = cached(data.evaluation_files or data.files, held_out=True)
         held_out = Rows(evaluation, np.arange(len(evaluation)), sequence_length)
         return Rows(training, everything, sequence_length), held_out
     if len(training) < 2:

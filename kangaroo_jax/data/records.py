@@ -1,8 +1,11 @@
 """Records from data files: conversations and texts, checked, each with the place it came from.
 
-A file is read by its ending: .json, .jsonl and .ndjson hold records, one JSON list of them or one a line; any other
-file is one text. A record is a conversation under "conversations" (ShareGPT: `from`, `value`) or "messages" (OpenAI:
-`role`, `content`), or a "text".
+How a file is read follows from the end of its name: .json, .jsonl and .ndjson hold records, as one JSON list or as one
+object per line; any other file is one text. A record is a conversation under "conversations" (ShareGPT: `from`,
+`value`) or "messages" (OpenAI: `role`, `content`), or a "text".
+
+Texts can also come from Python: `data.files=python:MODULE.FUNCTION` calls function(held_out), which returns name ->
+text of its training part or of its held-out part.
 """
 
 from __future__ import annotations
@@ -12,15 +15,15 @@ import dataclasses
 import glob
 import io
 import json
-from collections.abc import Iterator, Sequence
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from etils import epath
 
-from kangaroo_jax.demo import corpus
 from kangaroo_jax.errors import InputError
 
-STANDARD_LIBRARY = "stdlib"
+_FUNCTION = "python:"
 _RECORD_FILES = (".json", ".jsonl", ".ndjson")
 # A row of a batch is read from whole records; a text of a gigabyte must not be one.
 _TEXT_CHARACTERS = 32_768
@@ -108,15 +111,15 @@ def find_sources(files: str, held_out: bool = False) -> list[Source]:
     """The files that `files` stands for, sorted within each pattern, each file once.
 
     Args:
-      files: paths, globs or gs:// paths separated by commas, or "stdlib" for the Python standard library's sources.
-      held_out: of the standard library, the modules kept for evaluation.
+      files: paths, globs or gs:// paths separated by commas, or python:MODULE.FUNCTION.
+      held_out: of a function, the part that is kept for evaluation; no effect on files.
 
     Raises:
-      InputError: for no patterns, or one that matches no file.
+      InputError: for no patterns, one that matches no file, or a function that cannot be imported.
     """
-    if files.strip() == STANDARD_LIBRARY:
-        texts = corpus.standard_library(held_out)
-        return [Source(f"{STANDARD_LIBRARY}/{name}", text=text) for name, text in texts.items()]
+    if is_function(files):
+        texts = _function(files)(held_out)
+        return [Source(f"{files.strip().removeprefix(_FUNCTION)}/{name}", text=text) for name, text in texts.items()]
     patterns = [pattern.strip() for pattern in files.split(",") if pattern.strip()]
     if not patterns:
         raise InputError("data.files: empty; expected paths or globs of text or JSON files, separated by commas")
@@ -127,6 +130,28 @@ def find_sources(files: str, held_out: bool = False) -> list[Source]:
             raise InputError(f"{pattern}: no such file; expected paths or globs of text or JSON files")
         sources |= {str(path): Source(str(path), path) for path in matches}
     return list(sources.values())
+
+
+def is_function(files: str) -> bool:
+    """Whether `files` names a function, which has a held-out part of its own, rather than files."""
+    return files.strip().startswith(_FUNCTION)
+
+
+def check_sources(files: str) -> None:
+    """Raises `InputError` for patterns that match nothing or a function that cannot be imported; reads no data."""
+    if is_function(files):
+        _function(files)
+    else:
+        find_sources(files)
+
+
+def _function(files: str) -> Callable[[bool], Mapping[str, str]]:
+    try:
+        return pkgutil.resolve_name(files.strip().removeprefix(_FUNCTION))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"data.files: {files}: cannot be imported ({error}); expected python:MODULE.FUNCTION"
+        ) from None
 
 
 def _matches(pattern: str) -> list[epath.Path]:

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from kangaroo_jax import resumable
 from kangaroo_jax.checkpoint.huggingface import Target, parameter_paths
+from kangaroo_jax.config import TrainConfig
 from kangaroo_jax.data.cache import locked, to_disk
 from kangaroo_jax.data.input import Batch, Rows, device_part
 from kangaroo_jax.errors import InputError
@@ -72,13 +73,13 @@ class TeacherCache:
         self._part_rows = max(1, _PART_BYTES // row_bytes, -(-len(rows) // _MOST_PARTS))
         self._readers: dict[int, ArrayRecordReader] = {}
 
-    def make(self, target: Target, settings: dict[str, Any], quiet: bool = False) -> None:
+    def make(self, target: Target, config: TrainConfig, quiet: bool = False) -> None:
         """Computes and writes the parts that are missing, and opens all. All processes of a run call this together:
         each writes parts of its own.
 
         Args:
           target: the target that the cache was made for, on the run's mesh.
-          settings: of the run; `batch_size` rows are computed at a time.
+          config: of the run; `batch_size` rows are computed at a time.
           quiet: print nothing and draw no progress.
 
         Raises:
@@ -92,8 +93,8 @@ class TeacherCache:
                 fits = self._needed(missing) + _MARGIN <= self._free()
             missing, fits = _as_first((missing, np.int32(fits)))
             if missing.any():
-                self._say_needed(missing, bool(fits), settings, quiet)
-                self._compute(np.flatnonzero(missing), target, settings, quiet)
+                self._say_needed(missing, bool(fits), config, quiet)
+                self._compute(np.flatnonzero(missing), target, config, quiet)
                 # A part is there for all when the process that wrote it has come this far.
                 multihost_utils.sync_global_devices("teacher")
         self._open()
@@ -160,9 +161,7 @@ class TeacherCache:
     def _free(self) -> int:
         return shutil.disk_usage(self.folder.parent).free
 
-    def _say_needed(
-        self, missing: Int[np.ndarray, " parts"], fits: bool, settings: dict[str, Any], quiet: bool
-    ) -> None:
+    def _say_needed(self, missing: Int[np.ndarray, " parts"], fits: bool, config: TrainConfig, quiet: bool) -> None:
         needed, free = self._needed(missing), self._free()
         if not fits:
             raise InputError(
@@ -175,31 +174,31 @@ class TeacherCache:
             f"teacher: {_size(needed)} to compute ({needed} bytes; {_size(free)} are free), "
             f"{missing.sum()} of {len(missing)} parts, into {self.folder}",
         )
-        epochs = settings["steps"] * settings["batch_size"] / len(self._rows)
+        epochs = config.steps * config.batch_size / len(self._rows)
         if epochs <= 1:
-            _say(quiet, f"note: {settings['steps']} steps see {epochs:.0%} of the rows; teacher=online costs less")
+            _say(quiet, f"note: {config.steps} steps see {epochs:.0%} of the rows; teacher=online costs less")
 
-    def _compute(self, todo: np.ndarray, target: Target, settings: dict[str, Any], quiet: bool) -> None:
+    def _compute(self, todo: np.ndarray, target: Target, config: TrainConfig, quiet: bool) -> None:
         """Runs the target over the rows of the parts in `todo`, and writes those of this process."""
-        owners = _owners(settings["batch_size"], target.mesh)
-        here = sharding.rows_here(settings["batch_size"], target.mesh).tolist()
+        owners = _owners(config.batch_size, target.mesh)
+        here = sharding.rows_here(config.batch_size, target.mesh).tolist()
         total = sum(len(self._part(part)) for part in todo)
         with self._writing() as write, _bar(total, quiet) as bar:
-            for rows, counts, states in self._computed(self._schedule(todo, owners), here, target, settings):
+            for rows, counts, states in self._computed(self._schedule(todo, owners), here, target, config):
                 for place, of_row in _local_rows(states):
                     if owners[place] == jax.process_index() and rows[place] >= 0:
                         write(int(rows[place]), of_row[counts[here.index(place)]])
                 bar.update(int((rows >= 0).sum()))
 
     def _computed(
-        self, schedule: Iterator[np.ndarray], here: list[int], target: Target, settings: dict[str, Any]
+        self, schedule: Iterator[np.ndarray], here: list[int], target: Target, config: TrainConfig
     ) -> Iterator[tuple[np.ndarray, np.ndarray, Array]]:
         """For each batch its rows, which positions of those in the places `here` count, and the states. One batch
         behind: a batch is written while the device is at the next."""
-        states, before = program(settings, target.mesh), None
+        states, before = program(config, target.mesh), None
         for rows in schedule:
             batch = device_part(self._rows.batch(rows[here]))
-            on_devices = sharding.put_batch(batch, settings["batch_size"], target.mesh)
+            on_devices = sharding.put_batch(batch, config.batch_size, target.mesh)
             computed = rows, batch["loss_mask"] > 0, states(target.model, on_devices)
             if before is not None:
                 yield before
@@ -279,13 +278,13 @@ class TeacherCache:
             ) from None
 
 
-def program(settings: dict[str, Any], mesh: Mesh) -> Callable[[TargetModel, dict[str, Array]], Array]:
+def program(config: TrainConfig, mesh: Mesh) -> Callable[[TargetModel, dict[str, Array]], Array]:
     """(target, batch) -> the target's normed hidden states [batch, time, hidden] in bfloat16, jitted."""
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, sharding.BATCH))
     def states(model: TargetModel, batch: dict[str, Array]) -> Array:
         model = sharding.gathered(model, parameter_paths(model), mesh)
-        mask, positions, exit_layer = segment_mask(batch["segment_ids"]), batch["positions"], settings["exit_layer"]
+        mask, positions, exit_layer = segment_mask(batch["segment_ids"]), batch["positions"], config.exit_layer
         hidden, _ = shallow_apply(model, batch["tokens"], positions, exit_layer=exit_layer, mask=mask)
         hidden, _ = deep_apply(model, hidden, positions, exit_layer=exit_layer, mask=mask)
         return hidden.astype(jnp.bfloat16)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.checkpoint.adapter import adapter_metadata, load_adapter, named_leaves
-from kangaroo_jax.data.input import DataConfig, load_rows, training_batches
+from kangaroo_jax.data.input import load_rows, training_batches
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.train import checkpoints
 from kangaroo_jax.train.loop import train
@@ -184,8 +184,7 @@ def test_a_loss_that_is_not_finite_names_step_and_records_and_saves_nothing(sett
     step = int(re.match(r"step (\d+): ", str(error.value)).group(1))
     assert step > 1
     assert max(int(x.name) for x in output.iterdir() if x.is_dir()) == step - 1
-    data = DataConfig(**config.data.to_dict())
-    rows, _ = load_rows(data, target, 64, 0, quiet=True)
+    rows, _ = load_rows(config.data, target, 64, 0, quiet=True)
     batch = next(itertools.islice(training_batches(rows, 4, 0), step - 1, None))
     assert str(error.value).endswith(": " + ", ".join(rows.record_ids(batch["row_ids"])))
     assert "argparse.py" in str(error.value) or "ast.py" in str(error.value)
