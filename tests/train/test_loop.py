@@ -2,6 +2,7 @@
 measured as held-out expected acceptance.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -158,6 +159,7 @@ def test_a_zero_output_starts_as_the_exit_layer_itself_and_random_parameters_are
     hidden = jax.random.normal(jax.random.key(0), (1, 5, target.config.hidden_size))
     positions = jnp.arange(5)[None]
 
+    @functools.partial(jax.jit, static_argnums=0)
     def adapted(initialization, seed=0):
         parameters = initial_parameters(target.model, 3, initialization, seed)
         return parameters, adapter_apply(adapter_from_parameters(target.config, parameters), hidden, positions)[0]
@@ -183,10 +185,10 @@ def test_optimizer_follows_the_schedule():
         )
     )
     parameters = {"norm": jnp.ones((2,)), "matrix": jnp.ones((2, 2))}
-    state, rates = optimizer.init(parameters), []
+    state, rates, update = optimizer.init(parameters), [], jax.jit(optimizer.update)
     for _ in range(6):
         # Zero gradients leave the weight decay alone: rate * 0.5 on matrices, nothing on norms.
-        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, parameters), state, parameters)
+        updates, state = update(jax.tree.map(jnp.zeros_like, parameters), state, parameters)
         rates.append(float(-updates["matrix"][0, 0]) * 2)
         assert not updates["norm"].any()
     assert rates == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1])

@@ -104,7 +104,7 @@ def contents(cache):
     return {path.name: path.read_bytes() for path in parts(cache)}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_losses_and_gradients_are_the_online_ones_to_bfloat16(small_target_folder, data, tmp_path, dtype):
     target = load_target(str(small_target_folder), dtype, make_mesh(SETTINGS))
     rows = load_rows(data, target, LENGTH, seed=0, quiet=True)[0]
@@ -172,6 +172,7 @@ teacher.TeacherCache(rows, target, pathlib.Path(sys.argv[4])).make(target, SETTI
 """
 
 
+@pytest.mark.long
 def test_killed_in_the_middle_goes_on_from_the_parts_that_are_whole(
     rows, small, small_target_folder, data, tmp_path, calls
 ):
@@ -211,6 +212,23 @@ def copy(whole, tmp_path):
     """A folder with a copy of the whole cache."""
     shutil.copytree(whole.folder.parent, tmp_path / "copy")
     return tmp_path / "copy"
+
+
+def test_what_a_kill_left_is_removed_and_the_parts_that_are_there_stay(whole, copy, rows, small, calls):
+    """The test of a kill above in one process: what it leaves is laid out."""
+    folder = copy / whole.folder.name
+    for path in parts(whole)[1:]:
+        (folder / path.name).unlink()
+    (folder / f"{parts(whole)[1].stem}.host.1.tmp").write_bytes(b"half")
+    (first,) = (path.stat().st_mtime_ns for path in folder.glob("*.array_record"))
+    again = made(rows, small, copy)
+    assert calls == list(range(7, len(rows)))
+    assert parts(again)[0].stat().st_mtime_ns == first
+    assert not list(folder.glob("*.tmp"))
+    assert contents(again) == contents(whole)
+    calls.clear()
+    made(rows, small, copy)
+    assert calls == []
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
