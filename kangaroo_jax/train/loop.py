@@ -1,7 +1,7 @@
 """Training an adapter, from a configuration to the checkpoints of a run.
 
-A run folder holds numbered checkpoints (see checkpoint/adapter.py) and TensorBoard events. Running the same
-configuration again goes on from the newest checkpoint that is whole, with the same results as if it had never stopped.
+A run folder holds numbered checkpoints (see checkpoint/adapter.py) and TensorBoard events. Training with the same
+configuration again continues from the newest undamaged checkpoint, with the same results as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -43,24 +43,25 @@ from kangaroo_jax.train.settings import check_context, check_same_run, check_tar
 from kangaroo_jax.train.step import abstract_state, compiled, initial_parameters, make_optimizer
 from kangaroo_jax.train.teacher import TeacherCache
 
-# Steps that --profile traces, counted from where the run starts: the first compiles.
+# Steps that `profile` traces, counted from the first of this process, which compiles.
 _PROFILED = range(2, 5)
 
 
 def train(config: TrainConfig, profile: str | None = None) -> dict[str, float] | None:
-    """Trains an adapter, or goes on with a run that was interrupted.
+    """Trains an adapter, or continues a run that was interrupted.
 
     Args:
       config: of the run.
       profile: folder for a trace of a few steps.
 
     Returns:
-      The held-out `loss` (nats), `expected_acceptance` and `top1_agreement` at the last step. None where SIGTERM came
-      before it: the run was saved and goes on with the next call.
+      The held-out `loss` (nats), `expected_acceptance` and `top1_agreement` at the last step. None if SIGTERM came
+      before the last step: the run was saved, and the next call continues it.
 
     Raises:
-      InputError: for a setting, target or text that is wrong, an output folder that holds a run with other settings,
-        or a loss that is no longer finite. Nothing is written before all of the input has been read.
+      InputError: for a wrong setting, target or text, an output folder that holds a run with other settings, or a loss
+        that is no longer finite. Nothing is written to `output` before all of the input has been read.
+      MachineError: for a checkpoint that cannot be written.
     """
     # Before the data files are looked for, so that the first of two mistakes is the first to be named.
     check_target_folder(config)
@@ -110,8 +111,9 @@ def train(config: TrainConfig, profile: str | None = None) -> dict[str, float] |
 
 
 def _process(batch_size: int, mesh: Mesh) -> dict[str, int]:
-    """Which part of each batch this process reads. All of it, where the mesh gives processes other rows than one run
-    of them each (a model axis over several processes shares rows between them)."""
+    """Which part of each batch this process reads, as arguments of `training_batches`: one range of rows, or the
+    complete batch if this process's devices hold other rows than that (with a model axis across processes, several
+    processes hold the same rows)."""
     index, count = jax.process_index(), jax.process_count()
     rows = np.arange(batch_size).reshape(count, -1)[index] if batch_size % count == 0 else []
     if not np.array_equal(sharding.rows_here(batch_size, mesh), rows):
@@ -120,7 +122,7 @@ def _process(batch_size: int, mesh: Mesh) -> dict[str, int]:
 
 
 class _Run:
-    """A run in memory: what is trained, where it stands, and how it goes on."""
+    """A run in memory: its parameters, optimizer state, step count and compiled programs."""
 
     def __init__(self, config: TrainConfig, target: Target):
         self.config, self.target = config, target
@@ -138,11 +140,11 @@ class _Run:
         return adapter_checkpoint.named_leaves(self.state)
 
     def restore(self, saved: checkpoints.Saved) -> None:
-        """Takes over a checkpoint of the run."""
+        """Sets parameters, optimizer state and step to those of a checkpoint."""
         parameters = sharding.put(saved.parameters, self._where[0])
         state = [saved.optimizer[path] for path in self.named_state()]
         state = sharding.put(jax.tree.unflatten(jax.tree.structure(self.state), state), self._where[1])
-        # Copies: what is donated must be JAX's own, not the reader's.
+        # Copies, because the step donates them: JAX must own the memory, not the checkpoint's reader.
         self.parameters, self.state = self._copy((parameters, state))
         self.step = saved.step
 
@@ -154,10 +156,10 @@ class _Run:
         output: pathlib.Path,
         profile: str | None,
     ) -> dict[str, float] | None:
-        """Trains to the last step, or until SIGTERM. `batches` stands where the run does."""
+        """Trains to the last step, or until SIGTERM. `batches` continues at the run's step."""
         config, steps = self.config, self.config.steps
         training = {"settings": flat(config), "data_fingerprint": rows.fingerprint}
-        # Of several processes, the first alone reports.
+        # Of several processes, only the first reports.
         main = jax.process_index() == 0
         if self.step:
             _say(f"{output}: going on from step {self.step}")
@@ -193,7 +195,7 @@ class _Run:
                     tracing.close()
                 stops = preempted(self.step) and self.step < steps
                 saves = stops or self.step % config.save_every == 0 or self.step == steps
-                # A checkpoint records its own held-out figures, unless time is short.
+                # Every checkpoint has held-out metrics, unless SIGTERM leaves no time for them.
                 evaluates = not stops and (saves or self.step % config.evaluate_every == 0)
                 if self.step % config.log_every == 0 or saves or evaluates:
                     means = self._means(pending, rows)
@@ -221,7 +223,8 @@ class _Run:
         return sharding.put_batch(device_part(batch), self.config.batch_size, self.target.mesh)
 
     def _means(self, pending: list[tuple[np.ndarray, dict[str, Array]]], rows: Rows) -> dict[str, float]:
-        """Means over the steps since the last report, whose metrics are fetched here, and all of their `tokens`."""
+        """Means of the metrics over the steps since the last report, and the sum of their `tokens`. Waits for the
+        steps. Raises `InputError` where a loss or gradient is not finite."""
         fetched = jax.device_get([metrics for _, metrics in pending])
         for i, (metrics, (row_ids, _)) in enumerate(zip(fetched, pending, strict=True)):
             if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["gradient_norm"]):
@@ -251,14 +254,14 @@ class _Run:
         return held_out
 
     def _save(self, manager: Any, training: dict[str, Any], input_state: Any) -> None:
-        # Written in the background; the next steps overwrite what they donate, so it gets copies.
+        # Copies, because a background thread writes them while the next steps donate the originals.
         parameters, state = self._copy((self.parameters, self.named_state()))
         metadata = adapter_checkpoint.adapter_metadata(parameters, self.target, self.config.exit_layer, training)
         checkpoints.save(manager, self.step, parameters, state, metadata, input_state)
 
 
 def _say(message: str) -> None:
-    """For the user; of several processes, the first alone speaks."""
+    """Prints a line; of several processes, only the first does."""
     if jax.process_index() == 0:
         print(message)
 

@@ -1,7 +1,7 @@
-"""A training run's settings: from a config file and the command line, in a checkpoint's metadata, and as a mesh.
+"""A training run's settings: read from a config file and the command line, compared with a checkpoint's.
 
-`TrainConfig` (config.py) says which settings there are. A config file's `get_config` returns them as an ml_collections
-`ConfigDict`, for which absl has flags; `check_config` makes a `TrainConfig` of it.
+`TrainConfig` (config.py) is the schema. A config file's `get_config` returns an ml_collections `ConfigDict`, which absl
+can override by flags; `check_config` turns it into a `TrainConfig`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kangaroo_jax.config import ModelConfig, TrainConfig
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
 
-# What a run's results follow from, with the target and the data, which have fingerprints.
+# Settings that change a run's results, besides the target and the data, which have fingerprints.
 _FIXED = ("exit_layer", "teacher", "dtype", "seed", "batch_size", "sequence_length", "loss", "initialization")
 
 
@@ -46,8 +46,8 @@ def check_config(config: ml_collections.ConfigDict) -> TrainConfig:
 
 
 def check_overrides(argv: Sequence[str]) -> None:
-    """Raises `InputError` for a --config.NAME on the command line that names no setting. Before absl sees it, whose
-    message says neither the section nor, for a name in the wrong one, what is like it."""
+    """Raises `InputError` for a --config.NAME on the command line that is no setting. Call it before absl parses the
+    flags: absl's message names neither the section nor a similar setting in another section."""
     for word in argv:
         found = re.match(r"--?config\.([^=]+)", word)
         if found and found.group(1) not in _names(TrainConfig):
@@ -76,12 +76,17 @@ def check_context(config: TrainConfig, model: ModelConfig, name: str) -> None:
 
 
 def check_same_run(config: TrainConfig, stored: dict[str, Any], folder: pathlib.Path) -> None:
-    """Raises `InputError` where going on with a run would not give what the settings ask for. `stored` are the run's,
-    as `flat` gives them."""
+    """Raises `InputError` if continuing a run would not give the result that the settings ask for.
+
+    Args:
+      config: the settings asked for.
+      stored: those that the run was started with, as `flat` gives them.
+      folder: the checkpoint, for the message.
+    """
     settings = flat(config)
     fixed = [name for name in settings if name in _FIXED or name.startswith("optimizer.")]
     if config.optimizer.schedule == "cosine":
-        fixed.append("steps")  # the rate's course was laid out for them
+        fixed.append("steps")  # the schedule depends on it
     for name in fixed:
         if settings[name] != stored.get(name):
             raise InputError(
@@ -102,7 +107,7 @@ def make_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh
 
 
 def _made(kind: type, given: Any, section: str = "") -> Any:
-    """A dataclass of settings from a mapping; `section` is what stands before its fields' names."""
+    """A dataclass of settings from a mapping. `section` is the prefix of its fields' names, such as "data."."""
     if not isinstance(given, Mapping):
         raise InputError(f"config: {section.removesuffix('.')}: expected several settings, found {given!r}")
     hints = get_type_hints(kind)
@@ -128,8 +133,8 @@ def _names(kind: type, section: str = "") -> list[str]:
 
 
 def _nearest(name: str) -> str:
-    """The end of a message about a name that is no setting: the one that is most like it, compared without sections
-    and then with them; all of a section's where `name` is one; else all there are."""
+    """The end of a message about an unknown name: the most similar setting, compared first without sections, then with
+    them. If `name` is a section, its settings; if nothing is similar, all settings."""
     names = _names(TrainConfig)
     inside = [known for known in names if known.startswith(f"{name}.")]
     without = {known.rpartition(".")[2]: known for known in names}

@@ -1,4 +1,4 @@
-"""The training step: what it starts from, its optimizer, and the jitted programs."""
+"""The training step: initial parameters, optimizer, and the jitted programs."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def initial_parameters(target: TargetModel, exit_layer: int, initialization: str
       target: the frozen target.
       exit_layer: number of shallow layers.
       initialization: "layer": the attention and input norm of the target's layer
-        `exit_layer`, the first that the adapter stands in for, and the target's final norm. "zero_output": the same
-        final norm over an attention that adds nothing at first (its output projection is zero), random before that.
-        "random": matrices from a normal distribution of the target's usual deviation, 0.02; norms of one.
-      seed: of what is random.
+        `exit_layer`, the first that the adapter replaces, and the target's final norm. "zero_output": random attention
+        whose output projection is zero, so that it adds nothing at first, and the target's final norm. "random":
+        matrices from a normal distribution of deviation 0.02, as usual for such targets; norms of one.
+      seed: for random parameters.
     """
     layer = target.layers[exit_layer]
     parts = {
@@ -63,7 +63,7 @@ def initial_parameters(target: TargetModel, exit_layer: int, initialization: str
         "layers.0.self_attn": layer.self_attn,
         "norm": target.norm,
     }
-    # Copies: the training step donates its parameters, and must not take the target's with them.
+    # Copies, because the training step donates its parameters and must not donate the target's weights.
     copied = {
         f"{prefix}.{path}": jnp.array(x, jnp.float32, copy=True)
         for prefix, module in parts.items()
@@ -116,8 +116,8 @@ def compiled(
     optimizer: optax.GradientTransformation, shape: ModelConfig, config: TrainConfig, mesh: Mesh
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The training step and the evaluation of a batch, jitted. The target is an argument of both, not a constant in
-    them. A batch with the teacher's hidden states (`teacher`) is spared the deep layers. The gradients' sum over data
-    and fsdp follows from the batch being split over both."""
+    them. A batch that has the teacher's hidden states (`teacher`) does not run the deep layers. XLA sums the gradients
+    over data and fsdp, because the batch is split over both."""
     where = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, shape, mesh))
 
     def loss(parameters: Parameters, model: TargetModel, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:

@@ -176,7 +176,7 @@ def test_a_restored_position_goes_on_where_it_was(rows, seen):
 def test_evaluation_batches_are_spread_and_padding_does_not_count(rows):
     held_out = rows[1]
     assert len(held_out) > 12
-    batches = evaluation_batches(held_out, 4, most=6)
+    batches = evaluation_batches(held_out, 4, max_rows=6)
     assert [batch["tokens"].shape for batch in batches] == [(4, LENGTH), (4, LENGTH)]
     ids = np.concatenate([batch["row_ids"] for batch in batches]).tolist()
     assert ids == [i * len(held_out) // 6 for i in range(6)] + [-1, -1]
@@ -194,7 +194,7 @@ def test_too_little_data_is_named(rows, settings, target, tmp_path):
         training_batches(training, 8, 0, 0, 3)
     nothing = Rows(cache_of(settings, target), np.arange(0), LENGTH)
     with pytest.raises(InputError, match="nothing held out"):
-        evaluation_batches(nothing, 4, most=8)
+        evaluation_batches(nothing, 4, max_rows=8)
     (tmp_path / "a.txt").write_text("one record")
     one = DataConfig(str(tmp_path / "a.txt"), "", 0.1, "", settings.cache, 0.0)
     with pytest.raises(InputError, match=r"data\.files: one record, of which none can be held out"):

@@ -83,7 +83,7 @@ def test_turns_in_the_shape_that_templates_expect(turns, expected):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        (b'{"text": oops}', "not valid JSON (Expecting value at column 10); expected one object a line"),
+        (b'{"text": oops}', "not valid JSON (Expecting value at column 10); expected one object per line"),
         (b'{"text": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"text": "half an emoji \\ud83d"}', '"text" is not valid Unicode (character 14)'),
