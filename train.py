@@ -12,7 +12,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from kangaroo_jax import command_line, compilation_cache, distributed, preflight, profiling
+from kangaroo_jax.errors import InputError
 from kangaroo_jax.train.loop import train
+from kangaroo_jax.train.settings import check_config, check_overrides
 
 _NAME = "train.py"
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, e.g. configs/demo.py.", lock_config=True)
@@ -21,17 +23,22 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, e.g. c
 def _parse(argv: list[str]) -> list[str]:
     """Flags, or one line about what is wrong with them."""
     try:
+        check_overrides(argv)
         rest = flags.FLAGS(argv)
         if _CONFIG.value is None:
             command_line.fail(_NAME, "--config is missing; give one, e.g. --config=configs/demo.py")
         _CONFIG.value.lock()  # a file that cannot be read says so when it is first used
-    except AttributeError as error:  # an override of a setting that there is none of; it carries a KeyError
-        what = getattr(error.args[0], "args", error.args)[0]
-        command_line.fail(_NAME, f"a --config override names no setting of the configuration: {what}")
+    except InputError as error:
+        command_line.fail(_NAME, error)
     except OSError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[-1]
         command_line.fail(_NAME, f"--config cannot be read: {reason}; give one, e.g. configs/demo.py")
-    except (flags.Error, SyntaxError, ImportError, KeyError, TypeError, ValueError) as error:
+    except (flags.Error, SyntaxError, ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+        first: BaseException = error
+        while first.__context__ is not None:
+            first = first.__context__
+        if isinstance(first, InputError):  # from within the file
+            command_line.fail(_NAME, first)
         # config_flags may put a traceback into the message; its last line says what happened.
         lines = str(error).strip().splitlines()
         command_line.fail(
@@ -42,12 +49,12 @@ def _parse(argv: list[str]) -> list[str]:
 
 def main() -> None:
     if preflight.PREFLIGHT.value is not None:
-        fits = preflight.training(_CONFIG.value, preflight.find_machine(preflight.PREFLIGHT.value))
+        fits = preflight.training(check_config(_CONFIG.value), preflight.find_machine(preflight.PREFLIGHT.value))
         sys.exit(0 if fits else 1)
     distributed.initialize(_NAME)
     profiling.check(command_line.PROFILE.value)
     compilation_cache.enable()
-    train(_CONFIG.value, profile=command_line.PROFILE.value)
+    train(check_config(_CONFIG.value), profile=command_line.PROFILE.value)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,4 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.template = ""  # the tokenizer's own
     config.output = "runs/llama3_8b"
     config.loss_chunk = 64  # its vocabulary is four times as large
-    config.loss = "cross_entropy"  # as the authors; or total_variation, or both: see docs/adapter.md
-    config.initialization = "layer"  # attention of the target's layer exit_layer; or zero_output, or random
     return config

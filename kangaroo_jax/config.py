@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kangaroo_jax.checks import check_count, is_number
 from kangaroo_jax.errors import InputError
@@ -196,3 +196,186 @@ class EngineConfig:
         check_count("max_batch", self.max_batch)
         if self.max_length is not None:
             check_count("max_length", self.max_length)
+
+
+def _check_settings(config: Any, section: str, *, zero: Sequence[str] = (), rest: Sequence[str] = ()) -> None:
+    """What all settings of a training run have in common: their types, and that numbers are above zero.
+
+    Args:
+      config: a dataclass of settings.
+      section: what stands before its fields' names in messages: "" or, for example, "data.".
+      zero: numbers that may also be 0.
+      rest: numbers that may also be -1.
+
+    Raises:
+      InputError: for a value of the wrong type, out of range, or not among a field's choices.
+    """
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                choices = " or ".join(choice or '""' for choice in get_args(kind))
+                raise InputError(f"{section}{name}: expected {choices}, found {value!r}")
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+            raise InputError(f"{section}{name}: expected a value of type {kind.__name__}, found {value!r}")
+        if kind in (int, float) and not (0 < value < math.inf or (value == 0 and name in zero)):
+            if value == -1 and name in rest:
+                continue
+            least = "zero or more" if name in zero else "more than zero"
+            raise InputError(f"{section}{name}: expected a number that is {least}, found {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a training run reads.
+
+    Attributes:
+      files: conversations and texts: paths, globs and gs:// paths, separated by commas. Or python:MODULE.FUNCTION, a
+        function that gives them (see data/records.py).
+      evaluation_files: the same for held-out data. Empty: the held-out part that the function gives, else a share
+        `held_out` of the records of `files`.
+      held_out: share of the records, at most 0.5, that are kept for evaluation where there are no evaluation files. A
+        long text is several records.
+      template: chat template of the conversations; empty for the tokenizer's own. A base model has none.
+      cache: folder for the token ids and a cached teacher; empty for ~/.cache/kangaroo_jax/data. On a cluster, a folder
+        that all processes share.
+      max_bad_share: up to this share of the records may be bad: they are skipped, counted and listed. More than that
+        is an error. 0 allows none.
+
+    Raises:
+      InputError: for a value of the wrong type or out of range.
+    """
+
+    files: str
+    evaluation_files: str = ""
+    held_out: float = 0.005
+    template: Literal["vicuna_v1.1", "llama-2", "llama-3", ""] = ""
+    cache: str = ""
+    max_bad_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_settings(self, "data.", zero=("max_bad_share",))
+        if not self.files.strip():
+            raise InputError("data.files: empty; give some with --config.data.files=...")
+        if self.held_out > 0.5:
+            raise InputError(f"data.held_out: expected a share of at most 0.5, found {self.held_out}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, with betas 0.9 and 0.95. The defaults are those of the authors' code.
+
+    Attributes:
+      learning_rate: of each step, once it is warmed up.
+      warmup_steps: steps over which the rate rises linearly from 0; less than the run's steps. 0: none.
+      schedule: the rate after the warm-up: constant, or cosine, which ends at 0 with the last step.
+      weight_decay: per step and unit of learning rate, of matrices alone. 0: none.
+      clip_norm: larger gradients are scaled to this global norm.
+
+    Raises:
+      InputError: for a value of the wrong type or out of range.
+    """
+
+    learning_rate: float = 5e-5
+    warmup_steps: int = 2000
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = 0.01
+    clip_norm: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_settings(self, "optimizer.", zero=("warmup_steps", "weight_decay"))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; their product is the number of devices. -1, on one axis: all that the others
+    leave.
+
+    Attributes:
+      data: splits the batch alone.
+      fsdp: splits batch and weights; a weight is gathered where it is used.
+      model: splits each layer's heads and width, and the vocabulary.
+
+    Raises:
+      InputError: for a value of the wrong type or out of range.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    model: int = 1
+
+    def __post_init__(self) -> None:
+        _check_settings(self, "mesh.", rest=("data", "fsdp", "model"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run. The defaults are the paper's recipe for a 7B target (arXiv 2404.18911, section 4, and the
+    authors' code); configs/*.py say what differs from them.
+
+    Attributes:
+      target: the frozen target: a folder in Hugging Face format, or a hub id.
+      output: the run's folder: checkpoints and TensorBoard events. The same settings go on with the run in it.
+      data: what the run reads.
+      dtype: of the target, and of the adapter's computations; its weights and the optimizer's state are float32.
+        float16 is for decoding alone: the gradients of a mean over a batch underflow in it.
+      exit_layer: l, the number of shallow layers, 1 to the target's layers - 1.
+      teacher: online computes the target's last hidden states in each step; cached computes them once, before the
+        first, and keeps them in `data.cache`.
+      seed: of the order of the data, of what is held out and of a random start; 0 to 2**32 - 1.
+      steps: optimizer steps of the run.
+      batch_size: rows of a step, over all devices.
+      sequence_length: tokens of a row, at most the target's context. Short records share a row, long ones are cut.
+      loss_chunk: positions of each row whose logits exist at once: less takes less memory and more time.
+      loss: cross_entropy, as the authors; total_variation, which is 1 - expected acceptance; or both, their sum.
+      initialization: where the adapter starts: layer, the target's attention of layer `exit_layer`; zero_output, an
+        attention that adds nothing; or random.
+      optimizer: how it is trained.
+      mesh: how devices share the work.
+      log_every: steps between TensorBoard's training figures.
+      evaluate_every: steps between held-out figures. Steps that save a checkpoint have them in any case.
+      evaluation_windows: rows that the held-out figures are measured on, at most.
+      save_every: steps between checkpoints. The last step is always saved.
+      keep_checkpoints: newest checkpoints that stay on disk, besides the best one.
+
+    Raises:
+      InputError: for a value of the wrong type or out of range.
+    """
+
+    target: str
+    output: str
+    data: DataConfig
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    exit_layer: int = 2
+    teacher: Literal["online", "cached"] = "online"
+    seed: int = 0
+    steps: int = 100_000
+    batch_size: int = 16
+    sequence_length: int = 2048
+    loss_chunk: int = 128
+    loss: Literal["cross_entropy", "total_variation", "both"] = "cross_entropy"
+    initialization: Literal["layer", "zero_output", "random"] = "layer"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    log_every: int = 10
+    evaluate_every: int = 2000
+    evaluation_windows: int = 64
+    save_every: int = 2000
+    keep_checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        _check_settings(self, "", zero=("seed",))
+        for name in ("target", "output"):
+            if not getattr(self, name).strip():
+                raise InputError(f"{name}: empty; give one with --config.{name}=...")
+        if "://" in self.output:
+            raise InputError(
+                f"output: expected a folder, found {self.output}; mount the bucket, or name a local folder"
+            )
+        if self.seed >= 2**32:
+            raise InputError(f"seed: expected less than 2**32, found {self.seed}")
+        if self.optimizer.warmup_steps >= self.steps:
+            raise InputError(
+                f"optimizer.warmup_steps: expected less than steps ({self.steps}), found {self.optimizer.warmup_steps}"
+            )

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import PyTree
 
 from kangaroo_jax import program
-from kangaroo_jax.config import DraftConfig
+from kangaroo_jax.config import DraftConfig, TrainConfig
 from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.config import ModelConfig
@@ -130,7 +130,7 @@ def _placed(x: Any, where: Sharding | Format) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
-def training(config: Any, machine: Machine) -> bool:
+def training(config: TrainConfig, machine: Machine) -> bool:
     """Prints what a training step of a configuration needs on a machine; says whether it fits.
 
     Raises:
@@ -143,27 +143,26 @@ def training(config: Any, machine: Machine) -> bool:
     from kangaroo_jax.train import step as training_step
     from kangaroo_jax.train import teacher
 
-    settings = training_settings.check_config(config)
-    shape = model_config(settings["target"])
-    check_exit_layer(settings["exit_layer"], shape)
-    training_settings.check_context(settings, shape, settings["target"])
-    mesh = training_settings.make_mesh(settings, machine.devices)
-    target = abstract_target(shape, settings["dtype"], mesh)
-    optimizer = training_step.make_optimizer(settings)
+    shape = model_config(config.target)
+    check_exit_layer(config.exit_layer, shape)
+    training_settings.check_context(config, shape, config.target)
+    mesh = training_settings.make_mesh(config, machine.devices)
+    target = abstract_target(shape, config.dtype, mesh)
+    optimizer = training_step.make_optimizer(config)
     state = training_step.abstract_state(optimizer, shape, mesh)
-    batch = training_step.abstract_batch(settings, shape, mesh)
-    step, _ = training_step.compiled(optimizer, shape, settings, mesh)
+    batch = training_step.abstract_batch(config, shape, mesh)
+    step, _ = training_step.compiled(optimizer, shape, config, mesh)
     print(f"{machine}: {_describe(mesh)}")
     print(
-        f"training step: {settings['target']}, exit layer {settings['exit_layer']}, batch {settings['batch_size']} x "
-        f"{settings['sequence_length']}, {settings['dtype']}"
+        f"training step: {config.target}, exit layer {config.exit_layer}, batch {config.batch_size} x "
+        f"{config.sequence_length}, {config.dtype}"
     )
     for note in sharding.undivided(dict(zip(parameter_paths(target), jax.tree.leaves(target), strict=True)), mesh):
         print(f"note: {note}")
     reports = [_report("training step", step, (*state, target, batch), machine)]
-    if settings["teacher"] == "cached":
+    if config.teacher == "cached":
         inputs = target, {name: x for name, x in batch.items() if name != "teacher"}
-        reports.append(_report("teacher's pass", teacher.program(settings, mesh), inputs, machine))
+        reports.append(_report("teacher's pass", teacher.program(config, mesh), inputs, machine))
     return _conclude(reports, machine)
 
 

@@ -1,9 +1,9 @@
-"""Tokens on disk: made once from data files, then read at random.
+"""The token cache: data files are tokenised once, and then read in random order.
 
-A cache is a folder named after all that its contents follow from: the bytes of the data files, the tokenizer and the
-template. It holds the token ids (ArrayRecord), an index (the lengths, the parts that count in the loss, the places the
-records came from) and, written last, a manifest with the SHA-256 of both. The folder appears under its name when it is
-complete; one whose bytes are not what the manifest says is made again.
+A cache is a folder named after a hash of everything that its contents depend on: the bytes of the data files, the
+tokenizer and the template. It holds the token ids (ArrayRecord), an index (lengths, the parts that count in the loss,
+where each record came from) and, written last, a manifest with the SHA-256 of both. The folder gets its final name when
+it is complete. A folder that does not match its manifest is made again.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from kangaroo_jax.data.records import BadRecord, Entry, Place, Source, read_reco
 from kangaroo_jax.errors import InputError
 
 _VERSION = 1
-_AT_ONCE = 256  # records; the tokenizer works through them in parallel
-_LISTED = 10  # bad records that are printed
+_AT_ONCE = 256  # records given to the tokenizer at a time; it processes them in parallel
+_LISTED = 10  # bad records to print at most
 _TOKENS, _INDEX, _BAD, _MANIFEST = "tokens.array_record", "index.npz", "bad_records.txt", "manifest"
 
 
@@ -43,10 +43,10 @@ class TokenCache:
 
     Attributes:
       lengths: tokens in each record.
-      counted: the runs of positions that count in the loss, [start, end) in the row of all records' tokens.
+      counted: the runs of positions that count in the loss, as [start, end) in the concatenation of all records.
       places: source, line and list item of each record.
       sources: the data files.
-      fingerprint: of the token ids and what counts.
+      fingerprint: hash of the token ids and of what counts.
     """
 
     lengths: Int[np.ndarray, " records"]
@@ -61,7 +61,7 @@ class TokenCache:
 
     @property
     def starts(self) -> Int[np.ndarray, " records"]:
-        """Where each record starts in the row of all records' tokens."""
+        """Where each record starts in the concatenation of all records."""
         return np.cumsum(self.lengths) - self.lengths
 
     def tokens(self, record: int) -> Int[np.ndarray, " tokens"]:
@@ -76,7 +76,7 @@ def cache_folder(setting: str) -> pathlib.Path:
     """The folder that holds the caches: `data.cache`, or the user's cache folder if that is empty.
 
     Raises:
-      InputError: for a bucket; ArrayRecord reads files.
+      InputError: for a bucket, which ArrayRecord cannot read.
     """
     if "://" in setting:
         raise InputError(f"data.cache: expected a folder, found {setting}; mount the bucket, or name a local folder")
@@ -89,34 +89,34 @@ def open_cache(
 ) -> TokenCache:
     """The tokens of `sources`, read from `folder` or made there first.
 
-    Processes that share the folder wait while one of them makes the cache. Where the folder is each machine's own,
-    each machine makes its own, and they are the same.
+    Processes that share the folder wait while one of them makes the cache. If each machine has a folder of its own,
+    each makes the same cache.
 
     Args:
       folder: holds the caches of all data.
       sources: the data files.
-      encoder: makes their records tokens.
-      max_bad_share: the most bad records, as a share of all, that are skipped.
+      encoder: turns their records into tokens.
+      max_bad_share: up to this share of all records may be bad; they are skipped.
       quiet: print nothing and draw no progress.
 
     Raises:
-      InputError: for files that cannot be read, too many bad records, none that is good, or a folder that cannot be
+      InputError: for files that cannot be read, too many bad records, no good record, or a folder that cannot be
         written. Nothing is left behind then.
     """
     key = _key(sources, encoder)
     path = folder / key
-    manifest, made = _manifest(path), False  # looked for first: a folder that is complete may be read-only
+    manifest, made = _manifest(path), False  # before locking: a complete cache may be on a read-only disk
     if manifest is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder / f"{key}.lock", "the tokens", quiet) as held:
-                manifest = _manifest(path)  # another process may have made it meanwhile
+                manifest = _manifest(path)  # again: another process may have made it meanwhile
                 if made := manifest is None:
                     if path.exists():
                         _say(quiet, f"{path}: damaged; making it again")
                         shutil.rmtree(path, ignore_errors=True)
                     if held:
-                        # What killed processes of this machine left behind is nobody's.
+                        # Left by killed processes of this machine: under the lock, no live one writes them.
                         for left in folder.glob(f"{key}.{socket.gethostname()}.*.tmp"):
                             shutil.rmtree(left, ignore_errors=True)
                     manifest = _make(path, sources, encoder, max_bad_share, quiet)
@@ -133,7 +133,8 @@ def open_cache(
 
 
 def _key(sources: Sequence[Source], encoder: Encoder) -> str:
-    """What the cache's contents follow from. Names and dates do not matter: a copy of the files uses the same cache."""
+    """A hash of everything that the cache's contents depend on. Names and dates of the files are not part of it, so a
+    copy of the files uses the same cache."""
     digest = hashlib.sha256(f"{_VERSION} {encoder.fingerprint}".encode())
     for source in sources:
         with source.open() as file:
@@ -143,22 +144,22 @@ def _key(sources: Sequence[Source], encoder: Encoder) -> str:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, what: str, quiet: bool) -> Iterator[bool]:
-    """Holds a lock that ends with the process, however it ends; False where the file system has none. `what` is made
-    by the process that holds it."""
+    """Holds a file lock, which the system releases however the process ends. Yields False on a file system without
+    locks. `what` says in the message what the holder of the lock makes."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             _say(quiet, f"{path.parent}: waiting for another process that makes {what}")
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # some Lustre mounts; each process makes the cache, and the first that is done wins
+        except OSError:  # some Lustre mounts: every process makes the cache, and the first to finish wins
             yield False
             return
         yield True
 
 
 def _manifest(path: pathlib.Path) -> dict[str, Any] | None:
-    """The manifest of a cache whose files are what it says, or None."""
+    """The manifest of a cache; None if it is missing or the files do not match it."""
     try:
         checksum, _, text = (path / _MANIFEST).read_text().partition("\n")
         if checksum != _sha256(text):
@@ -176,12 +177,12 @@ def _manifest(path: pathlib.Path) -> dict[str, Any] | None:
 def _make(
     path: pathlib.Path, sources: Sequence[Source], encoder: Encoder, max_bad_share: float, quiet: bool
 ) -> dict[str, Any]:
-    """Makes the cache in a folder beside `path` and renames it when all is on disk."""
+    """Makes the cache in a temporary folder beside `path`, which is renamed when all files are on disk."""
     unfinished = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     unfinished.mkdir()
     try:
         manifest = _write(unfinished, sources, encoder, quiet)
-        # Checked before the rename: what is refused leaves no cache.
+        # Checked before the rename, so that data that is refused leaves no cache.
         _check_bad(manifest, max_bad_share, sources)
         for name in manifest["files"]:
             to_disk(unfinished / name)
@@ -191,7 +192,7 @@ def _make(
         try:
             unfinished.rename(path)
         except OSError:
-            if _manifest(path) is None:  # else another process, on a machine that shares the folder, was first
+            if _manifest(path) is None:  # otherwise another process was first
                 raise
         return manifest
     finally:
@@ -264,7 +265,7 @@ def _write(folder: pathlib.Path, sources: Sequence[Source], encoder: Encoder, qu
             bar.n = 100
             bar.set_postfix_str(f"{len(lengths)} records, {total / 1e6:.1f} M tokens")
         writer.close()
-    except RuntimeError as error:  # what ArrayRecord says of a full disk
+    except RuntimeError as error:  # ArrayRecord's error for a full disk
         raise InputError(f"data.cache: {folder} cannot be written ({error})") from None
     finally:
         if writer.is_open():
@@ -308,7 +309,7 @@ def _check_bad(manifest: dict[str, Any], max_bad_share: float, sources: Sequence
         more = f"; {count - 1} more" if count > 1 else ""
         raise InputError(
             f"{Place(*place).describe(sources)}: {reason}{more} ({count} of {total} records are bad, more than "
-            f"data.max_bad_share {max_bad_share} allows: mend them, or raise it)"
+            f"data.max_bad_share {max_bad_share} allows: fix them, or raise it)"
         )
     if not good:
         raise InputError(
@@ -318,7 +319,7 @@ def _check_bad(manifest: dict[str, Any], max_bad_share: float, sources: Sequence
 
 
 def _report(manifest: dict[str, Any], path: pathlib.Path, sources: Sequence[Source], made: bool, quiet: bool) -> None:
-    """Says how many records there are, and lists the bad ones."""
+    """Prints how many records there are, and the first bad ones."""
     count, listed = manifest["bad_count"], manifest["bad"]
     if made or count:
         _say(
@@ -333,7 +334,7 @@ def _report(manifest: dict[str, Any], path: pathlib.Path, sources: Sequence[Sour
 
 
 def _shares(sources: Sequence[Source]) -> list[float]:
-    """Where each source starts, and the last ends, as shares of all their bytes."""
+    """For the progress bar: where each source starts, and the last one ends, as shares of all bytes."""
     sizes = [len(source.text) if source.path is None else source.path.stat().length for source in sources]
     ends = np.cumsum([0, *sizes]) / max(1, sum(sizes))
     return ends.tolist()

@@ -1,4 +1,4 @@
-"""Chat templates: a conversation as text, and which of its characters the assistant wrote.
+"""Chat templates: turn a conversation into text, and find the characters that the assistant wrote.
 
 The tokenizer's own template (transformers' `apply_chat_template`) where it has one, or one of `NAMED`.
 """
@@ -18,13 +18,18 @@ Span = tuple[int, int]  # characters [start, end)
 _Part = tuple[str, bool]  # text, and whether the assistant wrote it
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Private-use characters, which no template writes itself.
+# Private-use characters, which no template contains.
 _STANDIN = "\ue0f1\ue0f2{}\ue0f3"
 
 
 class Rendered(NamedTuple):
-    """A conversation as text. `spans` are the assistant's texts, in order. `bare`: the tokenizer still has to add its
-    special tokens (BOS)."""
+    """A conversation as text.
+
+    Attributes:
+      text: the text.
+      spans: the assistant's parts of it, in order.
+      bare: whether the tokenizer still has to add its special tokens (BOS).
+    """
 
     text: str
     spans: list[Span]
@@ -97,7 +102,7 @@ def fingerprint(tokenizer: Any, name: str) -> str:
 
 
 def marks_generation(tokenizer: Any) -> bool:
-    """Whether the tokenizer's template says itself, with {% generation %}, what the assistant writes."""
+    """Whether the tokenizer's template marks the assistant's text with {% generation %}."""
     template = tokenizer.chat_template
     template = template.get("default", "") if isinstance(template, dict) else template
     return bool(_GENERATION.search(template))
@@ -107,7 +112,7 @@ def render(turns: Sequence[Turn], tokenizer: Any, name: str) -> Rendered:
     """The conversation as text.
 
     Args:
-      turns: what was said.
+      turns: the conversation.
       tokenizer: a transformers tokenizer; with `name` empty, one with a chat template.
       name: one of `NAMED`, or empty for the tokenizer's own template.
 
@@ -126,7 +131,7 @@ def render(turns: Sequence[Turn], tokenizer: Any, name: str) -> Rendered:
 
 
 def tokens_and_mask(turns: Sequence[Turn], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token ids and the assistant's mask as a template with {% generation %} gives them.
+    """Token ids and the assistant's mask, from a template with {% generation %}.
 
     Raises:
       BadRecord: for a conversation that the template refuses.
@@ -146,9 +151,9 @@ def _apply(turns: Sequence[Turn], tokenizer: Any, **options: Any) -> Any:
 def _find(text: str, turns: Sequence[Turn], tokenizer: Any) -> list[Span]:
     """Where the assistant's texts are in `text`.
 
-    Searching for them would find a "yes" in the wrong place. The template is applied again to the same conversation
-    with a stand-in for each of them, which shows what stands between; `text` must be just that with the answers in
-    the stand-ins' places, each as it was given or without white space at its ends.
+    A plain search would find a short answer such as "yes" in the wrong place. So the template is applied again to the
+    same conversation with a placeholder for each answer, which gives the text between the answers. `text` must be that
+    text with the answers in place of the placeholders, each unchanged or without white space at its ends.
     """
     replaced, answers = [], []
     for turn in turns:

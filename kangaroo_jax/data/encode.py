@@ -1,9 +1,9 @@
-"""Records as token ids, and which positions count in the loss.
+"""Turns records into token ids and says which positions count in the loss.
 
-Teacher and draft model are compared at a position, over the token that comes next. A position counts where that next
-token is the assistant's: from the last token of the turn's header to the last of the answer, so that what is learned
-is the answer and the token that ends the turn (`</s>`, `<|eot_id|>`), which a draft has to get right as well. All of a
-text counts.
+At each position, teacher and draft model are compared over the next token. A position counts where that next token is
+the assistant's: from the last token of the turn's header to the last token of the answer. So the answer is learned, and
+the token that ends the turn (`</s>`, `<|eot_id|>`), which drafts have to predict as well. In a text, every position
+counts.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from kangaroo_jax.data import chat
 from kangaroo_jax.data.records import BadRecord, Conversation, Place, Source, Text
 from kangaroo_jax.errors import InputError
 
-_VERSION = 1  # of what this module and the two it stands on make of a record; another one makes cached tokens stale
+# Increase when encode.py, chat.py or records.py change how a record is tokenised: it invalidates token caches.
+_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """A record's token ids, and the positions that count in the loss: those whose next token is to be learned."""
+    """A record's token ids, and the positions that count in the loss (those whose next token is learned)."""
 
     ids: Int[np.ndarray, " tokens"]
     counts: Bool[np.ndarray, " tokens"]
 
 
 class Encoder:
-    """Makes tokens of records with a target's tokenizer.
+    """Tokenises records with a target's tokenizer.
 
     Args:
-      target: its tokenizer is used, and its EOS ids.
+      target: gives the tokenizer and the EOS ids.
       template: name of a chat template in `chat.NAMED`; empty for the tokenizer's own.
 
     Raises:
@@ -64,7 +65,7 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies what a record is turned into: tokenizer, template and the libraries that apply them."""
+        """Hash of everything that tokens depend on besides the record: tokenizer, template and their libraries."""
         tokenizer = self._tokenizer
         vocabulary = (
             tokenizer.backend_tokenizer.to_str()
@@ -86,19 +87,19 @@ class Encoder:
     def encode(
         self, places: Sequence[Place], contents: Sequence[Conversation | Text], sources: Sequence[Source]
     ) -> list[Tokens | BadRecord]:
-        """Tokens of records, or why a record has none; a fast tokenizer works through them in parallel.
+        """The tokens of each record, or the reason why it cannot be used. A fast tokenizer processes them in parallel.
 
         Raises:
           InputError: for a conversation where there is no chat template or no fast tokenizer, or for token ids that
             the target does not have.
         """
         made: list[Tokens | BadRecord | None] = [None] * len(contents)
-        # The tokenizer takes many texts at a time, but with or without special tokens for all of them.
-        whole: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
+        # One call tokenises many texts, but adds special tokens to all of them or to none.
+        batches: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
         spans: dict[int, list[chat.Span]] = {}
         for i, content in enumerate(contents):
             if isinstance(content, Text):
-                whole[content.begins].append((i, content.text))
+                batches[content.begins].append((i, content.text))
                 continue
             self._check_chat(places[i], sources)
             try:
@@ -107,14 +108,14 @@ class Encoder:
                     made[i] = self._chat_tokens(ids, np.asarray(mask, bool))
                 else:
                     rendered = chat.render(content.turns, self._tokenizer, self._template)
-                    whole[rendered.bare].append((i, rendered.text))
+                    batches[rendered.bare].append((i, rendered.text))
                     spans[i] = rendered.spans
             except BadRecord as error:
                 made[i] = error
-        for special, texts in whole.items():
+        for special, texts in batches.items():
             if not texts:
                 continue
-            # verbose: the tokenizer would warn of every record that is longer than the context
+            # verbose=False: no warning for every record that is longer than the context
             out = self._tokenizer([text for _, text in texts], add_special_tokens=special, verbose=False)
             for row, (i, text) in enumerate(texts):
                 ids = out["input_ids"][row]
@@ -154,14 +155,15 @@ class Encoder:
         return not self._template and chat.marks_generation(self._tokenizer)
 
     def _text_tokens(self, ids: list[int], ends: bool) -> Tokens:
-        """All positions count but that of EOS, which nothing follows."""
+        """All positions count but the last one of a text that ends (EOS), after which nothing comes."""
         ids = np.asarray([*ids, self._end] if ends else ids, np.int32)
         counts = np.ones(ids.shape, bool)
         counts[len(ids) - ends :] = False
         return Tokens(ids, counts)
 
     def _chat_tokens(self, ids: list[int], written: Bool[np.ndarray, " tokens"]) -> Tokens:
-        """`written`: the tokens with any of the assistant's text in them. Raises `BadRecord` if there are none."""
+        """Tokens of a conversation. `written` marks those that hold any of the assistant's text; raises `BadRecord` if
+        it marks none."""
         written = written.copy()
         if not written.any():
             raise BadRecord("the chat template leaves out the assistant's turns")
@@ -176,7 +178,7 @@ class Encoder:
 
 
 def _covering(offsets: Sequence[chat.Span], spans: Sequence[chat.Span], length: int) -> Bool[np.ndarray, " tokens"]:
-    """The tokens that hold any character of `spans`. One emoji may be several tokens, all of them with its offset."""
+    """Marks the tokens that hold any character of `spans`. One emoji may be several tokens with the same offsets."""
     inside = np.zeros(length + 1, np.int32)
     for start, end in spans:
         inside[start + 1 : end + 1] = 1

@@ -1,17 +1,17 @@
-"""Batches: packed rows of tokens, in an order that the seed alone decides.
+"""Batches: packed rows of tokens, in an order that depends on the seed alone.
 
 A batch is a dict of arrays [batch, time]: `tokens`; `loss_mask`, the weight of each position in the loss;
-`segment_ids`, from 1 in each row, 0 where there is padding: positions attend within their segment alone; `positions`,
-from 0 in each segment. And `row_ids`, which `Rows.record_ids` takes, for messages: it stays on the host, and on every
-process it is that of the whole global batch. With a cached teacher (teacher.py), `teacher` [batch, time, hidden].
+`segment_ids`, from 1 in each row and 0 for padding, where positions attend within their segment only; `positions`, from
+0 in each segment. With a cached teacher (train/teacher.py) also `teacher` [batch, time, hidden]. `row_ids` stays on the
+host and names the records of a batch in messages (`Rows.record_ids`); every process has those of the complete global
+batch.
 
-The order is one of global batches, of which each process takes its rows. So the batches do not depend on the number of
-processes, and neither does the state of the iterator.
+The order is an order of global batches, of which each process takes its rows. So neither the batches nor the iterator's
+state depend on the number of processes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable
 
@@ -20,42 +20,20 @@ import numpy as np
 from jaxtyping import Int
 
 from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.config import DataConfig
 from kangaroo_jax.data.cache import TokenCache, cache_folder, open_cache
 from kangaroo_jax.data.encode import Encoder
 from kangaroo_jax.data.packing import pack
-from kangaroo_jax.data.records import STANDARD_LIBRARY, find_sources
+from kangaroo_jax.data.records import check_sources, find_sources, is_function
 from kangaroo_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
 
-_VERSION = 1  # of what rows are made of a cache; another one means other batches
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """The settings under `config.data`.
-
-    Attributes:
-      files: paths, globs or gs:// paths separated by commas, or "stdlib" for the Python standard library's sources.
-      evaluation_files: the same for held-out data. Empty: the standard library's held-out modules for "stdlib", else a
-        share `held_out` of the records of `files`.
-      held_out: share of the records to keep for evaluation where there are no evaluation files. A long text is
-        several records.
-      template: name of a chat template; empty for the tokenizer's own.
-      cache: folder for the tokens; empty for the user's cache folder.
-      max_bad_share: the most bad records, as a share of all, that are skipped.
-    """
-
-    files: str
-    evaluation_files: str
-    held_out: float
-    template: str
-    cache: str
-    max_bad_share: float
+_VERSION = 1  # increase when packing changes: a run that was started before cannot continue then
 
 
 class Rows:
-    """Packed rows of the given records of a cache, to be read at random.
+    """Packed rows of the given records of a cache, with random access.
 
     Args:
       cache: the tokens.
@@ -69,7 +47,7 @@ class Rows:
         self._packing = pack(records, cache.lengths[records], self._starts[records], cache.counted, sequence_length)
         digest = hashlib.sha256(f"{_VERSION} {sequence_length} {cache.fingerprint}".encode())
         digest.update(records.astype("<i8").tobytes())
-        # Identifies the rows: a resumed run must see what it saw before.
+        # Identifies the rows: a run that continues must see the same ones.
         self.fingerprint = digest.hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -77,12 +55,12 @@ class Rows:
 
     @property
     def counts(self) -> Int[np.ndarray, " rows"]:
-        """How many positions of each row count in the loss."""
+        """The number of positions of each row that count in the loss."""
         packing, runs = self._packing, self._cache.counted
         starts, ends = np.append(runs[:, 0], np.iinfo(np.int64).max), runs[:, 1]
         in_runs = np.concatenate([[0], np.cumsum(ends - runs[:, 0])])
 
-        def before(token: np.ndarray) -> np.ndarray:  # that count before it, in the row of all records' tokens
+        def before(token: np.ndarray) -> np.ndarray:  # counted positions before it, in the concatenation of all records
             run = np.searchsorted(ends, token, side="right")  # the first that does not end before it
             return in_runs[run] + np.maximum(token - starts[run], 0)
 
@@ -95,7 +73,7 @@ class Rows:
         return self._packing.padding(self.sequence_length)
 
     def __getitem__(self, row: int) -> Batch:
-        """One row, without the batch axis; row -1 is padding alone."""
+        """One row, without the batch axis. Row -1 is padding only."""
         packing, counted = self._packing, self._cache.counted
         tokens, segment_ids, positions = np.zeros((3, self.sequence_length), np.int32)
         loss_mask = np.zeros(self.sequence_length, np.float32)
@@ -133,11 +111,11 @@ class Rows:
 
 
 def check_files(data: DataConfig) -> None:
-    """Raises `InputError` for paths or globs that match nothing or a cache that cannot be; reads no file."""
+    """Raises `InputError` for data that cannot be found or a cache folder that cannot be used; reads no data."""
     cache_folder(data.cache)
-    for files in (data.files, data.evaluation_files or STANDARD_LIBRARY):
-        if files.strip() != STANDARD_LIBRARY:
-            find_sources(files)
+    check_sources(data.files)
+    if data.evaluation_files:
+        check_sources(data.evaluation_files)
 
 
 def load_rows(
@@ -162,8 +140,8 @@ def load_rows(
 
     training = cached(data.files, held_out=False)
     everything = np.arange(len(training))
-    if data.evaluation_files or data.files.strip() == STANDARD_LIBRARY:
-        evaluation = cached(data.evaluation_files or STANDARD_LIBRARY, held_out=True)
+    if data.evaluation_files or is_function(data.files):
+        evaluation = cached(data.evaluation_files or data.files, held_out=True)
         held_out = Rows(evaluation, np.arange(len(evaluation)), sequence_length)
         return Rows(training, everything, sequence_length), held_out
     if len(training) < 2:
@@ -184,17 +162,17 @@ def training_batches(
     process_count: int = 1,
     extend: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> grain.DatasetIterator:
-    """Endless batches in an order shuffled anew each epoch. `get_state` and `set_state` of the iterator save and
-    restore the position exactly; the state is the same on every process, whatever their number.
+    """Endless batches, shuffled again for each epoch. The iterator's `get_state` and `set_state` save and restore the
+    position exactly; the state is the same on every process, whatever their number.
 
     Args:
       rows: the training rows.
       batch_size: rows of a global batch; a multiple of `process_count`.
-      seed: of the order.
-      process_index: which of the processes this is; it gets rows process_index * n .. (process_index + 1) * n - 1 of
-        each global batch, n = batch_size / process_count.
+      seed: decides the order.
+      process_index: this process, which gets rows process_index * n .. (process_index + 1) * n - 1 of each global
+        batch, n = batch_size / process_count.
       process_count: number of processes.
-      extend: makes each batch what is given out, on the threads that read ahead.
+      extend: applied to each batch on the threads that read ahead.
 
     Raises:
       InputError: for fewer rows than one batch, or a batch that cannot be divided among the processes.
@@ -211,10 +189,10 @@ def training_batches(
 
 
 def evaluation_batches(
-    rows: Rows, batch_size: int, most: int, process_index: int = 0, process_count: int = 1
+    rows: Rows, batch_size: int, max_rows: int, process_index: int = 0, process_count: int = 1
 ) -> list[Batch]:
-    """At most `most` rows, evenly spread over `rows`, always the same. The last batch is filled up with rows of
-    padding. Each process gets its part of each batch, as for `training_batches`.
+    """At most `max_rows` rows, evenly spread over `rows` and always the same. The last batch is filled up with padding
+    rows. Each process gets its part of each batch, as for `training_batches`.
 
     Raises:
       InputError: for no rows at all, or a batch that cannot be divided among the processes.
@@ -222,13 +200,13 @@ def evaluation_batches(
     mine = _share(batch_size, process_index, process_count)
     if not len(rows):
         raise InputError("data.evaluation_files: nothing held out that counts in the loss; give more data")
-    count = min(most, len(rows))
+    count = min(max_rows, len(rows))
     chosen = np.append(np.arange(count) * len(rows) // count, np.full(-count % batch_size, -1))
     return [rows.batch(batch[mine]) | {"row_ids": batch} for batch in chosen.reshape(-1, batch_size)]
 
 
 def device_part(batch: Batch) -> Batch:
-    """What the training step takes of a batch: all but `row_ids`."""
+    """The arrays of a batch that the training step takes: all but `row_ids`."""
     return {name: array for name, array in batch.items() if name != "row_ids"}
 
 

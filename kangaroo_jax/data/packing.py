@@ -1,7 +1,11 @@
-"""Examples of any length in rows of one length: decided once, from the lengths alone.
+"""Packs examples of any length into rows of one length, from the lengths alone.
 
 A record longer than a row is cut into pieces of a row's length and a rest; each piece is an example of its own, which
-does not see the others. Pieces with nothing to learn are left out.
+does not see the others. Pieces without anything to learn are left out.
+
+grain's packers (such as grain.experimental.BestFitPackIterDataset) are not used: they pack a stream, within a window
+of bins. Here the rows are known beforehand and have numbers, so that they can be shuffled across the complete data,
+read in any order, cached by row (train/teacher.py) and traced back to their records in messages.
 """
 
 from __future__ import annotations
@@ -48,8 +52,8 @@ def pack(
     Args:
       records: the records to use, in order.
       lengths: tokens of each of them.
-      starts: where each of them starts in the row of all records' tokens.
-      counted: runs of positions in that row that count in the loss, [start, end), sorted.
+      starts: where each of them starts in the concatenation of all records.
+      counted: runs of positions in it that count in the loss, [start, end), sorted.
       sequence_length: tokens in a row.
     """
     pieces = -(-lengths // sequence_length)
@@ -57,7 +61,7 @@ def pack(
     offsets = (np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * sequence_length
     sizes = np.minimum(lengths[owner] - offsets, sequence_length)
     first = starts[owner] + offsets
-    run = np.searchsorted(counted[:, 1], first, side="right")  # the first that ends behind the piece's start
+    run = np.searchsorted(counted[:, 1], first, side="right")  # the first one that ends after the piece's start
     run_starts = np.append(counted[:, 0], np.iinfo(np.int64).max)
     kept = np.flatnonzero(run_starts[run] < first + sizes)
     rows = best_fit(sizes[kept], sequence_length)
@@ -67,14 +71,14 @@ def pack(
 
 
 def best_fit(lengths: Int[np.ndarray, " pieces"], capacity: int) -> Int[np.ndarray, " pieces"]:
-    """The row of each piece by best fit decreasing: the longest first, each into the fullest row it fits in.
+    """The row of each piece by best fit decreasing: the longest piece first, each into the fullest row that it fits in.
 
-    A bit set of the room that rows have left makes finding that row a few operations on one integer of `capacity`
-    bits.
+    The free space of the open rows is a bit set, one integer of `capacity` bits, so that finding the row takes a few
+    operations.
     """
     rows = np.empty(len(lengths), np.int64)
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    some, count = 0, 0  # bit r: there is a row with room for r tokens
+    some, count = 0, 0  # bit r: some row has room for exactly r tokens
     for piece in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[piece])
         fitting = some >> length

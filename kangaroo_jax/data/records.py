@@ -1,8 +1,11 @@
-"""Records from data files: conversations and texts, checked, each with the place it came from.
+"""Reads and checks records from data files: conversations and texts, each with its file and line.
 
-A file is read by its ending: .json, .jsonl and .ndjson hold records, one JSON list of them or one a line; any other
-file is one text. A record is a conversation under "conversations" (ShareGPT: `from`, `value`) or "messages" (OpenAI:
-`role`, `content`), or a "text".
+How a file is read follows from the end of its name: .json, .jsonl and .ndjson hold records, as one JSON list or as one
+object per line; any other file is one text. A record is a conversation under "conversations" (ShareGPT: `from`,
+`value`) or "messages" (OpenAI: `role`, `content`), or a "text".
+
+Texts can also come from Python: `data.files=python:MODULE.FUNCTION` calls function(held_out), which returns name ->
+text of its training part or of its held-out part.
 """
 
 from __future__ import annotations
@@ -12,17 +15,17 @@ import dataclasses
 import glob
 import io
 import json
-from collections.abc import Iterator, Sequence
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from etils import epath
 
-from kangaroo_jax.demo import corpus
 from kangaroo_jax.errors import InputError
 
-STANDARD_LIBRARY = "stdlib"
+_FUNCTION = "python:"
 _RECORD_FILES = (".json", ".jsonl", ".ndjson")
-# A row of a batch is read from whole records; a text of a gigabyte must not be one.
+# Longer texts are split into several records, because a batch reads complete records.
 _TEXT_CHARACTERS = 32_768
 
 _ROLES = {
@@ -34,7 +37,7 @@ _ROLES = {
 
 
 class BadRecord(Exception):
-    """A record that cannot be trained on; the message is why. It is skipped, counted and listed."""
+    """A record that cannot be trained on, with the reason. It is skipped, counted and listed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +45,9 @@ class Source:
     """A file of data, or the text of one.
 
     Attributes:
-      name: what messages call it.
-      path: where its bytes are; None for `text`.
-      text: its contents, where they are not in a file.
+      name: for messages.
+      path: the file; None if the contents are `text`.
+      text: the contents, if they are not in a file.
     """
 
     name: str
@@ -57,7 +60,7 @@ class Source:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """Its bytes; `InputError` for what goes wrong while they are read."""
+        """Opens it for reading bytes. Errors while it is read become `InputError`."""
         if self.path is None:
             yield io.BytesIO(self.text.encode())
             return
@@ -88,7 +91,7 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text, or a part of a long one: `begins` and `ends` say which of its ends are the text's own."""
+    """A text, or a part of a long text: `begins` (`ends`) says whether it is the first (last) part."""
 
     text: str
     begins: bool = True
@@ -96,8 +99,8 @@ class Text:
 
 
 class Entry(NamedTuple):
-    """What a place holds: something to learn from, None for nothing (an empty text, a conversation without an answer),
-    or why it cannot be used. `read` is the share of the source's bytes read so far."""
+    """A record. `content` is what to learn from, None if there is nothing (an empty text, a conversation without an
+    answer), or why the record cannot be used. `read` is the share of the source that has been read so far."""
 
     place: Place
     content: Conversation | Text | BadRecord | None
@@ -105,18 +108,18 @@ class Entry(NamedTuple):
 
 
 def find_sources(files: str, held_out: bool = False) -> list[Source]:
-    """The files that `files` stands for, sorted within each pattern, each file once.
+    """The sources that `files` names, sorted within each pattern, each file once.
 
     Args:
-      files: paths, globs or gs:// paths separated by commas, or "stdlib" for the Python standard library's sources.
-      held_out: of the standard library, the modules kept for evaluation.
+      files: paths, globs or gs:// paths separated by commas, or python:MODULE.FUNCTION.
+      held_out: of a function, the part that is kept for evaluation; no effect on files.
 
     Raises:
-      InputError: for no patterns, or one that matches no file.
+      InputError: for no patterns, one that matches no file, or a function that cannot be imported.
     """
-    if files.strip() == STANDARD_LIBRARY:
-        texts = corpus.standard_library(held_out)
-        return [Source(f"{STANDARD_LIBRARY}/{name}", text=text) for name, text in texts.items()]
+    if is_function(files):
+        texts = _function(files)(held_out)
+        return [Source(f"{files.strip().removeprefix(_FUNCTION)}/{name}", text=text) for name, text in texts.items()]
     patterns = [pattern.strip() for pattern in files.split(",") if pattern.strip()]
     if not patterns:
         raise InputError("data.files: empty; expected paths or globs of text or JSON files, separated by commas")
@@ -127,6 +130,28 @@ def find_sources(files: str, held_out: bool = False) -> list[Source]:
             raise InputError(f"{pattern}: no such file; expected paths or globs of text or JSON files")
         sources |= {str(path): Source(str(path), path) for path in matches}
     return list(sources.values())
+
+
+def is_function(files: str) -> bool:
+    """Whether `files` names a function, which has a held-out part of its own, rather than files."""
+    return files.strip().startswith(_FUNCTION)
+
+
+def check_sources(files: str) -> None:
+    """Raises `InputError` for patterns that match nothing or a function that cannot be imported; reads no data."""
+    if is_function(files):
+        _function(files)
+    else:
+        find_sources(files)
+
+
+def _function(files: str) -> Callable[[bool], Mapping[str, str]]:
+    try:
+        return pkgutil.resolve_name(files.strip().removeprefix(_FUNCTION))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"data.files: {files}: cannot be imported ({error}); expected python:MODULE.FUNCTION"
+        ) from None
 
 
 def _matches(pattern: str) -> list[epath.Path]:
@@ -144,7 +169,7 @@ def _matches(pattern: str) -> list[epath.Path]:
 
 @contextlib.contextmanager
 def _readable(name: str) -> Iterator[None]:
-    """Makes what a file system says about `name` one line."""
+    """Turns a file system's errors about `name` into `InputError`."""
     try:
         yield
     except InputError:
@@ -156,7 +181,7 @@ def _readable(name: str) -> Iterator[None]:
     except Exception as error:
         if "://" not in name:
             raise
-        # A bucket's client has exceptions of its own for a wrong name, no permission, no network.
+        # A bucket's client raises exceptions of its own for a wrong name, missing permission or no network.
         raise InputError(f"{name}: cannot be read ({type(error).__name__}: {error})") from None
 
 
@@ -164,7 +189,7 @@ def read_records(sources: Sequence[Source]) -> Iterator[Entry]:
     """All records of `sources`, good and bad, in order.
 
     Raises:
-      InputError: for a file that cannot be read, or a JSON list that is broken: what follows cannot be told apart.
+      InputError: for a file that cannot be read, or a broken JSON list, of which the rest cannot be parsed.
     """
     for index, source in enumerate(sources):
         with source.open() as file:
@@ -199,7 +224,8 @@ def _text_file(data: bytes, source: int) -> Iterator[Entry]:
 
 
 def _text_entries(text: str, place: Place, read: float, lines: bool = False) -> Iterator[Entry]:
-    """A text as one entry, or as several where it is long, cut at line ends. `lines`: count them in the places."""
+    """A text as one entry, or a long one as several, cut at line ends. `lines`: the text is a file, so the places of
+    later parts have later lines."""
     if not text.strip():
         yield Entry(place, None, read)
         return
@@ -228,8 +254,8 @@ def _json_lines(file: BinaryIO, source: int, size: int) -> Iterator[Entry]:
         except UnicodeDecodeError as error:
             content = BadRecord(f"not UTF-8 text ({error.reason} at byte {error.start} of the line)")
         except json.JSONDecodeError as error:
-            content = BadRecord(f"not valid JSON ({error.msg} at column {error.colno}); expected one object a line")
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets as deep
+            content = BadRecord(f"not valid JSON ({error.msg} at column {error.colno}); expected one object per line")
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; too many nested brackets
             content = BadRecord(f"not valid JSON ({error})")
         except BadRecord as error:
             content = error
@@ -237,7 +263,8 @@ def _json_lines(file: BinaryIO, source: int, size: int) -> Iterator[Entry]:
 
 
 def _json_list(data: bytes, source: int, name: str) -> Iterator[Entry]:
-    """The items one at a time: the whole list as Python objects would take several times the file's size."""
+    """The items of a JSON list, parsed one at a time: `json.loads` of the complete list would need several times the
+    file's size in memory, and would not give the line of each item."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -255,7 +282,7 @@ def _json_list(data: bytes, source: int, name: str) -> Iterator[Entry]:
         place = f"{name}:{line + text.count(chr(10), counted, at)}"
         return InputError(
             f"{place}: not valid JSON ({reason} at column {at - text.rfind(chr(10), 0, at)}, in or after item {item}); "
-            "a list cannot be read on from there: mend it, or write one object a line"
+            "the rest of the list cannot be read: fix it, or write one object per line"
         )
 
     position = skip(skip(0) + 1)
@@ -286,7 +313,7 @@ def _json_list(data: bytes, source: int, name: str) -> Iterator[Entry]:
 
 
 class _Parser:
-    """JSON that notes a key given twice, of which Python's parser would silently take the last."""
+    """Python's JSON decoder, with a hook that notes keys given twice: the decoder alone silently takes the last."""
 
     def __init__(self):
         self._duplicate: str | None = None
@@ -300,7 +327,7 @@ class _Parser:
         return made
 
     def parse(self, text: str) -> tuple[Any, str | None]:
-        """The value, and a key that one of its objects has twice."""
+        """The value, and a key that one of its objects has twice, or None."""
         self._duplicate = None
         return self._decoder.decode(text), self._duplicate
 
@@ -319,7 +346,7 @@ def _entries(place: Place, content: Conversation | str | BadRecord | None, read:
 
 
 def _content(record: Any, duplicate: str | None) -> Conversation | str | None:
-    """What a record holds; raises `BadRecord`."""
+    """The content of a parsed record; raises `BadRecord`."""
     if duplicate is not None:
         raise BadRecord(f'the key "{duplicate}" is there twice')
     if isinstance(record, dict):

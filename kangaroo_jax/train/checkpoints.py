@@ -1,7 +1,7 @@
-"""The checkpoints of a training run: written whole or not at all, and taken only where they are as they were written.
+"""The checkpoints of a training run: written completely or not at all, and verified before they are used.
 
-Neither Orbax's arrays nor JSON have checksums, so that a bit that has changed on disk would be trained on. The item
-`position` has them: one for each array, and one for the two JSON items.
+Neither Orbax's arrays nor its JSON items have checksums, so a bit that flipped on disk would go unnoticed. The item
+`position` holds checksums: one for each array, and one for the two JSON items.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import pathlib
 import shutil
 import time
@@ -21,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
@@ -32,15 +30,15 @@ from kangaroo_jax.errors import MachineError
 
 Arrays = dict[str, Any]  # dotted path -> array of 4-byte numbers
 
-_NONE = -1  # in place of a step
+_NONE = -1  # instead of a step: there is no checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """A checkpoint, read.
+    """A checkpoint's contents.
 
     Attributes:
-      folder: where it is.
+      folder: the checkpoint's folder.
       step: steps done.
       metadata: its `metadata` item.
       parameters: of the adapter.
@@ -58,16 +56,16 @@ class Saved:
 
 @contextlib.contextmanager
 def opened(output: pathlib.Path, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """Orbax's manager of a run's folder, which ends with the last checkpoint written. It keeps the newest `keep`
-    checkpoints, and the best: the one with the highest held-out expected acceptance. What an earlier run left
-    half-written is removed.
+    """Orbax's manager of a run's folder; on exit it waits until the last checkpoint is written. It keeps the newest
+    `keep` checkpoints and the best: the one with the highest held-out expected acceptance. Checkpoints that an earlier
+    process left half-written are removed.
 
     Raises:
       MachineError: at the end, where the last checkpoint cannot be written.
     """
 
     def acceptance(metrics: dict[str, float]) -> float:
-        return metrics.get(adapter_checkpoint.BEST_BY, -1.0)  # one saved at SIGTERM is not evaluated
+        return metrics.get(adapter_checkpoint.BEST_BY, -1.0)  # missing in one saved at SIGTERM, without evaluation
 
     options = ocp.CheckpointManagerOptions(
         preservation_policy=AnyPreservationPolicy([LatestN(keep), BestN(get_metric_fn=acceptance, n=1)]),
@@ -75,9 +73,6 @@ def opened(output: pathlib.Path, keep: int) -> Iterator[ocp.CheckpointManager]:
         cleanup_tmp_directories=True,
     )
     manager = ocp.CheckpointManager(output, options=options, item_handlers=adapter_checkpoint.item_handlers())
-    loggers = [absl_logging.get_absl_logger(), logging.getLogger("asyncio")]
-    for logger in loggers:
-        logger.addFilter(_not_of_saving)
     try:
         yield manager
     finally:
@@ -85,14 +80,13 @@ def opened(output: pathlib.Path, keep: int) -> Iterator[ocp.CheckpointManager]:
             with _writing(output):
                 manager.close()
         finally:
-            for logger in loggers:
-                logger.removeFilter(_not_of_saving)
             if jax.process_index() == 0:
                 _remove_unfinished(output)
 
 
 def _remove_unfinished(output: pathlib.Path) -> None:
-    """What is left of a checkpoint that could not be written. TensorStore's threads may still be at it for a while."""
+    """Removes what is left of a checkpoint that could not be written. Repeats, because TensorStore's threads may go on
+    writing for a moment."""
     for _ in range(20):
         left = list(output.glob("*.orbax-checkpoint-tmp*"))
         if not left:
@@ -100,11 +94,6 @@ def _remove_unfinished(output: pathlib.Path) -> None:
         for folder in left:
             shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.1)
-
-
-def _not_of_saving(record: logging.LogRecord) -> bool:
-    """Orbax's threads and tasks that cannot write each log a traceback. They raise as well, which becomes one line."""
-    return record.levelname != "ERROR" or not ("orbax" in record.pathname or record.name == "asyncio")
 
 
 def save(
@@ -115,14 +104,14 @@ def save(
     metadata: dict[str, Any],
     input_state: Any,
 ) -> None:
-    """Starts to write a checkpoint; it is finished in the background. The arrays must not be donated until then.
+    """Starts to write a checkpoint, which a background thread finishes. Until then the arrays must not be donated.
 
     Args:
       manager: of `opened`.
       step: steps done, its name.
       parameters: of the adapter.
       optimizer: the optimizer's state.
-      metadata: the `metadata` item, with what was measured at this step (or None) as its `training.held_out`.
+      metadata: the `metadata` item; its `training.held_out` are the held-out metrics at this step, or None.
       input_state: of the batches' iterator.
 
     Raises:
@@ -130,7 +119,7 @@ def save(
     """
     output = pathlib.Path(manager.directory)
     size = sum(x.nbytes for x in (*parameters.values(), *optimizer.values()))
-    # Beforehand, where it can be known: a disk that fills up while Orbax writes ends in messages of many threads.
+    # Checked before writing where possible: when a disk fills up while Orbax writes, several threads log tracebacks.
     if jax.process_index() == 0 and (free := shutil.disk_usage(output).free) < size:
         raise _not_written(output, f"it takes {size / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free")
     position = {"step": step, "input": input_state}
@@ -156,18 +145,18 @@ def newest(
     optimizer: dict[str, Any],
     check: Callable[[dict[str, Any], pathlib.Path], None],
 ) -> Saved | None:
-    """The newest checkpoint of a run that is whole; None where there is none. Damaged ones are reported and set aside,
-    under another name. Several processes take the same one: what is damaged to one of them is so to all.
+    """The newest undamaged checkpoint of a run; None if there is no checkpoint. Damaged ones are reported and renamed.
+    Several processes take the same one: a checkpoint that one of them finds damaged is damaged for all.
 
     Args:
       output: the run's folder.
       parameters: path -> anything with a shape, of the adapter.
       optimizer: the same for the optimizer's state.
-      check: raises for the metadata of a checkpoint that is not to be gone on with.
+      check: takes a checkpoint's metadata and folder, and raises `InputError` if the run must not continue from it.
 
     Raises:
-      InputError: what `check` raises, or for parameters of other shapes.
-      MachineError: for a damaged checkpoint that cannot be set aside.
+      InputError: by `check`, or for parameters of other shapes.
+      MachineError: for a damaged checkpoint that cannot be renamed.
     """
     while True:
         folder = adapter_checkpoint.newest_step(output)
@@ -192,7 +181,7 @@ def newest(
 
 @contextlib.contextmanager
 def _writing(output: pathlib.Path) -> Iterator[None]:
-    """Around what writes a checkpoint or waits for one: a failure is one line, and leaves the finished ones alone."""
+    """Turns any failure to write a checkpoint into a `MachineError`. Finished checkpoints are not touched."""
     try:
         yield
     except Exception as error:  # of many kinds, from Orbax, TensorStore and the system
@@ -215,7 +204,7 @@ def _read(
 ) -> Saved:
     metadata = adapter_checkpoint.read_json(folder, "metadata")
     position = adapter_checkpoint.read_json(folder, "position")
-    # Before anything is made of what they say.
+    # Verified before any of their values is used.
     if not isinstance(position, dict) or position.pop("digest", None) != _digest(metadata, position):
         raise DamagedError(f"{folder}: damaged (metadata and position are not as they were written)")
     adapter_checkpoint.check_format(metadata, folder)
@@ -244,8 +233,8 @@ def _checksums(arrays: dict[str, Arrays]) -> dict[str, Arrays]:
 
 
 def _checksum(x: Array) -> UInt32[Array, ""]:
-    """Sum of the array's words, each times an odd number of its own, modulo 2**32: any one word that has changed
-    changes it. In whole numbers, so that it does not depend on how the array is split over devices."""
+    """Sum of the array's 32-bit words, each times an odd number that depends on its place, modulo 2**32: a change of
+    any one word changes it. Integer arithmetic, so the sum does not depend on how the array is split over devices."""
     words = jax.lax.bitcast_convert_type(x, jnp.uint32)
     places, size = jnp.zeros(x.shape, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):

@@ -1,7 +1,7 @@
 """Training an adapter, from a configuration to the checkpoints of a run.
 
-A run folder holds numbered checkpoints (see checkpoint/adapter.py) and TensorBoard events. Running the same
-configuration again goes on from the newest checkpoint that is whole, with the same results as if it had never stopped.
+A run folder holds numbered checkpoints (see checkpoint/adapter.py) and TensorBoard events. Training with the same
+configuration again continues from the newest undamaged checkpoint, with the same results as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import tensorboardX
 from jax.sharding import Mesh
@@ -26,10 +25,10 @@ from tqdm import tqdm
 from kangaroo_jax import profiling
 from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
 from kangaroo_jax.checkpoint.target import Target, load_target
+from kangaroo_jax.config import TrainConfig
 from kangaroo_jax.data.cache import cache_folder
 from kangaroo_jax.data.input import (
     Batch,
-    DataConfig,
     Rows,
     check_files,
     device_part,
@@ -40,55 +39,52 @@ from kangaroo_jax.data.input import (
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.train import checkpoints, preemption
-from kangaroo_jax.train.settings import check_config, check_context, check_same_run, make_mesh
+from kangaroo_jax.train.settings import check_context, check_same_run, check_target_folder, flat, make_mesh
 from kangaroo_jax.train.step import abstract_state, compiled, initial_parameters, make_optimizer
 from kangaroo_jax.train.teacher import TeacherCache
 
-# Steps that --profile traces, counted from where the run starts: the first compiles.
+# Steps that `profile` traces, counted from the first of this process, which compiles.
 _PROFILED = range(2, 5)
 
 
-def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict[str, float] | None:
-    """Trains an adapter, or goes on with a run that was interrupted.
+def train(config: TrainConfig, profile: str | None = None) -> dict[str, float] | None:
+    """Trains an adapter, or continues a run that was interrupted.
 
     Args:
-      config: see configs/demo.py for its keys.
+      config: of the run.
       profile: folder for a trace of a few steps.
 
     Returns:
-      The held-out `loss` (nats), `expected_acceptance` and `top1_agreement` at the last step. None where SIGTERM came
-      before it: the run was saved and goes on with the next call.
+      The held-out `loss` (nats), `expected_acceptance` and `top1_agreement` at the last step. None if SIGTERM came
+      before the last step: the run was saved, and the next call continues it.
 
     Raises:
-      InputError: for a setting, target or text that is wrong, an output folder that holds a run with other settings,
-        or a loss that is no longer finite. Nothing is written before all of the input has been read.
+      InputError: for a wrong setting, target or text, an output folder that holds a run with other settings, or a loss
+        that is no longer finite. Nothing is written to `output` before all of the input has been read.
+      MachineError: for a checkpoint that cannot be written.
     """
-    settings = check_config(config)
-    data = DataConfig(
-        **{name.removeprefix("data."): value for name, value in settings.items() if name.startswith("data.")}
-    )
-    check_files(data)
-    mesh = make_mesh(settings)
-    target = load_target(settings["target"], settings["dtype"], mesh)
-    adapter_checkpoint.check_exit_layer(settings["exit_layer"], target.config)
-    check_context(settings, target.config, target.name)
-    output = pathlib.Path(settings["output"]).expanduser().resolve()
-    run = _Run(settings, target)
+    # Before the data files are looked for, so that the first of two mistakes is the first to be named.
+    check_target_folder(config)
+    check_files(config.data)
+    mesh = make_mesh(config)
+    target = load_target(config.target, config.dtype, mesh)
+    adapter_checkpoint.check_exit_layer(config.exit_layer, target.config)
+    check_context(config, target.config, target.name)
+    output = pathlib.Path(config.output).expanduser().resolve()
+    run = _Run(config, target)
 
     def check(metadata: dict[str, Any], folder: pathlib.Path) -> None:
         adapter_checkpoint.check_target(metadata, target, folder)
-        check_same_run(settings, metadata["training"]["settings"], folder)
+        check_same_run(config, metadata["training"]["settings"], folder)
 
     saved = checkpoints.newest(output, run.parameters, run.named_state(), check)
-    if saved is not None and saved.step >= settings["steps"]:
+    if saved is not None and saved.step >= config.steps:
         held_out = saved.metadata["training"]["held_out"]
         _say(f"{output}: complete, {saved.step} steps" + (f"; {_describe(held_out)}" if held_out else ""))
         return held_out
 
-    process = _process(settings["batch_size"], mesh)
-    rows, held_out = load_rows(
-        data, target, settings["sequence_length"], settings["seed"], quiet=jax.process_index() > 0
-    )
+    process = _process(config.batch_size, mesh)
+    rows, held_out = load_rows(config.data, target, config.sequence_length, config.seed, quiet=jax.process_index() > 0)
     if saved is not None and saved.metadata["training"]["data_fingerprint"] != rows.fingerprint:
         raise InputError(
             f"{saved.folder}: trained on other data; expected data with fingerprint {rows.fingerprint}, found "
@@ -98,12 +94,12 @@ def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict
         _say(f"{target.mesh.size} devices: " + ", ".join(f"{axis} {size}" for axis, size in target.mesh.shape.items()))
         for note in sharding.undivided(adapter_checkpoint.named_leaves(target.model), target.mesh):
             _say(f"note: {note}")
-    batches = training_batches(rows, settings["batch_size"], settings["seed"], **process)
-    evaluation = evaluation_batches(held_out, settings["batch_size"], settings["evaluation_windows"], **process)
-    if settings["teacher"] == "cached":
-        teacher = TeacherCache(rows, target, cache_folder(data.cache))
-        teacher.make(target, settings, quiet=jax.process_index() > 0)
-        batches = training_batches(rows, settings["batch_size"], settings["seed"], **process, extend=teacher.extend)
+    batches = training_batches(rows, config.batch_size, config.seed, **process)
+    evaluation = evaluation_batches(held_out, config.batch_size, config.evaluation_windows, **process)
+    if config.teacher == "cached":
+        teacher = TeacherCache(rows, target, cache_folder(config.data.cache))
+        teacher.make(target, config, quiet=jax.process_index() > 0)
+        batches = training_batches(rows, config.batch_size, config.seed, **process, extend=teacher.extend)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -115,8 +111,9 @@ def train(config: ml_collections.ConfigDict, profile: str | None = None) -> dict
 
 
 def _process(batch_size: int, mesh: Mesh) -> dict[str, int]:
-    """Which part of each batch this process reads. All of it, where the mesh gives processes other rows than one run
-    of them each (a model axis over several processes shares rows between them)."""
+    """Which part of each batch this process reads, as arguments of `training_batches`: one range of rows, or the
+    complete batch if this process's devices hold other rows than that (with a model axis across processes, several
+    processes hold the same rows)."""
     index, count = jax.process_index(), jax.process_count()
     rows = np.arange(batch_size).reshape(count, -1)[index] if batch_size % count == 0 else []
     if not np.array_equal(sharding.rows_here(batch_size, mesh), rows):
@@ -125,17 +122,17 @@ def _process(batch_size: int, mesh: Mesh) -> dict[str, int]:
 
 
 class _Run:
-    """A run in memory: what is trained, where it stands, and how it goes on."""
+    """A run in memory: its parameters, optimizer state, step count and compiled programs."""
 
-    def __init__(self, settings: dict[str, Any], target: Target):
-        self.settings, self.target = settings, target
-        self.optimizer = make_optimizer(settings)
+    def __init__(self, config: TrainConfig, target: Target):
+        self.config, self.target = config, target
+        self.optimizer = make_optimizer(config)
         self.step = 0
         self._where = jax.tree.map(lambda x: x.sharding, abstract_state(self.optimizer, target.config, target.mesh))
         start = jax.jit(initial_parameters, static_argnums=(1, 2), out_shardings=self._where[0])
-        self.parameters = start(target.model, *(settings[name] for name in ("exit_layer", "initialization", "seed")))
+        self.parameters = start(target.model, config.exit_layer, config.initialization, config.seed)
         self.state = jax.jit(self.optimizer.init, out_shardings=self._where[1])(self.parameters)
-        self._train_step, self._evaluate_batch = compiled(self.optimizer, target.config, settings, target.mesh)
+        self._train_step, self._evaluate_batch = compiled(self.optimizer, target.config, config, target.mesh)
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
     def named_state(self) -> dict[str, Array]:
@@ -143,11 +140,11 @@ class _Run:
         return adapter_checkpoint.named_leaves(self.state)
 
     def restore(self, saved: checkpoints.Saved) -> None:
-        """Takes over a checkpoint of the run."""
+        """Sets parameters, optimizer state and step to those of a checkpoint."""
         parameters = sharding.put(saved.parameters, self._where[0])
         state = [saved.optimizer[path] for path in self.named_state()]
         state = sharding.put(jax.tree.unflatten(jax.tree.structure(self.state), state), self._where[1])
-        # Copies: what is donated must be JAX's own, not the reader's.
+        # Copies, because the step donates them: JAX must own the memory, not the checkpoint's reader.
         self.parameters, self.state = self._copy((parameters, state))
         self.step = saved.step
 
@@ -159,10 +156,10 @@ class _Run:
         output: pathlib.Path,
         profile: str | None,
     ) -> dict[str, float] | None:
-        """Trains to the last step, or until SIGTERM. `batches` stands where the run does."""
-        settings, steps = self.settings, self.settings["steps"]
-        training = {"settings": settings, "data_fingerprint": rows.fingerprint}
-        # Of several processes, the first alone reports.
+        """Trains to the last step, or until SIGTERM. `batches` continues at the run's step."""
+        config, steps = self.config, self.config.steps
+        training = {"settings": flat(config), "data_fingerprint": rows.fingerprint}
+        # Of several processes, only the first reports.
         main = jax.process_index() == 0
         if self.step:
             _say(f"{output}: going on from step {self.step}")
@@ -172,7 +169,7 @@ class _Run:
             total=steps, initial=self.step, unit="step", mininterval=interval, dynamic_ncols=True, disable=not main
         )
         with contextlib.ExitStack() as stack:
-            manager = stack.enter_context(checkpoints.opened(output, settings["keep_checkpoints"]))
+            manager = stack.enter_context(checkpoints.opened(output, config.keep_checkpoints))
             writer = tensorboardX.SummaryWriter(str(output), purge_step=self.step + 1, write_to_disk=main)
             stack.enter_context(writer)
             stack.enter_context(bar)
@@ -197,10 +194,10 @@ class _Run:
                     jax.block_until_ready(metrics)
                     tracing.close()
                 stops = preempted(self.step) and self.step < steps
-                saves = stops or self.step % settings["save_every"] == 0 or self.step == steps
-                # A checkpoint records its own held-out figures, unless time is short.
-                evaluates = not stops and (saves or self.step % settings["evaluate_every"] == 0)
-                if self.step % settings["log_every"] == 0 or saves or evaluates:
+                saves = stops or self.step % config.save_every == 0 or self.step == steps
+                # Every checkpoint has held-out metrics, unless SIGTERM leaves no time for them.
+                evaluates = not stops and (saves or self.step % config.evaluate_every == 0)
+                if self.step % config.log_every == 0 or saves or evaluates:
                     means = self._means(pending, rows)
                     means["tokens_per_second"] = means.pop("tokens") / (time.monotonic() - since)
                     for name, value in means.items():
@@ -223,10 +220,11 @@ class _Run:
         return held_out
 
     def _put(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
-        return sharding.put_batch(device_part(batch), self.settings["batch_size"], self.target.mesh)
+        return sharding.put_batch(device_part(batch), self.config.batch_size, self.target.mesh)
 
     def _means(self, pending: list[tuple[np.ndarray, dict[str, Array]]], rows: Rows) -> dict[str, float]:
-        """Means over the steps since the last report, whose metrics are fetched here, and all of their `tokens`."""
+        """Means of the metrics over the steps since the last report, and the sum of their `tokens`. Waits for the
+        steps. Raises `InputError` where a loss or gradient is not finite."""
         fetched = jax.device_get([metrics for _, metrics in pending])
         for i, (metrics, (row_ids, _)) in enumerate(zip(fetched, pending, strict=True)):
             if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["gradient_norm"]):
@@ -256,14 +254,14 @@ class _Run:
         return held_out
 
     def _save(self, manager: Any, training: dict[str, Any], input_state: Any) -> None:
-        # Written in the background; the next steps overwrite what they donate, so it gets copies.
+        # Copies, because a background thread writes them while the next steps donate the originals.
         parameters, state = self._copy((self.parameters, self.named_state()))
-        metadata = adapter_checkpoint.adapter_metadata(parameters, self.target, self.settings["exit_layer"], training)
+        metadata = adapter_checkpoint.adapter_metadata(parameters, self.target, self.config.exit_layer, training)
         checkpoints.save(manager, self.step, parameters, state, metadata, input_state)
 
 
 def _say(message: str) -> None:
-    """For the user; of several processes, the first alone speaks."""
+    """Prints a line; of several processes, only the first does."""
     if jax.process_index() == 0:
         print(message)
 

@@ -1,8 +1,8 @@
-"""What the adapter learns: the target's next-token distribution, from the shallow hidden states (paper, section 3.1).
+"""The training objective: the adapter learns the target's next-token distribution (paper, section 3.1).
 
 Teacher and draft model are compared at the same position, so there are no shifted labels. Logits exist for one chunk
-of positions at a time, and the loss's gradient for the chunk's hidden states is taken while they do: the backward pass
-does not make them anew.
+of positions at a time. The forward pass computes the gradient for a chunk's hidden states together with its logits, so
+the backward pass does not compute the logits again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_
 
 Sums = dict[str, Float[Array, ""]]
 
-# What training lowers at a position, from the values of `chunk_sums` there.
+# The loss at a position, from the other values of `chunk_sums` there. TrainConfig.loss names one.
 LOSSES = {
     "cross_entropy": lambda values: values["loss"],
     "total_variation": lambda values: 1 - values["expected_acceptance"],
@@ -39,9 +39,9 @@ def chunk_sums(
     """Sums over the positions of one chunk, each weighted by `mask`, and the objective's gradient for `draft`.
 
     Args:
-      target: its LM head makes both sets of logits.
+      target: the target; its LM head makes both sets of logits.
       teacher: the target's normed hidden states.
-      draft: the adapter's.
+      draft: the adapter's output.
       mask: weight of each position in the loss; 0 leaves it out.
       loss: a name in `LOSSES`.
 
@@ -82,12 +82,12 @@ def distillation(
     """Mean loss and metrics over the masked positions, `chunk` positions of each sequence at a time. Only the loss has
     a gradient, and only for `draft`.
 
-    Arguments as for `chunk_sums`; `chunk` need not divide the sequence length, and sets memory alone: at most
-    [batch, chunk, vocabulary] logits exist at once, of teacher and draft each.
+    Arguments as for `chunk_sums`. `chunk` need not divide the sequence length and affects memory only: at most
+    [batch, chunk, vocabulary] logits of teacher and draft each exist at once.
 
     Returns:
-      The mean of the loss of that name, and the means of `loss` (cross entropy, whatever is trained on),
-      `expected_acceptance` and `top1_agreement` with `positions`, the total weight they are over.
+      The mean of the loss of that name; and the means of `loss` (always the cross entropy), `expected_acceptance` and
+      `top1_agreement`, with `positions`, the sum of the weights.
     """
     sums = _sums(min(chunk, draft.shape[1]), loss, target, teacher, draft, mask.astype(jnp.float32))
     positions = sums.pop("positions")
@@ -123,7 +123,7 @@ _sums.defvjp(_sums_forward, _sums_backward)
 def _over_chunks(
     chunk: int, function: Callable[[Array, Array, Array], tuple[Sums, Any]], *inputs: Shaped[Array, "batch time ..."]
 ) -> tuple[Sums, Any]:
-    """Calls `function` on the inputs' chunks one after the other; adds up its sums and stacks its other results."""
+    """Calls `function` on one chunk of the inputs after the other; adds up its sums and stacks its other results."""
     batch, time = inputs[0].shape[:2]
     count = -(-time // chunk)
 
@@ -136,7 +136,7 @@ def _over_chunks(
         return jax.tree.map(jnp.add, sums, of_chunk), other
 
     zeros = dict.fromkeys(("loss", "expected_acceptance", "top1_agreement", "positions", "objective"), jnp.float32(0))
-    # The batch axis stays whole, so that it can be sharded.
+    # Chunks along time, not along the batch: the batch axis is sharded.
     return jax.lax.scan(add, zeros, tuple(map(split, inputs)))
 
 
@@ -159,10 +159,10 @@ def adapter_loss(
     chunk: int,
     loss: str = "cross_entropy",
 ) -> tuple[Float[Array, ""], Sums]:
-    """The training objective, with the frozen target as teacher: in the same pass, or in an earlier one.
+    """The training objective, with the frozen target as teacher.
 
     Args:
-      adapter: the only argument to differentiate. Its weights may be float32 masters; they are cast to the
+      adapter: the only argument to differentiate. Its weights may be float32 master weights; they are cast to the
         target's dtype here.
       target: the frozen target.
       tokens: token ids, several examples packed into a row.
@@ -170,7 +170,7 @@ def adapter_loss(
       segment_ids: which example of its row each position belongs to; examples do not see each other.
       positions: of each token in its example.
       teacher: the target's normed hidden states where `loss_mask` is not 0, anything finite elsewhere; None to compute
-        them here, by the deep layers.
+        them here with the deep layers.
       exit_layer: number of shallow layers, static.
       chunk: positions of each sequence whose logits exist at once, static.
       loss: a name in `LOSSES`, static.

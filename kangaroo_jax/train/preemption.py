@@ -1,4 +1,4 @@
-"""SIGTERM, by which machines that are taken away say so."""
+"""Handles SIGTERM, which preempted machines receive."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from jax.experimental import multihost_utils
 
 @contextlib.contextmanager
 def notice() -> Iterator[Callable[[int], bool]]:
-    """While it is open, SIGTERM does not end the process.
+    """A context in which SIGTERM does not end the process.
 
     Yields:
-      Whether to save and stop after a step, to be asked after every one. Of several processes, all are told so after
-      the same step, whichever of them got the signal.
+      A function of the step number, to be called after every step: whether to save and stop now. Several processes
+      all stop after the same step, whichever of them received the signal.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point  # JAX caught the signal from the start
+        yield multihost_utils.reached_preemption_sync_point  # JAX has handled the signal since distributed.initialize
         return
     received: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))

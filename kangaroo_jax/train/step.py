@@ -1,4 +1,4 @@
-"""The training step: what it starts from, its optimizer, and the jitted programs."""
+"""The training step: initial parameters, optimizer, and the jitted programs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
 from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
+from kangaroo_jax.config import TrainConfig
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import abstract_adapter
@@ -20,28 +21,26 @@ from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel
 from kangaroo_jax.train.objective import adapter_loss
 
-INITIALIZATIONS = ("layer", "zero_output", "random")
-
 Parameters = dict[str, Array]  # dotted path -> float32 array
 
 
-def make_optimizer(settings: dict[str, Any]) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm, with linear warm-up and then a constant or cosine rate.
 
     Norm weights are not decayed. Betas, warm-up and clipping as in the authors' code.
     """
-    rate, warmup = settings["optimizer.learning_rate"], settings["optimizer.warmup_steps"]
-    if settings["optimizer.schedule"] == "cosine":
-        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, settings["steps"])
+    rate, warmup = config.optimizer.learning_rate, config.optimizer.warmup_steps
+    if config.optimizer.schedule == "cosine":
+        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, config.steps)
     else:
         schedule = optax.warmup_constant_schedule(0.0, rate, warmup)
     return optax.chain(
-        optax.clip_by_global_norm(settings["optimizer.clip_norm"]),
+        optax.clip_by_global_norm(config.optimizer.clip_norm),
         optax.adamw(
             schedule,
             b1=0.9,
             b2=0.95,
-            weight_decay=settings["optimizer.weight_decay"],
+            weight_decay=config.optimizer.weight_decay,
             mask=lambda parameters: {path: x.ndim > 1 for path, x in parameters.items()},
         ),
     )
@@ -53,11 +52,11 @@ def initial_parameters(target: TargetModel, exit_layer: int, initialization: str
     Args:
       target: the frozen target.
       exit_layer: number of shallow layers.
-      initialization: one of `INITIALIZATIONS`. "layer": the attention and input norm of the target's layer
-        `exit_layer`, the first that the adapter stands in for, and the target's final norm. "zero_output": the same
-        final norm over an attention that adds nothing at first (its output projection is zero), random before that.
-        "random": matrices from a normal distribution of the target's usual deviation, 0.02; norms of one.
-      seed: of what is random.
+      initialization: "layer": the attention and input norm of the target's layer
+        `exit_layer`, the first that the adapter replaces, and the target's final norm. "zero_output": random attention
+        whose output projection is zero, so that it adds nothing at first, and the target's final norm. "random":
+        matrices from a normal distribution of deviation 0.02, as usual for such targets; norms of one.
+      seed: for random parameters.
     """
     layer = target.layers[exit_layer]
     parts = {
@@ -65,7 +64,7 @@ def initial_parameters(target: TargetModel, exit_layer: int, initialization: str
         "layers.0.self_attn": layer.self_attn,
         "norm": target.norm,
     }
-    # Copies: the training step donates its parameters, and must not take the target's with them.
+    # Copies, because the training step donates its parameters and must not donate the target's weights.
     copied = {
         f"{prefix}.{path}": jnp.array(x, jnp.float32, copy=True)
         for prefix, module in parts.items()
@@ -88,7 +87,7 @@ def initial_parameters(target: TargetModel, exit_layer: int, initialization: str
 
 
 def abstract_state(
-    optimizer: optax.GradientTransformation, config: ModelConfig, mesh: Mesh
+    optimizer: optax.GradientTransformation, shape: ModelConfig, mesh: Mesh
 ) -> tuple[Parameters, optax.OptState]:
     """Shapes and shardings of the parameters and of the optimizer's state."""
 
@@ -98,32 +97,32 @@ def abstract_state(
         structs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[path]) for path, x in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(tree), structs)
 
-    parameters = adapter_checkpoint.named_leaves(abstract_adapter(config, jnp.float32))
+    parameters = adapter_checkpoint.named_leaves(abstract_adapter(shape, jnp.float32))
     parameters = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in parameters.items()}
     return placed(parameters), placed(jax.eval_shape(optimizer.init, parameters))
 
 
-def abstract_batch(settings: dict[str, Any], config: ModelConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(config: TrainConfig, shape: ModelConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of a training batch."""
-    shape = (settings["batch_size"], settings["sequence_length"])
+    rows = (config.batch_size, config.sequence_length)
     kinds = {"tokens": jnp.int32, "loss_mask": jnp.float32, "segment_ids": jnp.int32, "positions": jnp.int32}
     where = NamedSharding(mesh, sharding.BATCH)
-    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=where) for name, kind in kinds.items()}
-    if settings["teacher"] == "cached":
-        batch["teacher"] = jax.ShapeDtypeStruct((*shape, config.hidden_size), jnp.bfloat16, sharding=where)
+    batch = {name: jax.ShapeDtypeStruct(rows, kind, sharding=where) for name, kind in kinds.items()}
+    if config.teacher == "cached":
+        batch["teacher"] = jax.ShapeDtypeStruct((*rows, shape.hidden_size), jnp.bfloat16, sharding=where)
     return batch
 
 
 def compiled(
-    optimizer: optax.GradientTransformation, config: ModelConfig, settings: dict[str, Any], mesh: Mesh
+    optimizer: optax.GradientTransformation, shape: ModelConfig, config: TrainConfig, mesh: Mesh
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The training step and the evaluation of a batch, jitted. The target is an argument of both, not a constant in
-    them. A batch with the teacher's hidden states (`teacher`) is spared the deep layers. The gradients' sum over data
-    and fsdp follows from the batch being split over both."""
-    where = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, config, mesh))
+    them. A batch that has the teacher's hidden states (`teacher`) does not run the deep layers. XLA sums the gradients
+    over data and fsdp, because the batch is split over both."""
+    where = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, shape, mesh))
 
     def loss(parameters: Parameters, model: TargetModel, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        adapter = adapter_checkpoint.adapter_from_parameters(config, parameters)
+        adapter = adapter_checkpoint.adapter_from_parameters(shape, parameters)
         return adapter_loss(
             sharding.gathered(adapter, parameter_paths(adapter), mesh),
             sharding.gathered(model, parameter_paths(model), mesh),
@@ -132,9 +131,9 @@ def compiled(
             batch["segment_ids"],
             batch["positions"],
             batch.get("teacher"),
-            exit_layer=settings["exit_layer"],
-            chunk=settings["loss_chunk"],
-            loss=settings["loss"],
+            exit_layer=config.exit_layer,
+            chunk=config.loss_chunk,
+            loss=config.loss,
         )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*where, None))

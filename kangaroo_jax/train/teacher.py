@@ -1,9 +1,9 @@
-"""A teacher computed once: the target's last hidden states on disk, for runs that see their data several times.
+"""The cached teacher: the target's last hidden states on disk, for runs that see their data several times.
 
-The states are those that the LM head takes (after the final norm), in bfloat16, at the positions that count in the
-loss. They follow from the target and the rows alone, so that runs with other exit layers, learning rates or adapters
-share them. Their folder, named after what they follow from, holds parts: ArrayRecord files of consecutive rows, one
-record a row. A part gets its name when it is complete, and a run that was killed goes on with those that are missing.
+The states are the LM head's inputs (after the final norm), in bfloat16, at the positions that count in the loss. They
+depend on the target and the rows alone, so runs with other exit layers, learning rates or adapters share them. The
+cache's folder is named after a hash of both. It holds parts: ArrayRecord files of consecutive rows, one record per row.
+A part gets its final name when it is complete; after a kill, the next run computes the missing parts only.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from kangaroo_jax import resumable
 from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.config import TrainConfig
 from kangaroo_jax.data.cache import locked, to_disk
 from kangaroo_jax.data.input import Batch, Rows, device_part
 from kangaroo_jax.errors import InputError
@@ -42,9 +43,9 @@ from kangaroo_jax.train.objective import segment_mask
 
 _VERSION = 1
 _ITEM = np.dtype(ml_dtypes.bfloat16)
-_PART_BYTES = 64 << 20  # about; what a kill costs each process
-_MOST_PARTS = 256  # all are open while a run trains, and a process may have 1024 files
-_MARGIN = 1 << 30  # to leave free: checkpoints, TensorBoard's events, the file format's own bytes
+_PART_BYTES = 64 << 20  # approximate size of a part; a kill loses at most one part per process
+_MAX_PARTS = 256  # all are open during training, and a process may usually open 1024 files
+_MARGIN = 1 << 30  # bytes to leave free for checkpoints, TensorBoard events and the file format's overhead
 _LABEL = "about.json"
 
 
@@ -53,8 +54,8 @@ class TeacherCache:
 
     Args:
       rows: the training rows.
-      target: whose states they are.
-      folder: holds the caches of all data; of several processes, one that all of them share.
+      target: the target whose states are cached.
+      folder: holds the caches of all data. Several processes must share it.
     """
 
     def __init__(self, rows: Rows, target: Target, folder: pathlib.Path):
@@ -74,21 +75,21 @@ class TeacherCache:
                 break
         self._about["target's name"] = target.name
         row_bytes = rows.sequence_length * self._width * _ITEM.itemsize
-        self._part_rows = max(1, _PART_BYTES // row_bytes, -(-len(rows) // _MOST_PARTS))
+        self._part_rows = max(1, _PART_BYTES // row_bytes, -(-len(rows) // _MAX_PARTS))
         self._readers: dict[int, ArrayRecordReader] = {}
 
-    def make(self, target: Target, settings: dict[str, Any], quiet: bool = False) -> None:
-        """Computes and writes the parts that are missing, and opens all. All processes of a run call this together:
-        each writes parts of its own.
+    def make(self, target: Target, config: TrainConfig, quiet: bool = False) -> None:
+        """Computes and writes the missing parts, and opens all parts. All processes of a run call this together; each
+        writes different parts.
 
         Args:
           target: the target that the cache was made for, on the run's mesh.
-          settings: of the run; `batch_size` rows are computed at a time.
+          config: the run's settings; `batch_size` rows are computed at a time.
           quiet: print nothing and draw no progress.
 
         Raises:
-          InputError: for a disk that has too little room (nothing is written then), a folder that cannot be written,
-            or one that the processes do not share.
+          InputError: for a disk with too little room (before anything is written), a folder that cannot be written, or
+            one that the processes do not share.
         """
         with contextlib.ExitStack() as held:
             missing, fits = self._missing(quiet=True), True
@@ -97,9 +98,9 @@ class TeacherCache:
                 fits = self._needed(missing) + _MARGIN <= self._free()
             missing, fits = _as_first((missing, np.int32(fits)))
             if missing.any():
-                self._say_needed(missing, bool(fits), settings, quiet)
-                self._compute(np.flatnonzero(missing), target, settings, quiet)
-                # A part is there for all when the process that wrote it has come this far.
+                self._say_needed(missing, bool(fits), config, quiet)
+                self._compute(np.flatnonzero(missing), target, config, quiet)
+                # After this, every process sees the parts of all.
                 multihost_utils.sync_global_devices("teacher")
         self._open()
 
@@ -137,18 +138,18 @@ class TeacherCache:
         return range(start, min(start + self._part_rows, len(self._rows)))
 
     def _missing(self, quiet: bool) -> Int[np.ndarray, " parts"]:
-        """1 for each part that is not there, or not whole."""
+        """1 for each part that does not exist or is damaged, else 0."""
         missing = np.ones(-(-len(self._rows) // self._part_rows), np.int32)
         for part in range(len(missing)):
-            whole = _open(self._path(part), len(self._part(part))) is not None
-            if not whole and self._path(part).exists():
+            complete = _open(self._path(part), len(self._part(part))) is not None
+            if not complete and self._path(part).exists():
                 _say(quiet, f"{self._path(part)}: damaged; computing it again")
-            missing[part] = not whole
+            missing[part] = not complete
         return missing
 
     def _claim(self, held: contextlib.ExitStack, quiet: bool) -> Int[np.ndarray, " parts"]:
-        """Waits for other runs that write the cache, and says what is missing after them; other processes of this run
-        wait for the answer."""
+        """Waits for other runs that write the same cache, and returns what is missing after that. Only the first
+        process of this run calls it; the others wait for the result."""
         lock = self.folder.with_name(f"{self.folder.name}.lock")
         with self._writable():
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -158,16 +159,14 @@ class TeacherCache:
         return self._missing(quiet)
 
     def _needed(self, missing: Int[np.ndarray, " parts"]) -> int:
-        """Bytes of the parts that are missing."""
+        """Bytes that the missing parts take."""
         rows = np.repeat(missing, self._part_rows)[: len(self._rows)] > 0
         return int(self._counts[rows].sum()) * self._width * _ITEM.itemsize
 
     def _free(self) -> int:
         return shutil.disk_usage(self.folder.parent).free
 
-    def _say_needed(
-        self, missing: Int[np.ndarray, " parts"], fits: bool, settings: dict[str, Any], quiet: bool
-    ) -> None:
+    def _say_needed(self, missing: Int[np.ndarray, " parts"], fits: bool, config: TrainConfig, quiet: bool) -> None:
         needed, free = self._needed(missing), self._free()
         if not fits:
             raise InputError(
@@ -180,31 +179,31 @@ class TeacherCache:
             f"teacher: {_size(needed)} to compute ({needed} bytes; {_size(free)} are free), "
             f"{missing.sum()} of {len(missing)} parts, into {self.folder}",
         )
-        epochs = settings["steps"] * settings["batch_size"] / len(self._rows)
+        epochs = config.steps * config.batch_size / len(self._rows)
         if epochs <= 1:
-            _say(quiet, f"note: {settings['steps']} steps see {epochs:.0%} of the rows; teacher=online costs less")
+            _say(quiet, f"note: {config.steps} steps see {epochs:.0%} of the rows; teacher=online costs less")
 
-    def _compute(self, todo: np.ndarray, target: Target, settings: dict[str, Any], quiet: bool) -> None:
+    def _compute(self, todo: np.ndarray, target: Target, config: TrainConfig, quiet: bool) -> None:
         """Runs the target over the rows of the parts in `todo`, and writes those of this process."""
-        owners = _owners(settings["batch_size"], target.mesh)
-        here = sharding.rows_here(settings["batch_size"], target.mesh).tolist()
+        owners = _owners(config.batch_size, target.mesh)
+        here = sharding.rows_here(config.batch_size, target.mesh).tolist()
         total = sum(len(self._part(part)) for part in todo)
         with self._writing() as write, _bar(total, quiet) as bar:
-            for rows, counts, states in self._computed(self._schedule(todo, owners), here, target, settings):
+            for rows, counts, states in self._computed(self._schedule(todo, owners), here, target, config):
                 for place, of_row in _local_rows(states):
                     if owners[place] == jax.process_index() and rows[place] >= 0:
                         write(int(rows[place]), of_row[counts[here.index(place)]])
                 bar.update(int((rows >= 0).sum()))
 
     def _computed(
-        self, schedule: Iterator[np.ndarray], here: list[int], target: Target, settings: dict[str, Any]
+        self, schedule: Iterator[np.ndarray], here: list[int], target: Target, config: TrainConfig
     ) -> Iterator[tuple[np.ndarray, np.ndarray, Array]]:
-        """For each batch its rows, which positions of those in the places `here` count, and the states. One batch
-        behind: a batch is written while the device is at the next."""
-        states, before = program(settings, target.mesh), None
+        """For each batch: its rows, which positions count in the rows of this process (`here`), and the states. Yields
+        a batch after the next one is dispatched, so that writing overlaps with computing."""
+        states, before = program(config, target.mesh), None
         for rows in schedule:
             batch = device_part(self._rows.batch(rows[here]))
-            on_devices = sharding.put_batch(batch, settings["batch_size"], target.mesh)
+            on_devices = sharding.put_batch(batch, config.batch_size, target.mesh)
             computed = rows, batch["loss_mask"] > 0, states(target.model, on_devices)
             if before is not None:
                 yield before
@@ -212,7 +211,8 @@ class TeacherCache:
         yield before
 
     def _schedule(self, todo: np.ndarray, owners: Int[np.ndarray, " batch"]) -> Iterator[Int[np.ndarray, " batch"]]:
-        """The rows of each batch, -1 for none. Each process that owns places gets its parts' rows there, in order."""
+        """The rows of each batch; -1 is padding. Each part is assigned to one process, whose places in the batches
+        (`owners`) hold the part's rows in order."""
         writers = np.unique(owners)
         queues = [
             np.concatenate([np.zeros(0, np.int64), *(self._part(part) for part in todo[i :: len(writers)])])
@@ -228,7 +228,7 @@ class TeacherCache:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Callable[[int, np.ndarray], None]]:
-        """A function that writes a row's states; the rows of a part come in order, and are all there are of it."""
+        """Yields a function that writes a row's states. It must be called for all rows of a part, in order."""
         writer, unfinished = None, None
 
         def write(row: int, states: np.ndarray) -> None:
@@ -237,7 +237,7 @@ class TeacherCache:
             with self._writable():
                 if row == self._part(part).start:
                     unfinished = self._path(part).with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
-                    # Not compressed: hidden states hardly are, and every step reads them.
+                    # Uncompressed: hidden states hardly shrink, and every step reads them.
                     writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
                 writer.write(states.tobytes())
                 if row == self._part(part).stop - 1:
@@ -273,10 +273,10 @@ class TeacherCache:
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:
-        """Makes what goes wrong with the folder one line."""
+        """Turns errors of writing to the folder into an `InputError`."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # the second is what ArrayRecord says of a full disk
+        except (OSError, RuntimeError) as error:  # RuntimeError: ArrayRecord's error for a full disk
             reason = getattr(error, "strerror", None) or error
             raise InputError(
                 f"data.cache: {self.folder} cannot be written ({reason}); make room or name another folder: the same "
@@ -284,13 +284,13 @@ class TeacherCache:
             ) from None
 
 
-def program(settings: dict[str, Any], mesh: Mesh) -> Callable[[TargetModel, dict[str, Array]], Array]:
+def program(config: TrainConfig, mesh: Mesh) -> Callable[[TargetModel, dict[str, Array]], Array]:
     """(target, batch) -> the target's normed hidden states [batch, time, hidden] in bfloat16, jitted."""
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, sharding.BATCH))
     def states(model: TargetModel, batch: dict[str, Array]) -> Array:
         model = sharding.gathered(model, parameter_paths(model), mesh)
-        mask, positions, exit_layer = segment_mask(batch["segment_ids"]), batch["positions"], settings["exit_layer"]
+        mask, positions, exit_layer = segment_mask(batch["segment_ids"]), batch["positions"], config.exit_layer
         hidden, _ = shallow_apply(model, batch["tokens"], positions, exit_layer=exit_layer, mask=mask)
         hidden, _ = deep_apply(model, hidden, positions, exit_layer=exit_layer, mask=mask)
         return hidden.astype(jnp.bfloat16)
@@ -308,7 +308,7 @@ def _owners(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " batch"]:
 
 
 def _local_rows(array: Array) -> Iterator[tuple[int, np.ndarray]]:
-    """(index, row) of the rows that this process's devices hold, each once, ascending."""
+    """(index, row) of the rows that this process's devices hold, each once, in ascending order."""
     shards = {shard.index[0].indices(array.shape[0])[0]: shard.data for shard in array.addressable_shards}
     for start in sorted(shards):
         for offset, row in enumerate(np.asarray(shards[start])):
@@ -316,11 +316,11 @@ def _local_rows(array: Array) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _open(path: pathlib.Path, records: int) -> ArrayRecordReader | None:
-    """A reader of a part that holds as many records as it should, or None."""
+    """A reader of a part; None if the file is missing, damaged or does not hold `records` records."""
     if not path.is_file():
         return None
     try:
-        # As ArrayRecord's own data source opens files that are read at random.
+        # The options of ArrayRecord's own data source for random access.
         reader = ArrayRecordReader(str(path), "readahead_buffer_size:0", file_reader_buffer_size=32_768)
         return reader if reader.num_records() == records else None
     except (RuntimeError, ValueError):
@@ -328,7 +328,7 @@ def _open(path: pathlib.Path, records: int) -> ArrayRecordReader | None:
 
 
 def _as_first(tree: Any) -> Any:
-    """What the first process has."""
+    """The first process's values, on every process."""
     return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
 
 

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
+from kangaroo_jax.config import DataConfig
 from kangaroo_jax.data.cache import cache_folder, open_cache
 from kangaroo_jax.data.encode import Encoder
 from kangaroo_jax.data.input import (
-    DataConfig,
     Rows,
     check_files,
     device_part,
@@ -23,6 +23,7 @@ from kangaroo_jax.demo import corpus
 from kangaroo_jax.errors import InputError
 
 LENGTH = 64
+STANDARD_LIBRARY = "python:kangaroo_jax.demo.corpus.standard_library"
 
 
 def conversation(number):
@@ -122,7 +123,7 @@ def test_held_out_records_are_not_trained_on_and_follow_the_seed(rows, settings,
 def test_standard_library_is_split_as_the_corpus_says(monkeypatch, tmp_path, target):
     sources = {False: {"a.py": "training " * 40}, True: {"b.py": "held out " * 30}}
     monkeypatch.setattr(corpus, "standard_library", lambda held_out: sources[held_out])
-    settings = DataConfig("stdlib", "", 0.1, "", str(tmp_path), 0.0)
+    settings = DataConfig(STANDARD_LIBRARY, "", 0.1, "", str(tmp_path), 0.0)
     check_files(settings)
     for part, held_out in zip(load_rows(settings, target, 16, 0, quiet=True), (False, True), strict=True):
         text = "".join(sources[held_out].values()).encode()
@@ -175,7 +176,7 @@ def test_a_restored_position_goes_on_where_it_was(rows, seen):
 def test_evaluation_batches_are_spread_and_padding_does_not_count(rows):
     held_out = rows[1]
     assert len(held_out) > 12
-    batches = evaluation_batches(held_out, 4, most=6)
+    batches = evaluation_batches(held_out, 4, max_rows=6)
     assert [batch["tokens"].shape for batch in batches] == [(4, LENGTH), (4, LENGTH)]
     ids = np.concatenate([batch["row_ids"] for batch in batches]).tolist()
     assert ids == [i * len(held_out) // 6 for i in range(6)] + [-1, -1]
@@ -193,10 +194,10 @@ def test_too_little_data_is_named(rows, settings, target, tmp_path):
         training_batches(training, 8, 0, 0, 3)
     nothing = Rows(cache_of(settings, target), np.arange(0), LENGTH)
     with pytest.raises(InputError, match="nothing held out"):
-        evaluation_batches(nothing, 4, most=8)
+        evaluation_batches(nothing, 4, max_rows=8)
     (tmp_path / "a.txt").write_text("one record")
     one = DataConfig(str(tmp_path / "a.txt"), "", 0.1, "", settings.cache, 0.0)
     with pytest.raises(InputError, match=r"data\.files: one record, of which none can be held out"):
         load_rows(one, target, LENGTH, 0, quiet=True)
     with pytest.raises(InputError, match=r"missing\.txt: no such file"):
-        check_files(DataConfig("stdlib", str(tmp_path / "missing.txt"), 0.1, "", "", 0.0))
+        check_files(DataConfig(STANDARD_LIBRARY, str(tmp_path / "missing.txt"), 0.1, "", "", 0.0))

@@ -69,25 +69,31 @@ def models():
         vocab_size=41,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=4,
         max_position_embeddings=32,
     )
-    both = Adapter(config, rngs=nnx.Rngs(1)), TargetModel(config, rngs=nnx.Rngs(0))
-    return jax.tree.map(lambda x: x * 20 if x.ndim > 1 else x, both)  # far from uniform logits
+
+    @jax.jit
+    def made():
+        both = Adapter(config, rngs=nnx.Rngs(1)), TargetModel(config, rngs=nnx.Rngs(0))
+        return jax.tree.map(lambda x: x * 20 if x.ndim > 1 else x, both)  # far from uniform logits
+
+    return made()
 
 
 def alone(adapter, target, tokens, weights):
-    """Mean loss with whole logits of examples that have a row each, from its first position: what follows an example
-    is not seen by it."""
+    """Mean loss and expected acceptance with whole logits of examples that have a row each, from its first position:
+    what follows an example is not seen by it."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     shallow, _ = shallow_apply(target, tokens, positions, exit_layer=1)
     teacher, _ = deep_apply(target, shallow, positions, exit_layer=1)
     draft, _ = adapter_apply(adapter, shallow, positions)
     p, logq = jax.nn.softmax(lm_head(target, teacher)), jax.nn.log_softmax(lm_head(target, draft))
-    return -jnp.sum(jnp.sum(p * logq, -1) * weights) / weights.sum()
+    acceptance = jnp.sum(jnp.minimum(p, jnp.exp(logq)).sum(-1) * weights) / weights.sum()
+    return -jnp.sum(jnp.sum(p * logq, -1) * weights) / weights.sum(), acceptance
 
 
 def test_packed_examples_do_not_see_each_other(models):
@@ -110,16 +116,17 @@ def test_packed_examples_do_not_see_each_other(models):
             at += length
     batch["tokens"][:, 14:] = 7  # whatever padding holds
 
-    @jax.jit
     def packed(adapter, batch):
         arrays = (batch[name] for name in ("tokens", "loss_mask", "segment_ids", "positions"))
-        return adapter_loss(adapter, target, *arrays, exit_layer=1, chunk=8)[0]
+        return adapter_loss(adapter, target, *arrays, exit_layer=1, chunk=8)
 
-    loss, gradient = jax.value_and_grad(packed)(adapter, batch)
-    reference = jax.jit(jax.value_and_grad(alone))
-    expected, expected_gradient = reference(adapter, target, examples, example_weights)
+    packed = jax.jit(jax.value_and_grad(packed, has_aux=True))
+    (loss, metrics), gradient = packed(adapter, batch)
+    reference = jax.jit(jax.value_and_grad(alone, has_aux=True))
+    (expected, acceptance), expected_gradient = reference(adapter, target, examples, example_weights)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["expected_acceptance"], acceptance, rtol=1e-5)
     for found, wanted in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
-    merged = packed(adapter, batch | {"segment_ids": np.ones((2, 16), np.int32)})
+    (merged, _), _ = packed(adapter, batch | {"segment_ids": np.ones((2, 16), np.int32)})
     assert abs(float(merged) - float(expected)) > 1e-3  # the test can tell

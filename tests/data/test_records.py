@@ -83,7 +83,7 @@ def test_turns_in_the_shape_that_templates_expect(turns, expected):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        (b'{"text": oops}', "not valid JSON (Expecting value at column 10); expected one object a line"),
+        (b'{"text": oops}', "not valid JSON (Expecting value at column 10); expected one object per line"),
         (b'{"text": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"text": "half an emoji \\ud83d"}', '"text" is not valid Unicode (character 14)'),
@@ -166,8 +166,10 @@ def test_files_globs_and_what_matches_nothing(tmp_path, monkeypatch):
         find_sources(" , ")
     sources = {False: {"a.py": "training"}, True: {"b.py": "held out"}}
     monkeypatch.setattr(corpus, "standard_library", lambda held_out: sources[held_out])
+    with pytest.raises(InputError, match=r"python:kangaroo_jax\.demo\.corpora\.all: cannot be imported \(.*'corpora'"):
+        find_sources("python:kangaroo_jax.demo.corpora.all")
     for held_out, text in ((False, "training"), (True, "held out")):
-        (entry,) = read_records(find_sources("stdlib", held_out))
+        (entry,) = read_records(find_sources("python:kangaroo_jax.demo.corpus.standard_library", held_out))
         assert entry.content == Text(text)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from kangaroo_jax.checkpoint.adapter import item_handlers
+from kangaroo_jax.train.settings import check_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 # How the tests' own process compiles, and others whose results are compared with its bit for bit.
@@ -21,9 +22,10 @@ def demo_config():
 
 
 def configured(settings, **overrides):
+    """`TrainConfig` of configs/demo.py with other settings, by dotted name."""
     config = demo_config()
     config.update_from_flattened_dict(settings | overrides)
-    return config
+    return check_config(config)
 
 
 def checkpoint(step_folder):

@@ -5,12 +5,18 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from kangaroo_jax import DraftConfig, InputError, demo, generate, generate_plain, load_adapter, load_target
-from kangaroo_jax.checkpoint.adapter import DRAFT_VOCABULARY
-from kangaroo_jax.train.draft_vocabulary import choose
+from kangaroo_jax.checkpoint.adapter import DRAFT_VOCABULARY, save_adapter, write_draft_vocabulary
+from kangaroo_jax.data.cache import open_cache
+from kangaroo_jax.data.encode import Encoder
+from kangaroo_jax.data.records import find_sources
+from kangaroo_jax.model.drafts.kangaroo import Adapter
+from kangaroo_jax.train.draft_vocabulary import choose, count_tokens
 
 
 def run(*flags):
@@ -18,6 +24,7 @@ def run(*flags):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.long
 def test_the_most_frequent_tokens_are_drafted(tmp_path):
     adapter = shutil.copytree(demo.ADAPTER, tmp_path / "adapter")
     text = "def f(self):\n    return self.value\n" * 50 + "import os\n"
@@ -40,6 +47,29 @@ def test_the_most_frequent_tokens_are_drafted(tmp_path):
     too_many = run(*flags, "--size=4096")
     assert too_many.returncode == 2
     assert too_many.stderr.strip().splitlines()[-1].startswith("draft_vocabulary: error: --size: expected")
+
+
+def test_the_most_frequent_tokens_of_the_data_are_what_loads(small_target_folder, tmp_path):
+    """The test above without the command and its decoding, with a target whose tokens are bytes."""
+    target = load_target(small_target_folder, "float32")
+    adapter = tmp_path / "adapter"
+    save_adapter(adapter, jax.jit(lambda: Adapter(target.config, rngs=nnx.Rngs(3)))(), exit_layer=1, target=target)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "abcabcab d" * 20 + "e"}) + "\n")
+    sources = find_sources(str(tmp_path / "data.jsonl"))
+    cache = open_cache(tmp_path / "cache", sources, Encoder(target, ""), 0.0, quiet=True)
+    counts = count_tokens(cache, target.config.vocab_size)
+    assert {chr(token): int(counts[token]) for token in np.flatnonzero(counts[:256])} == {
+        "a": 59,  # the first follows nothing
+        "b": 60,
+        "c": 40,
+        " ": 20,
+        "d": 20,
+        "e": 1,
+    }
+    ids = choose(counts, len(target.eos_token_ids) + 4, target.eos_token_ids)
+    assert {*map(ord, "abc "), *target.eos_token_ids} == set(ids.tolist())
+    write_draft_vocabulary(adapter, ids)
+    assert np.array_equal(load_adapter(adapter, target).model.draft_vocabulary.token_ids[...], ids)
 
 
 def test_tokens_that_end_a_text_are_always_in():

@@ -5,20 +5,22 @@ import itertools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kangaroo_jax.checkpoint.adapter import adapter_metadata, load_adapter, named_leaves
-from kangaroo_jax.data.input import DataConfig, load_rows, training_batches
-from kangaroo_jax.errors import InputError
+from kangaroo_jax.data.input import load_rows, training_batches
+from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.train import checkpoints
-from kangaroo_jax.train.loop import train
+from kangaroo_jax.train.loop import _Run, train
 
 from .runs import LESS_OPTIMIZATION, ROOT, assert_same, checkpoint, configured
 
@@ -45,6 +47,7 @@ def started(command):
     )
 
 
+@pytest.mark.long
 def test_killed_in_the_middle_of_a_save_and_then_preempted_equals_uninterrupted(run, settings, tmp_path, capsys):
     output = tmp_path / "run"
     # Evaluating at every step leaves time for a signal between the checkpoint and the end.
@@ -69,6 +72,34 @@ def test_killed_in_the_middle_of_a_save_and_then_preempted_equals_uninterrupted(
 
     result = train(configured(settings, output=str(output)))
     assert f"going on from step {step}" in capsys.readouterr().out
+    assert_same(run[0] / "20", output / "20")
+    assert result == run[1]
+
+
+def test_what_a_kill_left_is_removed_and_a_preempted_run_equals_uninterrupted(run, settings, tmp_path, capsys):
+    """The test above in one process: what a kill leaves is laid out, and the signal comes at step 13."""
+    output = tmp_path / "run"
+    shutil.copytree(run[0] / "10", output / "10")
+    unfinished = output / "20.orbax-checkpoint-tmp-0"
+    shutil.copytree(run[0] / "20" / "adapter", unfinished / "adapter.orbax-checkpoint-tmp-1")
+    put = _Run._put
+    with pytest.MonkeyPatch.context() as patch:
+
+        def signalled(self, batch):
+            if self.step == 12:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return put(self, batch)
+
+        patch.setattr(_Run, "_put", signalled)
+        assert train(configured(settings, output=str(output))) is None
+    out = capsys.readouterr().out
+    assert "going on from step 10" in out
+    assert out.endswith(f"{output}: SIGTERM; saved step 13, and the same command goes on from there\n")
+    assert not unfinished.exists()
+    assert json.loads((output / "13" / "metrics" / "metrics").read_text()) == {}
+
+    result = train(configured(settings, output=str(output)))
+    assert "going on from step 13" in capsys.readouterr().out
     assert_same(run[0] / "20", output / "20")
     assert result == run[1]
 
@@ -139,6 +170,7 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("beforehand", [True, False], ids=["seen beforehand", "seen while writing"])
 def test_a_full_disk_is_named_and_leaves_the_checkpoints_alone(run, settings, tmp_path, beforehand):
     room = sum(x.stat().st_size for x in run[0].rglob("*") if x.is_file())  # two checkpoints
@@ -176,6 +208,38 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoints_alone(run, settings, tm
     assert found["position"]["checksums"] == expected["position"]["checksums"]
 
 
+# Orbax's threads may still be at it when its event loop is closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("beforehand", [True, False], ids=["seen beforehand", "seen while writing"])
+def test_a_checkpoint_that_cannot_be_written_is_one_error_and_leaves_the_others_alone(
+    run, target, tmp_path, monkeypatch, beforehand
+):
+    """The test above in one process: a limit on files' sizes stands in for the disk's end."""
+    stored, output = checkpoint(run[0] / "10"), tmp_path / "run"
+    parameters = {path: jnp.asarray(x) for path, x in stored["adapter"].items()}
+
+    def save(manager, step):
+        metadata = adapter_metadata(parameters, target, 3, {"step": step, "held_out": None})
+        checkpoints.save(manager, step, parameters, stored["optimizer"], metadata, {})
+
+    with checkpoints.opened(output, keep=2) as manager:
+        save(manager, 10)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    reason = r"it takes [\d.]+ MB, and 0\.0 MB are free" if beforehand else ".*File too large.*"
+    if beforehand:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        expected = rf"^{output}: a checkpoint could not be written \({reason}\); make room, then .* step 10$"
+        with pytest.raises(MachineError, match=expected), checkpoints.opened(output, keep=2) as manager:
+            save(manager, 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [x.name for x in output.iterdir()] == ["10"]
+    assert checkpoints.newest(output, parameters, stored["optimizer"], lambda *_: None).step == 10
+
+
 def test_a_loss_that_is_not_finite_names_step_and_records_and_saves_nothing(settings, tmp_path, target):
     output = tmp_path / "run"
     config = configured(settings, **{"output": str(output), "save_every": 1, "optimizer.learning_rate": 1e38})
@@ -184,8 +248,7 @@ def test_a_loss_that_is_not_finite_names_step_and_records_and_saves_nothing(sett
     step = int(re.match(r"step (\d+): ", str(error.value)).group(1))
     assert step > 1
     assert max(int(x.name) for x in output.iterdir() if x.is_dir()) == step - 1
-    data = DataConfig(**config.data.to_dict())
-    rows, _ = load_rows(data, target, 64, 0, quiet=True)
+    rows, _ = load_rows(config.data, target, 64, 0, quiet=True)
     batch = next(itertools.islice(training_batches(rows, 4, 0), step - 1, None))
     assert str(error.value).endswith(": " + ", ".join(rows.record_ids(batch["row_ids"])))
     assert "argparse.py" in str(error.value) or "ast.py" in str(error.value)

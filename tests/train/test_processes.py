@@ -91,6 +91,7 @@ def _losses(folder: pathlib.Path) -> dict[int, float]:
     return losses
 
 
+@pytest.mark.long
 def test_two_processes_give_the_losses_of_one_device_stop_together_and_the_first_alone_reports(settings, tmp_path):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train(configured(settings, steps=6, output=str(tmp_path / "one")))

@@ -23,7 +23,8 @@ import pytest
 from flax import nnx
 
 from kangaroo_jax.checkpoint.target import load_target
-from kangaroo_jax.data.input import DataConfig, Rows, device_part, load_rows
+from kangaroo_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from kangaroo_jax.data.input import Rows, device_part, load_rows
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import deep_apply, shallow_apply
@@ -36,8 +37,16 @@ from kangaroo_jax.train.teacher import TeacherCache
 from .runs import assert_same, configured
 
 ROOT = pathlib.Path(__file__).parents[2]
-ONE_DEVICE = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.model": 1}
-SETTINGS = {"exit_layer": 1, "batch_size": 4, "steps": 100} | ONE_DEVICE
+SETTINGS = TrainConfig(
+    target="small",
+    output="run",
+    data=DataConfig("chats.json"),
+    exit_layer=1,
+    batch_size=4,
+    steps=100,
+    optimizer=OptimizerConfig(warmup_steps=1),
+    mesh=MeshConfig(data=1, fsdp=1, model=1),
+)
 LENGTH = 32
 TURNS = [("human", "why do kangaroos jump?"), ("gpt", "they save strength"), ("human", "and?"), ("gpt", "it is fun")]
 
@@ -95,7 +104,7 @@ def contents(cache):
     return {path.name: path.read_bytes() for path in parts(cache)}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_losses_and_gradients_are_the_online_ones_to_bfloat16(small_target_folder, data, tmp_path, dtype):
     target = load_target(str(small_target_folder), dtype, make_mesh(SETTINGS))
     rows = load_rows(data, target, LENGTH, seed=0, quiet=True)[0]
@@ -140,14 +149,16 @@ def test_losses_and_gradients_are_the_online_ones_to_bfloat16(small_target_folde
 SCRIPT = """
 import json, pathlib, sys, time
 from kangaroo_jax.checkpoint.target import load_target
+from kangaroo_jax.checkpoint.target import load_target
+from kangaroo_jax.config import DataConfig
 from kangaroo_jax.data import input
 from kangaroo_jax.train import teacher
 from kangaroo_jax.train.settings import make_mesh
+from tests.train.test_teacher import LENGTH, SETTINGS
 
-settings = json.loads(sys.argv[1])
-target = load_target(sys.argv[2], "float32", make_mesh(settings))
-rows = input.load_rows(input.DataConfig(*json.loads(sys.argv[3])), target, settings["length"], seed=0, quiet=True)[0]
-teacher._PART_BYTES = settings["part_bytes"]
+target = load_target(sys.argv[2], "float32", make_mesh(SETTINGS))
+rows = input.load_rows(DataConfig(*json.loads(sys.argv[3])), target, LENGTH, seed=0, quiet=True)[0]
+teacher._PART_BYTES = int(sys.argv[1])
 made, read = [], input.Rows.batch
 
 def slow(self, ids):
@@ -158,15 +169,16 @@ def slow(self, ids):
     return read(self, ids)
 
 input.Rows.batch = slow
-teacher.TeacherCache(rows, target, pathlib.Path(sys.argv[4])).make(target, settings, quiet=True)
+teacher.TeacherCache(rows, target, pathlib.Path(sys.argv[4])).make(target, SETTINGS, quiet=True)
 """
 
 
+@pytest.mark.long
 def test_killed_in_the_middle_goes_on_from_the_parts_that_are_whole(
     rows, small, small_target_folder, data, tmp_path, calls
 ):
-    settings = SETTINGS | {"length": LENGTH, "part_bytes": teacher_module._PART_BYTES}
-    arguments = [json.dumps(settings), small_target_folder, json.dumps(list(vars(data).values())), tmp_path / "killed"]
+    part_bytes = str(teacher_module._PART_BYTES)
+    arguments = [part_bytes, small_target_folder, json.dumps(list(vars(data).values())), tmp_path / "killed"]
     command = [sys.executable, "-c", SCRIPT, *arguments]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         said = process.stdout.readline()
@@ -201,6 +213,23 @@ def copy(whole, tmp_path):
     """A folder with a copy of the whole cache."""
     shutil.copytree(whole.folder.parent, tmp_path / "copy")
     return tmp_path / "copy"
+
+
+def test_what_a_kill_left_is_removed_and_the_parts_that_are_there_stay(whole, copy, rows, small, calls):
+    """The test of a kill above in one process: what it leaves is laid out."""
+    folder = copy / whole.folder.name
+    for path in parts(whole)[1:]:
+        (folder / path.name).unlink()
+    (folder / f"{parts(whole)[1].stem}.host.1.tmp").write_bytes(b"half")
+    (first,) = (path.stat().st_mtime_ns for path in folder.glob("*.array_record"))
+    again = made(rows, small, copy)
+    assert calls == list(range(7, len(rows)))
+    assert parts(again)[0].stat().st_mtime_ns == first
+    assert not list(folder.glob("*.tmp"))
+    assert contents(again) == contents(whole)
+    calls.clear()
+    made(rows, small, copy)
+    assert calls == []
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
