@@ -85,15 +85,23 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def decoding_mesh(model_parallel: int, devices: Sequence[Any]) -> Mesh:
-    """The first `model_parallel` of `devices`, each layer split over all of them.
+def decoding_mesh(model_parallel: int, devices: Sequence[Any], data_parallel: int = 1) -> Mesh:
+    """The first `data_parallel` * `model_parallel` of `devices`: each layer is split over `model_parallel` of them, and
+    the sequences of a batch over `data_parallel` groups of those.
 
     Raises:
       InputError: for more than there are.
     """
-    if not 1 <= model_parallel <= len(devices):
-        raise InputError(f"model_parallel: expected 1 to {len(devices)}, the devices there are, found {model_parallel}")
-    return make_mesh({"data": 1, "fsdp": 1, "model": model_parallel}, devices[:model_parallel])
+    for name, count in (("model_parallel", model_parallel), ("data_parallel", data_parallel)):
+        if not 1 <= count <= len(devices):
+            raise InputError(f"{name}: expected 1 to {len(devices)}, the number of devices, found {count}")
+    count = data_parallel * model_parallel
+    if count > len(devices):
+        raise InputError(
+            f"data_parallel {data_parallel} x model_parallel {model_parallel}: {count} devices are needed, found "
+            f"{len(devices)}"
+        )
+    return make_mesh({"data": data_parallel, "fsdp": 1, "model": model_parallel}, devices[:count])
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:

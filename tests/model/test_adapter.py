@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from kangaroo_jax.checkpoint.mapping import parameter_rule
+from kangaroo_jax.model.attention.cpu import CpuBackend
 from kangaroo_jax.model.cache import KVCache
 from kangaroo_jax.model.config import ModelConfig, RopeScaling
 from kangaroo_jax.model.drafts.kangaroo import Adapter, adapter_apply
@@ -121,7 +122,7 @@ def test_without_a_cache(adapter: Adapter, hidden: np.ndarray) -> None:
 
 @pytest.mark.parametrize("blocks", [[LENGTH], [4, 1, 2, 1, 3]])
 def test_blocks_through_the_cache(adapter: Adapter, hidden: np.ndarray, blocks: list[int]) -> None:
-    cache = KVCache.empty(adapter.config, 1, 2, 16, jnp.float32)
+    cache = KVCache.empty(adapter.config, 1, 2, 16, jnp.float32, CpuBackend())
     found, done = [], 0
     for width in blocks:
         out, cache = step(adapter, hidden[:, done : done + width], cache)
@@ -136,7 +137,7 @@ def test_ragged_rollback(adapter: Adapter, hidden: np.ndarray) -> None:
     wrong = hidden[:, :6].copy()
     wrong[0, 3:] += 1.0
     wrong[1, 5:] -= 1.0
-    _, cache = step(adapter, wrong, KVCache.empty(adapter.config, 1, 2, 16, jnp.float32))
+    _, cache = step(adapter, wrong, KVCache.empty(adapter.config, 1, 2, 16, jnp.float32, CpuBackend()))
     starts = [3, 5]
     cache = cache.replace(length=jnp.asarray(starts, jnp.int32))
     out, _ = step(adapter, np.stack([x[s : s + 4] for x, s in zip(hidden, starts, strict=True)]), cache)

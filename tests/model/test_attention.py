@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kangaroo_jax.model.layers import attend
+from kangaroo_jax.model.attention.uncached import attend
 
 BATCH, TIME, KV_HEADS, GROUPS, HEAD_DIM = 2, 11, 2, 3, 4
 

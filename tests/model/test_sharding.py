@@ -94,13 +94,15 @@ def test_batches_that_do_not_divide_are_named():
 
 
 _ON_8_DEVICES = """
-import json, sys
+import dataclasses, functools, json, sys
 import jax, jax.numpy as jnp, numpy as np
 import safetensors
 from flax import nnx
 
-from kangaroo_jax import DraftConfig, generate, load_target
+from kangaroo_jax import DraftConfig, Engine, EngineConfig, Request, SamplingConfig
+from kangaroo_jax import generate, generate_many, generate_plain, load_target, program
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter, named_leaves
+from kangaroo_jax.decode.rounds import run_rounds
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model import sharding
 from kangaroo_jax.train.loop import _Run
@@ -158,7 +160,7 @@ for count, sizes in [(1, (1, 1, 1)), (2, (1, 2, 1)), (4, (1, 1, 4)), (8, (2, 2, 
 
 prompts = [[5, 6, 7, 8], [9, 10, 11]]
 meshes = (None, sharding.decoding_mesh(4, jax.devices()))
-decoded, orders = [], []
+decoded, orders, shapes = [], [], []
 for platform in ("none", "cpu"):  # the second time, in the memory layouts of TPUs
     sharding._ORDERS[platform] = sharding._ORDERS["tpu"]
     for mesh in meshes:
@@ -170,7 +172,36 @@ for platform in ("none", "cpu"):  # the second time, in the memory layouts of TP
         layer = target.model.layers[1]
         weights = layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj
         orders.append([weight[...].format.layout.major_to_minor for weight in weights])
-print(json.dumps({"rows": rows, "decoded": decoded, "orders": orders}))
+sharding._ORDERS.pop("cpu"), sharding._ORDERS.pop("none")
+
+# A running batch on several meshes, more requests than slots; one ends with a stop string in its first tokens.
+requests = [Request([5, 6, 7, 8], 40), Request("ab", 30), Request([9, 10, 11], 25, SamplingConfig(1.0, seed=3))]
+requests += [Request([i + 40] * (3 * i + 1), 12 + i) for i in range(6)]
+engines = []
+for data, model in ((1, 1), (1, 2), (1, 4), (2, 2), (4, 1)):
+    mesh = None if data * model == 1 else sharding.decoding_mesh(model, jax.devices(), data)
+    target = load_target(folder, "float32", mesh)
+    trained = TrainedAdapter(Adapter(target.config, rngs=nnx.Rngs(3)), 1, "random", None)
+    stop = generate_plain(target, ["ab"], 8, eos_token_ids=[]).texts[0].strip("\ufffd")[:1]
+    for adapter in (trained, None):
+        some = [dataclasses.replace(r, stop=[stop]) if r.prompt == "ab" and stop else r for r in requests]
+        answers = generate_many(target, adapter, some, 4, draft=DraftConfig(None, 2, 0.0), eos_token_ids=[])
+        engines.append([[a.id, a.tokens, a.finish_reason] for a in sorted(answers, key=lambda a: a.id)])
+    engine = Engine(target, trained, EngineConfig(4), DraftConfig(None, 2, 0.0))
+    for r in requests:
+        engine.add(r)
+    engine.step()
+    state = engine._state
+    shapes.append([list(cache.keys[0].addressable_shards[0].data.shape) for cache in
+                   (state.shallow, state.deep, state.draft.cache)] + [list(state.token.addressable_shards[0].data.shape)])
+    if (data, model) == (1, 4):
+        rounds = functools.partial(run_rounds, shape=engine.shapes.round, sampled=False, max_tokens=32)
+        inputs = (*engine._weights, state, np.ones(4, bool), np.float32(0), 0)
+        text = jax.jit(rounds).lower(*inputs).compile().as_text()
+        gathers = program.collectives(text).get("all-gather")
+        gathered = [0, 0] if gathers is None else [gathers.count, gathers.num_bytes]
+print(json.dumps({"rows": rows, "decoded": decoded, "orders": orders, "engines": engines, "shapes": shapes,
+                  "gathered": gathered}))
 """
 
 
@@ -182,6 +213,7 @@ def on_8_devices(tmp_path_factory):
     abstract = nnx.eval_shape(lambda: TargetModel(CONFIG, rngs=nnx.Rngs(0)))
     model = jax.tree.map(lambda x: jnp.asarray(rng.normal(float(x.ndim == 1), 0.2, x.shape), jnp.float32), abstract)
     save_target(model, folder, jnp.float32)
+    byte_tokenizer().save_pretrained(folder)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
@@ -215,6 +247,30 @@ def test_each_byte_of_the_checkpoint_is_read_once_and_each_device_holds_its_part
 def test_decoding_on_4_devices_gives_the_tokens_and_accept_lengths_of_one(on_8_devices):
     one, four = on_8_devices[0]["decoded"][:2]
     assert one == four
+
+
+def test_a_batch_on_several_meshes_gives_each_request_the_tokens_of_one_device(on_8_devices):
+    kangaroo, plain, *others = on_8_devices[0]["engines"]
+    assert [tokens for _, tokens, _ in kangaroo][:2] == [tokens for _, tokens, _ in plain][:2]
+    assert [reason for _, _, reason in kangaroo].count("stop") == 1
+    for found, expected in zip(others, [kangaroo, plain] * 4, strict=True):
+        assert found == expected
+
+
+def test_each_device_holds_its_sequences_and_its_heads_alone(on_8_devices):
+    one, *split = on_8_devices[0]["shapes"]
+    capacity = one[0][2]
+    assert one == [[16, 8, capacity]] * 3 + [[4]]  # the CPU's own layout: 4 sequences x 4 heads
+    for shapes, (data, model) in zip(split, ((1, 2), (1, 4), (2, 2), (4, 1)), strict=True):
+        assert shapes == [[4 // data, 4 // model, capacity, 8]] * 3 + [[4 // data]]
+
+
+def test_a_round_gathers_neither_caches_nor_weights(on_8_devices):
+    # Logits of the split heads are gathered to choose tokens from; keys and values of 4 sequences would be far more.
+    count, num_bytes = on_8_devices[0]["gathered"]
+    capacity = on_8_devices[0]["shapes"][0][0][2]
+    cache = 4 * 4 * capacity * 8 * 4
+    assert num_bytes < cache / 2, (count, num_bytes)
 
 
 def test_weights_in_the_memory_layouts_of_tpus_give_the_same_tokens(on_8_devices):

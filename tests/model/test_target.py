@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kangaroo_jax.model.attention.backend import AttentionBackend
+from kangaroo_jax.model.attention.cpu import CpuBackend
+from kangaroo_jax.model.attention.dense import DenseBackend
 from kangaroo_jax.model.cache import KVCache
 from kangaroo_jax.model.config import ModelConfig, RopeScaling
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
@@ -77,9 +80,13 @@ def masked(target: TargetModel, tokens: jax.Array, positions: jax.Array, cache: 
     return lm_head(target, hidden)
 
 
-def empty_caches(target: TargetModel, batch: int, exit_layer: int) -> tuple[KVCache, KVCache]:
+def empty_caches(
+    target: TargetModel, batch: int, exit_layer: int, backend: AttentionBackend
+) -> tuple[KVCache, KVCache]:
     layers = target.config.num_hidden_layers
-    make = functools.partial(KVCache.empty, target.config, batch=batch, capacity=CAPACITY, dtype=jnp.float32)
+    make = functools.partial(
+        KVCache.empty, target.config, batch=batch, capacity=CAPACITY, dtype=jnp.float32, backend=backend
+    )
     return make(exit_layer), make(layers - exit_layer)
 
 
@@ -94,6 +101,11 @@ def assert_close(found: jax.Array, expected: jax.Array) -> None:
 @pytest.fixture(scope="module", params=CONFIGS)
 def target(request: pytest.FixtureRequest) -> TargetModel:
     return make_target(**CONFIGS[request.param])
+
+
+@pytest.fixture(scope="module", params=[CpuBackend(), DenseBackend()], ids=["cpu", "dense"])
+def backend(request: pytest.FixtureRequest) -> AttentionBackend:
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +130,10 @@ def test_the_split_does_not_change_the_logits(target: TargetModel, tokens: np.nd
 
 
 @pytest.mark.parametrize("blocks", [[14], [5] + [1] * 9, [5, 3, 1, 2, 3]])
-def test_blocks_through_the_cache_equal_the_whole(target: TargetModel, tokens: np.ndarray, blocks: list[int]) -> None:
-    shallow, deep = empty_caches(target, 2, 1)
+def test_blocks_through_the_cache_equal_the_whole(
+    target: TargetModel, tokens: np.ndarray, backend: AttentionBackend, blocks: list[int]
+) -> None:
+    shallow, deep = empty_caches(target, 2, 1, backend)
     found, done = [], 0
     for width in blocks:
         logits, shallow, deep = step(target, tokens[:, done : done + width], shallow, deep, 1)
@@ -129,10 +143,10 @@ def test_blocks_through_the_cache_equal_the_whole(target: TargetModel, tokens: n
     assert_close(jnp.concatenate(found, axis=1), whole(target, tokens, 1))
 
 
-def test_rollback_forgets_what_came_after(target: TargetModel, tokens: np.ndarray) -> None:
+def test_rollback_forgets_what_came_after(target: TargetModel, tokens: np.ndarray, backend: AttentionBackend) -> None:
     """Wrong tokens are written, rolled back, and overwritten by a shorter and by a longer block."""
     expected = whole(target, tokens, 1)
-    shallow, deep = empty_caches(target, 2, 1)
+    shallow, deep = empty_caches(target, 2, 1, backend)
     _, shallow, deep = step(target, tokens[:, :5], shallow, deep, 1)
     wrong = (tokens[:, 5:8] + 7) % 61
     logits, shallow, deep = step(target, wrong, shallow, deep, 1)
@@ -146,10 +160,12 @@ def test_rollback_forgets_what_came_after(target: TargetModel, tokens: np.ndarra
     assert_close(logits, expected[:, 7:12])
 
 
-def test_ragged_sequences_in_a_batch_equal_each_alone(target: TargetModel, tokens: np.ndarray) -> None:
+def test_ragged_sequences_in_a_batch_equal_each_alone(
+    target: TargetModel, tokens: np.ndarray, backend: AttentionBackend
+) -> None:
     """Sequence 0 is 3 tokens behind sequence 1: its surplus prefill is rolled back, then both go on in blocks."""
     expected = np.asarray(whole(target, tokens, 1))
-    shallow, deep = empty_caches(target, 2, 1)
+    shallow, deep = empty_caches(target, 2, 1, backend)
     _, shallow, deep = step(target, tokens[:, :5], shallow, deep, 1)
     starts = np.array([2, 5])
     shallow, deep = rolled_back(shallow, starts.tolist()), rolled_back(deep, starts.tolist())
@@ -162,19 +178,39 @@ def test_ragged_sequences_in_a_batch_equal_each_alone(target: TargetModel, token
         assert shallow.length.tolist() == starts.tolist()
 
 
-def test_a_grown_cache_holds_the_same_entries(target: TargetModel, tokens: np.ndarray) -> None:
-    shallow, deep = empty_caches(target, 2, 1)
+def test_a_resized_cache_holds_the_same_entries(
+    target: TargetModel, tokens: np.ndarray, backend: AttentionBackend
+) -> None:
+    shallow, deep = empty_caches(target, 2, 1, backend)
     _, shallow, deep = step(target, tokens[:, :5], shallow, deep, 1)
-    shallow, deep = shallow.grown(target.config, 33), deep.grown(target.config, 33)
+    shallow, deep = shallow.resized(33), deep.resized(33)
     assert shallow.capacity == deep.capacity == 33
-    logits, _, _ = step(target, tokens[:, 5:], shallow, deep, 1)
-    assert_close(logits, whole(target, tokens, 1)[:, 5:])
+    logits, grown_shallow, grown_deep = step(target, tokens[:, 5:7], shallow, deep, 1)
+    assert_close(logits, whole(target, tokens, 1)[:, 5:7])
+    logits, _, _ = step(target, tokens[:, 7:9], grown_shallow.resized(9), grown_deep.resized(9), 1)
+    assert_close(logits, whole(target, tokens, 1)[:, 7:9])
 
 
-def test_an_explicit_mask_replaces_the_causal_one(target: TargetModel, tokens: np.ndarray) -> None:
+def test_a_row_of_another_cache_takes_the_place_of_one(
+    target: TargetModel, tokens: np.ndarray, backend: AttentionBackend
+) -> None:
+    """The second sequence's entries, from a smaller cache, over those of the first; and that row on its own."""
+    shallow, deep = empty_caches(target, 2, 1, backend)
+    _, shallow, deep = step(target, tokens[:, :5], shallow, deep, 1)
+    row = jnp.int32(0)
+    moved = [cache.with_row(row, cache.resized(7), 1) for cache in (shallow, deep)]
+    logits, _, _ = step(target, tokens[[1, 1], 5:9], *moved, 1)
+    alone, _, _ = step(target, tokens[1:, 5:9], *(cache.row(row) for cache in moved), 1)
+    for found in (logits[0], logits[1], alone[0]):
+        assert_close(found, whole(target, tokens, 1)[1, 5:9])
+
+
+def test_an_explicit_mask_replaces_the_causal_one(
+    target: TargetModel, tokens: np.ndarray, backend: AttentionBackend
+) -> None:
     """Two continuations of one prefix side by side, each blind to the other, as in a tree of drafts."""
     prefix, first, second = tokens[:1, :5], tokens[:1, 5:7], (tokens[:1, 5:7] + 11) % 61
-    shallow, deep = empty_caches(target, 1, 3)
+    shallow, deep = empty_caches(target, 1, 3, backend)
     _, shallow, _ = step(target, prefix, shallow, deep, 3)
     mask = np.zeros((1, 4, CAPACITY), bool)
     mask[:, :, :5] = True
@@ -187,7 +223,7 @@ def test_an_explicit_mask_replaces_the_causal_one(target: TargetModel, tokens: n
         assert_close(logits[rows], whole(target, np.concatenate([prefix, branch], axis=1), 3)[0, 5:])
 
 
-def test_a_cache_of_other_layers_is_refused(target: TargetModel, tokens: np.ndarray) -> None:
-    shallow, _ = empty_caches(target, 2, 2)
+def test_a_cache_of_other_layers_is_refused(target: TargetModel, tokens: np.ndarray, backend: AttentionBackend) -> None:
+    shallow, _ = empty_caches(target, 2, 2, backend)
     with pytest.raises(ValueError, match="the cache holds 2 layers, expected 3"):
         shallow_apply(target, tokens, jnp.zeros_like(tokens), shallow, exit_layer=3)
