@@ -28,7 +28,6 @@ from kangaroo_jax.bench import machine, parts
 from kangaroo_jax.bench.prompts import held_out_tokens
 from kangaroo_jax.bench.shapes import random_weights
 from kangaroo_jax.checkpoint.adapter import check_exit_layer
-from kangaroo_jax.decode.generate import cache_slots, verification_widths
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.adapter import DraftVocabulary
 from kangaroo_jax.shapes import SHAPES
@@ -175,7 +174,7 @@ def report(context: parts.Context, widths: list[int], max_draft_len: int, trees:
     print("".join(f"{length / cost:7.2f}" for length in lengths))
 
     print(f"\n{'round':24}{'ms':>9}{'parts ms':>10}{'over':>8}")
-    for count in sorted({1, *(width - 1 for width in verification_widths(DraftConfig(None, max_draft_len)))}):
+    for count in sorted({1, *(width - 1 for width in parts.verification_widths(DraftConfig(None, max_draft_len)))}):
         width = min(w for w in verification if w > count)
         whole = parts.round_seconds(context, count)
         total = count * draft_step + shallow + verification[width]
@@ -200,7 +199,7 @@ def with_room_for(context: parts.Context, trees: Sequence[TreeConfig], levels: i
       InputError: for a tree that is too wide for the adapter, or too deep for its budget.
     """
     settings = [DraftConfig(None, levels, tree=tree) for tree in trees]
-    slots = max((cache_slots(context.adapter, draft) for draft in settings), default=0)
+    slots = max((parts.positions_per_round(context.adapter, draft) for draft in settings), default=0)
     capacity = max(context.capacity, 128 * math.ceil((context.tokens.shape[1] + slots) / 128))
     return dataclasses.replace(context, capacity=capacity)
 

@@ -40,7 +40,7 @@ from kangaroo_jax.bench.acceptance import Chains, Trees, record, record_trees
 from kangaroo_jax.bench.prompts import held_out_prompts, read_prompts
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter, write_draft_settings
 from kangaroo_jax.checkpoint.huggingface import Target
-from kangaroo_jax.decode.generate import cache_slots, resolve_exit_layer, verification_widths
+from kangaroo_jax.decode.generate import resolve_exit_layer
 from kangaroo_jax.errors import InputError
 
 _MODEL = flags.DEFINE_string("model", None, "Target; the demo if absent.")
@@ -106,7 +106,7 @@ class Costs:
         """Seconds of a round of `draft` that takes `steps` draft steps: so many tokens, or levels of a tree."""
         tree = draft.tree
         drafted = steps if tree is None else tree.drafted(steps)
-        width = next(w for w in verification_widths(draft) if w > drafted)
+        width = next(w for w in parts.verification_widths(draft) if w > drafted)
         if tree is None:
             return self.rounds[width - 1] - (width - 1 - drafted) * self.draft_step
         timed = 1 + tree.drafted(self.levels)
@@ -131,7 +131,7 @@ def measure_costs(context: parts.Context, of_trees: parts.Context, trees: Sequen
     shapes = sorted({draft.tree for draft in trees}, key=dataclasses.astuple)
     topks = sorted({tree.topk for tree in shapes})
     widths = {1 + tree.drafted(_LEVELS): tree.topk for tree in shapes}
-    widths |= {width: draft.tree.topk for draft in trees for width in verification_widths(draft)}
+    widths |= {width: draft.tree.topk for draft in trees for width in parts.verification_widths(draft)}
 
     def level(topk: int) -> float:
         deep, shallow = (parts.growth_seconds(of_trees, topk, levels) for levels in (_LEVELS, 2))
@@ -256,7 +256,7 @@ def _tune(
     longest, count = max(prompts, key=len), _MAX_NEW_TOKENS.value
     # A tree that is wider than what can be drafted is named before the work begins.
     timed = [DraftConfig(None, _LEVELS, tree=TreeConfig(d.tree.topk, max(d.tree.budget, _LEVELS))) for d in trees]
-    slots = max((cache_slots(adapter.model, draft) for draft in [*trees, *timed]), default=0)
+    slots = max((parts.positions_per_round(adapter.model, draft) for draft in [*trees, *timed]), default=0)
     print(f"\n{adapter.name}, exit layer {exit_layer}")
     recordings = [
         _record(target, adapter, ids, trees)
