@@ -5,19 +5,25 @@ import pytest
 
 from kangaroo_jax import DraftConfig, TreeConfig, generate
 from kangaroo_jax.bench.acceptance import NOWHERE, Chains, Trees, path_of, places_of, record, record_trees
-from tests.decode.models import VOCABULARY, tiny_adapter, tiny_target
+from tests.bench.models import CONFIG, EXIT_LAYER, small_adapter, small_target
 
-PROMPT = [int(x) for x in np.random.default_rng(3).integers(0, VOCABULARY, 9)]
+PROMPT = [int(x) for x in np.random.default_rng(3).integers(0, CONFIG.vocab_size, 9)]
 
 
 @pytest.fixture(scope="module")
 def chains():
-    return record(tiny_target(), tiny_adapter(2), PROMPT, max_new_tokens=60, max_draft_len=7)
+    return record(small_target(), small_adapter(), PROMPT, max_new_tokens=60, max_draft_len=7)
 
 
-@pytest.mark.parametrize(("gamma", "eta"), [(1, 0.0), (3, 0.5), (5, 0.9), (7, 0.0), (7, 0.7), (7, 1.0)])
+@pytest.mark.parametrize(
+    ("gamma", "eta"),
+    [
+        *(pytest.param(gamma, eta, marks=pytest.mark.long) for gamma, eta in ((1, 0.0), (3, 0.5), (5, 0.9))),
+        *((7, 0.0), (7, 0.7), (7, 1.0)),
+    ],
+)
 def test_rounds_are_those_of_generate(chains, gamma, eta):
-    out = generate(tiny_target(), tiny_adapter(2), [PROMPT], 60, DraftConfig(2, gamma, eta), eos_token_ids=())
+    out = generate(small_target(), small_adapter(), [PROMPT], 60, DraftConfig(EXIT_LAYER, gamma, eta), eos_token_ids=())
     drafted, committed = (list(lengths) for lengths in zip(*chains.rounds(gamma, eta), strict=True))
     assert committed == out.accept_lengths[0]
     assert drafted == out.draft_lengths[0]
@@ -42,18 +48,20 @@ def test_rounds_by_hand():
 
 @pytest.fixture(scope="module")
 def trees():
-    return record_trees(tiny_target(), tiny_adapter(2), PROMPT, max_new_tokens=60, max_draft_len=5, topks=(2, 4))
+    return record_trees(small_target(), small_adapter(), PROMPT, max_new_tokens=60, max_draft_len=5, topks=(2, 4))
 
 
 # K, budget, gamma: budgets that cut and one that does not.
 SHAPES = [(2, 6, 5), (2, 10, 3), (4, 7, 4)]
 
 
-@pytest.mark.parametrize(("topk", "budget", "gamma"), SHAPES)
+@pytest.mark.parametrize(
+    ("topk", "budget", "gamma"), [SHAPES[0], *(pytest.param(*shape, marks=pytest.mark.long) for shape in SHAPES[1:])]
+)
 def test_tree_rounds_are_those_of_generate(trees, topk, budget, gamma):
     for eta in (0.0, 0.05, 0.3, 1.0):
-        draft = DraftConfig(2, gamma, eta, TreeConfig(topk, budget))
-        out = generate(tiny_target(), tiny_adapter(2), [PROMPT], 60, draft, eos_token_ids=())
+        draft = DraftConfig(EXIT_LAYER, gamma, eta, TreeConfig(topk, budget))
+        out = generate(small_target(), small_adapter(), [PROMPT], 60, draft, eos_token_ids=())
         levels, committed = (list(column) for column in zip(*trees[topk].rounds(gamma, eta, budget), strict=True))
         assert committed == out.accept_lengths[0], eta
         assert levels == out.draft_lengths[0], eta
