@@ -98,7 +98,7 @@ def prepare(folder: str | pathlib.Path, settings: dict[str, Any]) -> set[int | s
             resumable.check_settings(found_settings, settings, folder / _SETTINGS, folder, "--output_dir")
         elif found:
             raise InputError(f"{folder / found[0]}: exists already, without a {_SETTINGS}; give another --output_dir")
-        lines = {name: _whole_lines(folder / name) for name in _FILES}
+        lines = {name: _answer_lines(folder / name) for name in _FILES}
         answered = set.intersection(*(set(lines[f"{method}.jsonl"]) for method in METHODS))
         done = {key for key, line in lines[_DETAILS].items() if json.loads(line)["skipped"] or key in answered}
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def read(folder: str | pathlib.Path) -> list[QuestionResult]:
       InputError: naming file and question, for a line without the fields above.
     """
     folder = pathlib.Path(folder)
-    lines = {name: _whole_lines(folder / name) for name in _FILES}
+    lines = {name: _answer_lines(folder / name) for name in _FILES}
     return [_result(folder, {name: lines[name].get(key) for name in _FILES}) for key in lines[_DETAILS]]
 
 
@@ -158,7 +158,7 @@ def _result(folder: pathlib.Path, lines: dict[str, bytes | None]) -> QuestionRes
     return QuestionResult(question_id, category, answers, details)
 
 
-def _whole_lines(path: pathlib.Path) -> dict[int | str, bytes]:
+def _answer_lines(path: pathlib.Path) -> dict[int | str, bytes]:
     """question_id -> line."""
     found: dict[int | str, bytes] = {}
     for number, line in enumerate(resumable.whole_lines(path), start=1):

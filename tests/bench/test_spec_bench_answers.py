@@ -28,17 +28,17 @@ def result(question_id: int, category: str = "qa") -> QuestionResult:
 
 
 def test_after_a_kill_at_any_byte_each_question_is_there_once(tmp_path):
-    whole = tmp_path / "whole"
-    assert answers.prepare(whole, SETTINGS) == set()
+    complete = tmp_path / "complete"
+    assert answers.prepare(complete, SETTINGS) == set()
     for question_id in (1, 2):
-        answers.append(whole, result(question_id), MODEL_IDS)
-    first_line = {name: (whole / name).read_bytes().splitlines(keepends=True)[0] for name in FILES}
-    second_line = {name: (whole / name).read_bytes()[len(first_line[name]) :] for name in FILES}
+        answers.append(complete, result(question_id), MODEL_IDS)
+    first_line = {name: (complete / name).read_bytes().splitlines(keepends=True)[0] for name in FILES}
+    second_line = {name: (complete / name).read_bytes()[len(first_line[name]) :] for name in FILES}
     total = sum(map(len, second_line.values()))
     for written in (*range(0, total, 13), total - 1, total):
         folder = tmp_path / f"killed after {written} bytes"
         folder.mkdir()
-        (folder / "settings.json").write_bytes((whole / "settings.json").read_bytes())
+        (folder / "settings.json").write_bytes((complete / "settings.json").read_bytes())
         left = written
         for name in FILES:  # the order in which they are written
             (folder / name).write_bytes(first_line[name] + second_line[name][:left])

@@ -7,7 +7,7 @@ import pytest
 
 from kangaroo_jax import DraftConfig, InputError, TreeConfig, load_adapter
 from kangaroo_jax.bench import parts, tuning
-from kangaroo_jax.bench.acceptance import NOWHERE, Chains, Trees
+from kangaroo_jax.bench.acceptance import NOT_IN_TREE, Chains, Trees
 from kangaroo_jax.bench.tuning import Costs, Effort, Recording, best_of, measure_costs, predict, settings_of_trees
 from kangaroo_jax.checkpoint.adapter import read_draft_settings, save_adapter, write_draft_settings
 from tests.bench.models import EXIT_LAYER, small_adapter, small_target
@@ -39,7 +39,7 @@ def test_prediction_of_a_tree_by_hand():
     assert [costs.round(levels, draft) for levels in (1, 2, 3)] == [5.5, 9.0, 10.0]
     # Two rounds: 3 levels that commit 4 tokens, 1 level that commits 1.
     all_three = np.arange(9).reshape(3, 3) % 3 + 2
-    places = np.stack([all_three, *[np.full((3, 3), NOWHERE)] * 4])
+    places = np.stack([all_three, *[np.full((3, 3), NOT_IN_TREE)] * 4])
     best = np.asarray([[0.9, 0.8, 0.7], *[[0.1, 0.1, 0.1]] * 4], np.float32)
     recording = Recording(Chains(np.zeros((5, 1), np.float32), np.zeros(5, int)), {2: Trees(best, places)})
     assert recording.rounds(draft) == [(3, 4), (1, 1)]
