@@ -1,4 +1,4 @@
-"""Files of JSON lines that a run can be killed over at any moment, and go on from."""
+"""Files of JSON lines that stay usable when the process that writes them is killed at any moment."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _SYNC_SECONDS = 1.0
 
 
 class LineWriter:
-    """Appends JSON values to a file, one line each, each with one write: after a kill a line is whole, or the last and
-    without its line break. After a loss of power, what was written in the last second may be missing."""
+    """Appends JSON values to a file, one line each, each with one write: after a kill, only the last line can be
+    incomplete, and then it has no line break. After a loss of power, the lines of the last second can be missing."""
 
     def __init__(self, path: pathlib.Path):
         self._path = path
@@ -30,21 +30,27 @@ class LineWriter:
         os.close(self._file)
 
     def write(self, value: Any) -> None:
-        """Raises `InputError` where the disk is full or the file cannot be written to."""
+        """Appends one value.
+
+        Raises:
+          InputError: for a full disk, or a file that cannot be written to.
+        """
         left = json.dumps(value).encode() + b"\n"
         try:
-            while left:  # a full disk takes part of a line, and refuses the rest
+            while left:  # a disk that fills up takes part of a line, and fails at the next write
                 left = left[os.write(self._file, left) :]
             if time.monotonic() > self._synced + _SYNC_SECONDS:
                 os.fsync(self._file)
                 self._synced = time.monotonic()
         except OSError as error:
-            raise InputError(f"{self._path}: {error.strerror}; the same command goes on from what is there") from None
+            raise InputError(
+                f"{self._path}: {error.strerror}; when this is fixed, the same command continues"
+            ) from None
 
 
 def whole_lines(path: pathlib.Path) -> list[bytes]:
-    """The lines of a file, without what a kill left of a last one (no line break) or a loss of power of several (NULs);
-    none if there is no file. Lines end with their line break."""
+    """The complete lines of a file, each with its line break; none if the file is missing. Left out are a last line
+    without a line break, from a kill, and everything from the first NUL byte, from a loss of power."""
     if not path.exists():
         return []
     *lines, _ = path.read_bytes().partition(b"\0")[0].split(b"\n")
@@ -52,7 +58,7 @@ def whole_lines(path: pathlib.Path) -> list[bytes]:
 
 
 def replace(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file so that it is the old or the new one whenever the process dies or power is lost."""
+    """Writes a file so that it has the old or the new content, whenever the process is killed or power is lost."""
     if path.exists() and path.read_bytes() == content:
         return
     temporary = path.with_name(path.name + ".new")
@@ -66,17 +72,17 @@ def replace(path: pathlib.Path, content: bytes) -> None:
 def check_settings(
     found: bytes, settings: dict[str, Any], path: pathlib.Path, answers: pathlib.Path, flag: str
 ) -> None:
-    """Refuses to mix answers of different settings.
+    """Checks that new answers would be made with the settings of those that exist.
 
     Args:
-      found: what `path` holds: the settings that the answers were made with.
+      found: content of the file of settings that the existing answers were made with.
       settings: what new answers are to be made with, JSON values.
-      path: for messages.
-      answers: for messages.
-      flag: that names the answers.
+      path: the file of settings, for messages.
+      answers: the file or folder of answers, for messages.
+      flag: the flag that names the answers, for messages.
 
     Raises:
-      InputError: naming the setting.
+      InputError: naming the first setting that differs.
     """
     try:
         made_with = json.loads(found)
@@ -88,5 +94,5 @@ def check_settings(
         if (old := made_with.get(name)) != (new := settings.get(name)):
             raise InputError(
                 f"{answers}: its answers were made with {name} {old!r}, not {new!r}; "
-                f"give another {flag}, or what they were made with"
+                f"give another {flag}, or that {name}"
             )

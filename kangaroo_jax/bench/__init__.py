@@ -1,1 +1,1 @@
-"""Measurements. Nothing else imports this package."""
+"""Measurements: libraries that take arguments and return data. Their commands are in kangaroo_jax/cli/bench."""

@@ -1,37 +1,6 @@
-"""`python -m kangaroo_jax.bench COMMAND [flags]`; one module of this package per command."""
+"""`python -m kangaroo_jax.bench COMMAND [flags]`."""
 
-import importlib
-import sys
-
-from kangaroo_jax import command_line, profiling
-
-_COMMANDS = {
-    "peers": "the demo against plain decoding and Hugging Face transformers",
-    "roofline": "what each part costs, against the machine's limits",
-    "tune": "the best gamma and eta for an adapter on this machine, and whether a tree is faster",
-    "tree": "trees of several widths and budgets beside the single sequence",
-    "batch": "batches against plain decoding, refilled slots against fixed batches",
-    "adapters": "adapters of one target beside each other: accept lengths",
-    "load": "bytes read and host memory of loading a target split over devices and processes",
-    "spec_bench": "Spec-Bench's questions, with Kangaroo and plainly",
-}
-
-
-def main() -> None:
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command not in _COMMANDS:
-        known = "; ".join(f"{name}: {what}" for name, what in _COMMANDS.items())
-        command_line.fail("bench", f"expected a command, found {command!r} ({known})")
-    name = f"bench {command}"
-    work = importlib.import_module(f"kangaroo_jax.bench.{command}").main
-
-    def traced() -> None:
-        profiling.check(command_line.PROFILE.value)
-        with profiling.trace(command_line.PROFILE.value):
-            work()
-
-    command_line.run(name, traced, [name, *sys.argv[2:]])
-
+from kangaroo_jax.cli.bench.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,5 +1,8 @@
-"""What a draft model gets accepted, recorded once, and what any gamma and eta would make of it; of trees, also any
-budget."""
+"""Records once which drafts the target accepts, and computes from that the rounds that any gamma and eta would give;
+for trees, with any budget.
+
+Only this module and parts.py call the functions a round is made of.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +19,29 @@ from kangaroo_jax import generate_plain
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftConfig
-from kangaroo_jax.decode.draft import draft
-from kangaroo_jax.decode.prefill import bucket, prefill
+from kangaroo_jax.decode.draft import draft_sequence
+from kangaroo_jax.decode.prefill import Admission, prefill
+from kangaroo_jax.decode.sampling import Sampling
 from kangaroo_jax.decode.state import DecodeState
 from kangaroo_jax.decode.tree import grow_tree
 from kangaroo_jax.engine.engine import resolve_exit_layer
+from kangaroo_jax.engine.shapes import capacity_class, prompt_width
+from kangaroo_jax.model.attention.backend import AttentionBackend, choose_backend
+from kangaroo_jax.model.drafts.draft_model import Committed
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import TargetModel
 
-NOWHERE = np.iinfo(np.int32).max
+NOT_IN_TREE = np.iinfo(np.int32).max  # greater than any budget
 
 
 @dataclasses.dataclass(frozen=True)
 class Chains:
-    """The drafts that would start at each position of one greedy answer, as long as they may get, never stopped by
-    their confidence.
+    """The drafts that would start at each position of one greedy answer, of the maximum length: low confidence stops
+    none of them.
 
     Attributes:
       confidence: top-1 draft probability of each drafted token.
-      agrees: how many leading drafts of each chain are what the target says.
+      agrees: number of leading drafts of each chain that are the target's own tokens.
     """
 
     confidence: Float[np.ndarray, "positions gamma"]
@@ -54,14 +61,13 @@ class Chains:
 
 @dataclasses.dataclass(frozen=True)
 class Trees:
-    """The trees of one K that would start at each position of one greedy answer, as deep as they may get, never
-    stopped by their scores and not cut by a budget.
+    """The trees of one K that would start at each position of one greedy answer, of the maximum depth: low scores stop
+    none of them, and no budget cuts them.
 
     Attributes:
       best: highest score of each level.
-      places: [i, d, l] is about the candidate at level d that goes on along the target's own tokens: how many of the
-        candidates of levels 0 to l a budget keeps sooner than it. `NOWHERE` where there is no such candidate, or the
-        tree ends above it.
+      places: [i, d, l] is for the candidate at level d on the path of the target's own tokens, in a tree of levels 0 to
+        l: how many candidates a budget keeps before it. `NOT_IN_TREE` if there is no such candidate, or d > l.
     """
 
     best: Float[np.ndarray, "positions gamma"]
@@ -91,7 +97,7 @@ def record(
       adapter: from `load_adapter`.
       prompt: token ids.
       max_new_tokens: length of the answer; EOS does not end it.
-      max_draft_len: the longest draft of interest.
+      max_draft_len: maximum gamma that rounds can be computed for.
     """
     answer = _greedy_answer(target, prompt, max_new_tokens)
     drafts, confidence = _drafts(target, adapter, prompt, answer, max_draft_len, None)
@@ -114,8 +120,8 @@ def record_trees(
       adapter: from `load_adapter`.
       prompt: token ids.
       max_new_tokens: length of the answer; EOS does not end it.
-      max_draft_len: the greatest depth of interest.
-      topks: the Ks.
+      max_draft_len: maximum gamma that rounds can be computed for.
+      topks: the Ks; each is recorded separately.
     """
     answer = _greedy_answer(target, prompt, max_new_tokens)
     following, recorded = _following(answer, max_draft_len), {}
@@ -132,13 +138,13 @@ def path_of(
     scores: Float[np.ndarray, "positions levels candidates"],
     frontiers: Int[np.ndarray, "positions levels topk"],
 ) -> Int[np.ndarray, "positions levels"]:
-    """Which candidate of each level goes on along the target's own tokens; -1 where none does.
+    """The index of the candidate at each level that is on the path of the target's own tokens; -1 if none is.
 
     Args:
       following: the target's own tokens.
       tokens: of the candidates, as in `Growth`.
-      scores: negative where there is no candidate.
-      frontiers: which candidates of a level the next level's follow.
+      scores: of the candidates; negative where there is none.
+      frontiers: indices of the candidates that the next level expands.
     """
     topk, candidates = frontiers.shape[2], tokens.shape[2]
     path = np.full(following.shape, -1)
@@ -154,10 +160,9 @@ def path_of(
 def places_of(
     path: Int[np.ndarray, "positions levels"], scores: Float[np.ndarray, "positions levels candidates"]
 ) -> Int[np.ndarray, "positions levels levels"]:
-    """`Trees.places`: the candidates of a path (-1 for none) by score among those of the first levels, of equal ones
-    the first first, as a budget keeps them."""
+    """`Trees.places` of a path (-1 for no candidate). A budget keeps the best scores, and of equal ones the first."""
     levels, candidates = scores.shape[1:]
-    places = np.full((*path.shape, levels), NOWHERE, np.int32)
+    places = np.full((*path.shape, levels), NOT_IN_TREE, np.int32)
     for depth in range(levels):
         index = np.maximum(path[:, depth], 0)
         own = np.take_along_axis(scores[:, depth], index[:, None], axis=1)[:, :, None]
@@ -165,9 +170,9 @@ def places_of(
             np.arange(levels * candidates).reshape(levels, candidates) < (depth * candidates + index)[:, None, None]
         )
         before = np.cumsum(((scores > own) | ((scores == own) & earlier)).sum(axis=2), axis=1)
-        # A level that is not in the tree holds none of its candidates.
+        # A tree that ends above a level holds no candidate of it.
         inside = (path[:, depth, None] >= 0) & (np.arange(levels) >= depth)
-        places[:, depth] = np.where(inside, before, NOWHERE)
+        places[:, depth] = np.where(inside, before, NOT_IN_TREE)
     return places
 
 
@@ -176,7 +181,7 @@ def _greedy_answer(target: Target, prompt: Sequence[int], max_new_tokens: int) -
 
 
 def _following(answer: Int[np.ndarray, " answer"], count: int) -> Int[np.ndarray, "answer-1 count"]:
-    """The `count` tokens after each but the last; -1, which is no token, beyond the answer's end."""
+    """The `count` tokens that follow each token but the last; -1 beyond the answer's end, which equals no token."""
     padded = np.pad(answer, (0, count), constant_values=-1)
     return np.stack([padded[i + 1 : i + 1 + count] for i in range(len(answer) - 1)])
 
@@ -189,11 +194,11 @@ def _drafts(
     max_draft_len: int,
     topk: int | None,
 ) -> tuple[np.ndarray, ...]:
-    """What is drafted after each token of `answer` but the last: see `_scan`."""
-    time = bucket(len(prompt), 64)
+    """What is drafted after each token of `answer` but the last; see `_scan`."""
+    time = prompt_width(len(prompt))
     tokens = np.zeros((1, time), np.int32)
     tokens[0, : len(prompt)] = prompt
-    slots = 1 + max_draft_len * (topk or 1)
+    positions = 1 + max_draft_len * (topk or 1)  # in the caches, that drafting fills
     drafted = _scan(
         target.model,
         adapter.model,
@@ -201,14 +206,15 @@ def _drafts(
         np.asarray([len(prompt)], np.int32),
         answer[:-1],
         exit_layer=resolve_exit_layer(target, adapter, DraftConfig()),
-        capacity=bucket(max(time, len(prompt) + len(answer) + slots), 128),
+        capacity=capacity_class(max(time, len(prompt) + len(answer) + positions)),
+        backend=choose_backend(target.mesh, target.model.embed_tokens[...].devices()),
         max_draft_len=max_draft_len,
         topk=topk,
     )
     return tuple(map(np.asarray, drafted))
 
 
-@functools.partial(jax.jit, static_argnames=("exit_layer", "capacity", "max_draft_len", "topk"))
+@functools.partial(jax.jit, static_argnames=("exit_layer", "capacity", "backend", "max_draft_len", "topk"))
 def _scan(
     model: TargetModel,
     adapter: Adapter,
@@ -218,30 +224,41 @@ def _scan(
     *,
     exit_layer: int,
     capacity: int,
+    backend: AttentionBackend,
     max_draft_len: int,
     topk: int | None,
 ) -> tuple[jax.Array, ...]:
-    """What is drafted after each token of `answer`: of chains (topk None) tokens and confidences, [positions, gamma];
-    of trees the tokens, scores and frontiers of their levels, as in `Growth`."""
-    no_eos = jnp.zeros((0,), jnp.int32)
-    most = jnp.full((1,), 2)
-    start = prefill(model, adapter, tokens, lengths, most, no_eos, exit_layer=exit_layer, capacity=capacity, room=2)
+    """What is drafted after each token of `answer`: for chains (topk None) tokens and confidences, [positions, gamma];
+    for trees the tokens, scores and frontiers of their levels, as in `Growth`."""
+    admission = Admission(jnp.full((1,), 2), jnp.full((1, 1), -1), Sampling.greedy(1))
+    start = prefill(
+        model,
+        adapter,
+        tokens,
+        lengths,
+        admission,
+        exit_layer=exit_layer,
+        capacity=capacity,
+        backend=backend,
+        sampled=False,
+    )
     settings = {"exit_layer": exit_layer, "max_draft_len": max_draft_len}
 
-    def one(state: DecodeState, token: Int[jax.Array, ""]) -> tuple[DecodeState, tuple[jax.Array, ...]]:
+    def draft_after(state: DecodeState, token: Int[jax.Array, ""]) -> tuple[DecodeState, tuple[jax.Array, ...]]:
         state = state.replace(token=token[None])
         if topk is None:
-            drafted = draft(model, adapter, state, jnp.float32(0), **settings)
+            drafted = draft_sequence(model, adapter, state, jnp.float32(0), None, **settings)
             hidden, found = drafted.hidden[:, :1], (drafted.tokens, drafted.confidence)
         else:
             hidden, drafted = grow_tree(model, adapter, state, jnp.float32(0), **settings, topk=topk)
             found = (drafted.tokens, drafted.scores, drafted.frontiers)
-        # On to the next position of the answer: what was drafted beyond it is masked, and overwritten.
+        # Continue at the next position of the answer. The drafted positions after it are masked, then overwritten.
+        one, path = jnp.ones((1,), jnp.int32), jnp.zeros((1, 1), jnp.int32)
+        committed = Committed(state.shallow.length, one, path, hidden, hidden, None)
         following = state.replace(
-            shallow_hidden=hidden,
             shallow=drafted.shallow.replace(length=state.shallow.length + 1),
-            adapter=drafted.adapter.replace(length=state.adapter.length + 1),
+            draft=adapter.after_verify(state.draft, drafted.carry, committed),
         )
         return following, tuple(x[0] for x in found)
 
-    return jax.lax.scan(one, start, answer)[1]
+    return jax.lax.scan(draft_after, start, answer)[1]

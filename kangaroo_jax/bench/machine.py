@@ -1,4 +1,4 @@
-"""What a measurement ran on, and how fast that machine moves bytes and multiplies: the bounds parts are held to."""
+"""The machine that a measurement ran on, and how fast it moves bytes and multiplies: the limits of every part."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 
 def describe(*packages: str) -> str:
-    """One line: processor or accelerator, threads, and the versions of Python, JAX and those of `packages` that are
-    installed."""
+    """One line: processor or accelerator, threads, and the versions of Python, JAX and the installed `packages`."""
     versions = [
         f"{name} {importlib.import_module(name).__version__}"
         for name in ("jax", *packages)
@@ -37,13 +36,13 @@ def _processor() -> str:
 
 
 def memory_bytes() -> int:
-    """What the default device can hold."""
+    """The memory of the default device."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def seconds_per_call(call: Callable[[], object], repeats: int = 7) -> float:
-    """Median wall-clock of a call, after one that is not counted."""
+    """Median wall-clock seconds of a call, after one call that is not counted."""
     jax.block_until_ready(call())
     times = []
     for _ in range(repeats):
@@ -54,8 +53,8 @@ def seconds_per_call(call: Callable[[], object], repeats: int = 7) -> float:
 
 
 def read_bandwidth(num_bytes: int, dtype: jnp.dtype) -> float:
-    """Bytes per second at which the default device reads a working set of this size, by multiplying matrices of it
-    with a vector, repeatedly: the access pattern of a plain step without anything between the products."""
+    """Bytes per second at which the default device reads a working set of this size. It multiplies the matrices of the
+    set with a vector, several times: the accesses of a plain step, with nothing between the products."""
     width = 1024 if num_bytes < 2**28 else 4096
     size = width * width * jnp.dtype(dtype).itemsize
     count = max(1, num_bytes // size)
@@ -76,8 +75,8 @@ def read_bandwidth(num_bytes: int, dtype: jnp.dtype) -> float:
 
 
 def copy_bandwidth(num_bytes: int) -> float:
-    """Bytes per second, read and written together, of elementwise passes over a float32 array of this size, in place
-    (a fresh result would measure the allocation of its pages)."""
+    """Bytes per second, read and written together, of elementwise passes over a float32 array of this size. In place:
+    with a new array for the result, the allocation of its pages would be measured."""
     passes, x = 8, jnp.ones((num_bytes // 4,), jnp.float32)
     add = jax.jit(lambda x: jax.lax.fori_loop(0, passes, lambda _, x: x + 1, x), donate_argnums=0)
     held = [x]

@@ -1,7 +1,9 @@
 """The parts that decoding is made of: what each reads, and how long each takes alone.
 
-Every part is timed inside one jitted loop, on the code that decoding runs, from a state whose caches hold a context:
-after each turn the lengths are set back, so that every turn does the same work.
+A part is a start state and one turn of work on it, by the code that decoding runs. It is timed inside one jitted loop
+of turns, from caches that hold a context; a turn sets the lengths back, so that every turn does the same work.
+
+Only this module and acceptance.py call the functions a round is made of; the other measurements go through them.
 """
 
 from __future__ import annotations
@@ -11,37 +13,42 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Int
 
 from kangaroo_jax.bench.machine import seconds_per_call
-from kangaroo_jax.config import TreeConfig
-from kangaroo_jax.decode.autoregressive import PLAIN_EXIT_LAYER, plain_round
-from kangaroo_jax.decode.draft import draft
-from kangaroo_jax.decode.generate import kangaroo_round
-from kangaroo_jax.decode.prefill import prefill
-from kangaroo_jax.decode.state import DecodeState, Draft
+from kangaroo_jax.config import DraftConfig, TreeConfig
+from kangaroo_jax.decode.draft import draft_sequence
+from kangaroo_jax.decode.prefill import Admission, prefill
+from kangaroo_jax.decode.rounds import RoundShape, one_round
+from kangaroo_jax.decode.sampling import Sampling
+from kangaroo_jax.decode.state import Chunk, DecodeState, Draft
 from kangaroo_jax.decode.tree import draft_tree, grow_tree
 from kangaroo_jax.decode.verify import commit, verify
-from kangaroo_jax.model.drafts.kangaroo import Adapter
+from kangaroo_jax.engine.shapes import capacity_class
+from kangaroo_jax.model.attention.backend import choose_backend
+from kangaroo_jax.model.drafts.draft_model import Committed
+from kangaroo_jax.model.drafts.kangaroo import Adapter, DraftVocabulary
 from kangaroo_jax.model.target import TargetModel
 
-State = TypeVar("State")  # of a timed loop: a DecodeState, with what else its turns start from
-Step = Callable[[TargetModel, Adapter | None, State], State]
+State = TypeVar("State")  # a DecodeState, or a tuple of one and what else a turn starts from
+Turn = Callable[[TargetModel, Adapter | None, State], State]
 
 _TURNS = 32  # of a timed loop
 _REPEATS = 7
-NO_EOS = np.zeros((0,), np.int32)  # no token ends a sequence
+_NO_LIMIT = 1 << 20  # new tokens
+_prefill = jax.jit(prefill, static_argnames=("exit_layer", "capacity", "backend", "sampled"))  # one for all parts
 
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-    """Bytes that each part has to read: weights, and the whole cache buffers of the layers it runs (attention reads
-    what is unused too)."""
+    """Bytes that each part has to read: weights, and the complete cache buffers of the layers it runs (attention reads
+    the unused positions too)."""
 
     plain_step: int
     shallow: int
@@ -50,13 +57,13 @@ class Bytes:
 
     @classmethod
     def of(cls, model: TargetModel, adapter: Adapter, exit_layer: int, batch: int, capacity: int) -> Bytes:
-        """Of a target and an adapter, with `batch` sequences in caches with room for `capacity` positions."""
+        """Of a target and an adapter, with `batch` sequences in caches of `capacity` positions."""
         config = model.config
         cache = 2 * batch * config.num_key_value_heads * config.head_dim * capacity * model.dtype.itemsize
         layers = [_nbytes(layer) + cache for layer in model.layers]
         head = (model.embed_tokens if model.lm_head is None else model.lm_head)[...].nbytes
         shallow, deep = sum(layers[:exit_layer]), sum(layers[exit_layer:])
-        # An adapter's draft vocabulary, with its rows of the head, takes the head's place.
+        # An adapter with a draft vocabulary has its own rows of the head, and reads those instead.
         draft_head = 0 if adapter.draft_vocabulary is not None else head
         return cls(shallow + deep + head, shallow, shallow + _nbytes(adapter) + cache + draft_head, deep + head)
 
@@ -67,15 +74,14 @@ def _nbytes(tree: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """A target, an adapter, and sequences that have been processed so far.
+    """A target, an adapter, and the sequences that were processed before the measured position.
 
     Attributes:
       model: the target's weights.
-      adapter: the adapter's.
-      exit_layer: l.
+      adapter: the adapter's weights.
+      exit_layer: number of shallow layers.
       tokens: [batch, context], the sequences.
-      capacity: of the caches.
-      room: of the output buffers.
+      capacity: positions in the caches.
     """
 
     model: TargetModel
@@ -83,133 +89,199 @@ class Context:
     exit_layer: int
     tokens: Int[np.ndarray, "batch context"]
     capacity: int
-    room: int = 256
 
     def prefill(self, plain: bool = False) -> Callable[[], DecodeState]:
         """The call that makes the state in which decoding finds the sequences before its first round."""
         batch, length = self.tokens.shape
-        exit_layer = PLAIN_EXIT_LAYER if plain else self.exit_layer
-        first = jax.jit(functools.partial(prefill, exit_layer=exit_layer, capacity=self.capacity, room=self.room))
-        lengths, most = (np.full((batch,), n, np.int32) for n in (length, self.room))
+        devices = sorted(self.model.embed_tokens[...].devices(), key=lambda device: device.id)
+        static = {
+            "exit_layer": RoundShape.plain().exit_layer if plain else self.exit_layer,
+            "capacity": self.capacity,
+            "backend": choose_backend(None, devices),
+            "sampled": False,
+        }
+        lengths, max_output = (np.full((batch,), n, np.int32) for n in (length, _NO_LIMIT))
+        admission = Admission(max_output, np.full((batch, 1), -1, np.int32), Sampling.greedy(batch))
         adapter = None if plain else self.adapter
-        return lambda: first(self.model, adapter, self.tokens, lengths, most, NO_EOS)
+        return lambda: _prefill(self.model, adapter, self.tokens, lengths, admission, **static)
 
     @property
     def bytes(self) -> Bytes:
         return Bytes.of(self.model, self.adapter, self.exit_layer, len(self.tokens), self.capacity)
 
-
-def plain_step_seconds(context: Context) -> float:
-    """Seconds of one plain step."""
-
-    def step(model: TargetModel, _: Adapter, state: DecodeState) -> DecodeState:
-        return _set_back(plain_round(model, None, state, NO_EOS, jnp.float32(0)), state)
-
-    return _seconds(context, context.prefill(plain=True)(), step)
+    def with_draft_vocabulary(self, size: int) -> Context:
+        """The same, with an adapter that drafts from the first `size` tokens only (any will do to time it)."""
+        adapter = nnx.clone(self.adapter)
+        adapter.draft_vocabulary = DraftVocabulary(self.model, jnp.arange(size))
+        return dataclasses.replace(self, adapter=adapter)
 
 
-def draft_seconds(context: Context, count: int) -> float:
-    """Seconds of a draft phase of exactly `count` tokens: that many draft steps and one more shallow pass."""
+def rounded_capacity(positions: int) -> int:
+    """Positions of caches that hold `positions`."""
+    return capacity_class(positions)
 
-    def step(model: TargetModel, adapter: Adapter, state: DecodeState) -> DecodeState:
-        drafted = draft(model, adapter, state, jnp.float32(0), exit_layer=context.exit_layer, max_draft_len=count)
+
+def positions_per_round(adapter: Adapter, settings: DraftConfig) -> int:
+    """The maximum number of cache positions that a round fills.
+
+    Raises:
+      InputError: for a tree with more children per node than there are tokens to draft.
+    """
+    num_tokens = adapter.num_tokens(adapter.config.vocab_size)
+    return RoundShape.kangaroo(1, settings, num_tokens, jax.default_backend()).positions
+
+
+def verification_widths(settings: DraftConfig) -> tuple[int, ...]:
+    """How many tokens a verification pass may hold, ascending: the last committed token and a round's drafts."""
+    topk = 0 if settings.tree is None else settings.tree.topk
+    return RoundShape.kangaroo(1, settings, topk, jax.default_backend()).widths
+
+
+@dataclasses.dataclass(frozen=True)
+class Part(Generic[State]):
+    """Work to time: `turn` takes model, adapter and a state like `start`, and returns such a state."""
+
+    start: State
+    turn: Turn[State]
+
+
+def plain_step(context: Context) -> Part[DecodeState]:
+    """One step of plain decoding."""
+
+    def turn(model: TargetModel, _: Adapter, state: DecodeState) -> DecodeState:
+        return _round(model, None, state, RoundShape.plain())
+
+    return Part(context.prefill(plain=True)(), turn)
+
+
+def draft_phase(context: Context, count: int) -> Part[DecodeState]:
+    """A draft phase of exactly `count` tokens: that many draft steps and one more shallow pass."""
+
+    def turn(model: TargetModel, adapter: Adapter, state: DecodeState) -> DecodeState:
+        drafted = draft_sequence(
+            model, adapter, state, jnp.float32(0), None, exit_layer=context.exit_layer, max_draft_len=count
+        )
         return state.replace(
             token=drafted.tokens[:, -1],
-            shallow_hidden=drafted.hidden[:, -1:],
             shallow=drafted.shallow.replace(length=state.shallow.length),
-            adapter=drafted.adapter.replace(length=state.adapter.length),
+            draft=_drafted_state(adapter, state, drafted.carry, drafted.hidden),
         )
 
-    return _seconds(context, context.prefill()(), step)
+    return Part(context.prefill()(), turn)
 
 
-def verification_seconds(context: Context, width: int) -> float:
-    """Seconds of a verification pass over `width` positions, with its LM head."""
+def verification(context: Context, width: int) -> Part[tuple[DecodeState, jax.Array]]:
+    """A verification pass over `width` positions, with its LM head, from one hidden state at all of them."""
     batch = len(context.tokens)
+    start = jnp.ones((batch, 1, context.model.config.hidden_size), context.model.compute_dtype)
 
-    def step(model: TargetModel, adapter: Adapter, state: DecodeState) -> DecodeState:
-        hidden = jnp.broadcast_to(state.shallow_hidden, (batch, width, state.shallow_hidden.shape[-1]))
+    def turn(model: TargetModel, _: Adapter, carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
+        state, hidden = carry
         drafted = Draft(
             tokens=jnp.zeros((batch, width - 1), jnp.int32),
             confidence=jnp.ones((batch, width - 1)),
             length=jnp.full((batch,), width - 1),
-            hidden=hidden,
+            hidden=jnp.broadcast_to(hidden, (batch, width, hidden.shape[-1])),
             shallow=state.shallow,
-            adapter=state.adapter,
+            carry=None,
             probs=None,
         )
-        verdict, deep = verify(model, state.deep, drafted, None, exit_layer=context.exit_layer, widths=(width,))
-        # The next turn starts from what this one found, so that no turn can be left out or overlap.
-        moved = state.shallow_hidden + 1e-9 * verdict.tokens[:, :1, None].astype(state.shallow_hidden.dtype)
-        return state.replace(shallow_hidden=moved, deep=deep.replace(length=state.deep.length))
+        verdict, _, deep = verify(model, state.deep, drafted, None, exit_layer=context.exit_layer, widths=(width,))
+        # The next turn depends on this one's result, so that no turn can be left out or overlap.
+        moved = hidden + 1e-9 * verdict.tokens[:, :1, None].astype(hidden.dtype)
+        return state.replace(deep=deep.replace(length=state.deep.length)), moved
 
-    return _seconds(context, context.prefill()(), step)
+    return Part((context.prefill()(), start), turn)
 
 
-def round_seconds(context: Context, count: int, tree: TreeConfig | None = None) -> float:
-    """Seconds of a whole round that drafts exactly `count` tokens, or a tree of exactly that many levels: draft,
-    verification and commit."""
+def complete_round(context: Context, count: int, tree: TreeConfig | None = None) -> Part[DecodeState]:
+    """A complete round that drafts exactly `count` tokens, or a tree of exactly that many levels: draft, verification
+    and commit."""
     width = 1 + (count if tree is None else tree.drafted(count))
 
-    def step(model: TargetModel, adapter: Adapter, state: DecodeState) -> DecodeState:
-        done = kangaroo_round(
-            model,
-            adapter,
-            state,
-            NO_EOS,
-            jnp.float32(0),
-            exit_layer=context.exit_layer,
-            max_draft_len=count,
-            widths=(width,),
-            tree=tree,
-        )
-        return _set_back(done, state)
+    def turn(model: TargetModel, adapter: Adapter, state: DecodeState) -> DecodeState:
+        return _round(model, adapter, state, RoundShape(context.exit_layer, count, tree, (width,)))
 
-    return _seconds(context, context.prefill()(), step)
+    return Part(context.prefill()(), turn)
 
 
-def growth_seconds(context: Context, topk: int, levels: int) -> float:
-    """Seconds of growing a tree to exactly `levels` levels, before a budget cuts it: one pass from x_n, and a draft
-    step of `topk` tokens for each level after the first."""
+def tree_growth(context: Context, topk: int, levels: int) -> Part[DecodeState]:
+    """Growing a tree to exactly `levels` levels, before a budget cuts it: one pass from the last committed token, and a
+    draft step of `topk` tokens for each level after the first."""
 
-    def step(model: TargetModel, adapter: Adapter, state: DecodeState) -> DecodeState:
+    def turn(model: TargetModel, adapter: Adapter, state: DecodeState) -> DecodeState:
         root, grown = grow_tree(
             model, adapter, state, jnp.float32(0), exit_layer=context.exit_layer, max_draft_len=levels, topk=topk
         )
         return state.replace(
             token=grown.tokens[:, -1, 0],
-            shallow_hidden=root,
             shallow=grown.shallow.replace(length=state.shallow.length),
-            adapter=grown.adapter.replace(length=state.adapter.length),
+            draft=_drafted_state(adapter, state, grown.carry, root),
         )
 
-    return _seconds(context, context.prefill()(), step)
+    return Part(context.prefill()(), turn)
 
 
-def tree_verification_seconds(context: Context, tree: TreeConfig, levels: int) -> float:
-    """Seconds of verifying a tree of exactly `levels` levels, as drafted here, and of committing what stands: mask, the
-    pass with its LM head, the walk along the target's choices, and the path's move in the caches."""
+def tree_verification(context: Context, tree: TreeConfig, levels: int) -> Part[tuple[DecodeState, Draft]]:
+    """Verifying a tree of exactly `levels` levels, drafted here once, and committing what is accepted: mask, the pass
+    with its LM head, the walk along the target's choices, and moving the accepted path in the caches."""
     start = context.prefill()()
     settings = {"exit_layer": context.exit_layer, "max_draft_len": levels, "tree": tree}
     drafted = jax.jit(functools.partial(draft_tree, **settings))(context.model, context.adapter, start, jnp.float32(0))
-    drafted = drafted.replace(shallow=None, adapter=None)  # the state's own are used
+    drafted = drafted.replace(shallow=None, carry=None)  # a turn uses the caches of its state
 
-    def step(model: TargetModel, _: Adapter, carry: tuple[DecodeState, Draft]) -> tuple[DecodeState, Draft]:
-        state, drafted = carry
-        # Each turn starts from what the last one found, so that nothing of it can be left out, or done once for all.
-        nothing = jnp.minimum(state.token, 0)[:, None]
+    def turn(model: TargetModel, adapter: Adapter, loop: tuple[DecodeState, Draft]) -> tuple[DecodeState, Draft]:
+        state, drafted = loop
+        # Each turn depends on the last one's result, so that no work can be left out, or done once for all turns.
+        zero = jnp.minimum(state.token, 0)[:, None]
         draft_of_turn = drafted.replace(
-            hidden=drafted.hidden + 1e-9 * state.shallow_hidden,
-            tree=drafted.tree.replace(parents=drafted.tree.parents + nothing),
+            hidden=drafted.hidden + 1e-9 * state.draft.last,
+            tree=drafted.tree.replace(parents=drafted.tree.parents + zero),
             shallow=state.shallow,
-            adapter=state.adapter,
+            carry=state.draft.cache,
         )
-        widths = (1 + tree.drafted(levels),)
-        verdict, deep = verify(model, state.deep, draft_of_turn, None, exit_layer=context.exit_layer, widths=widths)
-        done = commit(state, draft_of_turn, deep, verdict, NO_EOS)
+        verdict, hidden, deep = verify(
+            model,
+            state.deep,
+            draft_of_turn,
+            None,
+            exit_layer=context.exit_layer,
+            widths=(1 + tree.drafted(levels),),
+        )
+        done, _ = commit(state, _empty_chunk(state, levels + 1), adapter, draft_of_turn, verdict, hidden, deep)
         return _set_back(done, state), drafted
 
-    return _seconds(context, (start, drafted), step)
+    return Part((start, drafted), turn)
+
+
+def plain_step_seconds(context: Context) -> float:
+    """Seconds of one `plain_step`."""
+    return seconds_of(plain_step(context), context)
+
+
+def draft_seconds(context: Context, count: int) -> float:
+    """Seconds of one `draft_phase`."""
+    return seconds_of(draft_phase(context, count), context)
+
+
+def verification_seconds(context: Context, width: int) -> float:
+    """Seconds of one `verification`."""
+    return seconds_of(verification(context, width), context)
+
+
+def round_seconds(context: Context, count: int, tree: TreeConfig | None = None) -> float:
+    """Seconds of one `complete_round`."""
+    return seconds_of(complete_round(context, count, tree), context)
+
+
+def growth_seconds(context: Context, topk: int, levels: int) -> float:
+    """Seconds of one `tree_growth`."""
+    return seconds_of(tree_growth(context, topk, levels), context)
+
+
+def tree_verification_seconds(context: Context, tree: TreeConfig, levels: int) -> float:
+    """Seconds of one `tree_verification`."""
+    return seconds_of(tree_verification(context, tree, levels), context)
 
 
 def prefill_seconds(context: Context) -> float:
@@ -217,29 +289,46 @@ def prefill_seconds(context: Context) -> float:
     return seconds_per_call(context.prefill())
 
 
+def _round(model: TargetModel, adapter: Adapter | None, state: DecodeState, shape: RoundShape) -> DecodeState:
+    """A round that no low confidence cuts short; afterwards the lengths are as before."""
+    chunk = _empty_chunk(state, shape.max_commit)
+    done, _ = one_round(model, adapter, state, chunk, jnp.float32(0), shape=shape, sampled=False)
+    return _set_back(done, state)
+
+
+def _empty_chunk(state: DecodeState, room: int) -> Chunk:
+    return Chunk.empty(state.finished, room, 1)
+
+
+def _drafted_state(adapter: Adapter, state: DecodeState, carry: Any, hidden: jax.Array) -> Any:
+    """The draft model's state with what a draft phase wrote: as if the last node of `hidden` had been committed."""
+    batch, nodes, _ = hidden.shape
+    one, last = jnp.ones((batch,), jnp.int32), jnp.full((batch, 1), nodes - 1)
+    committed = Committed(state.shallow.length, one, last, hidden, hidden, None)
+    return adapter.after_verify(state.draft, carry, committed)
+
+
 def _set_back(new: DecodeState, old: DecodeState) -> DecodeState:
-    """`new` with the lengths of `old`."""
+    """`new` with the lengths of `old`. (The draft model is told the position at each call.)"""
     return new.replace(
         shallow=new.shallow.replace(length=old.shallow.length),
         deep=new.deep.replace(length=old.deep.length),
-        adapter=None if new.adapter is None else new.adapter.replace(length=old.adapter.length),
         num_output=old.num_output,
         finished=old.finished,
-        stats=new.stats.replace(rounds=old.stats.rounds),
     )
 
 
-def _seconds(context: Context, start: State, step: Step) -> float:
-    """Median seconds of `step` over runs of one compiled loop of many turns."""
+def seconds_of(part: Part[State], context: Context) -> float:
+    """Median seconds of one turn of `part`, over runs of one compiled loop of many turns."""
 
     @functools.partial(jax.jit, donate_argnums=2)
     def loop(model: TargetModel, adapter: Adapter, state: State) -> State:
-        return jax.lax.fori_loop(0, _TURNS, lambda _, state: step(model, adapter, state), state)
+        return jax.lax.fori_loop(0, _TURNS, lambda _, state: part.turn(model, adapter, state), state)
 
     def fresh() -> State:
-        return jax.block_until_ready(jax.tree.map(jnp.copy, start))
+        return jax.block_until_ready(jax.tree.map(jnp.copy, part.start))
 
-    jax.block_until_ready(loop(context.model, context.adapter, fresh()))
+    jax.block_until_ready(loop(context.model, context.adapter, fresh()))  # compiles
     times = []
     for _ in range(_REPEATS):
         state = fresh()

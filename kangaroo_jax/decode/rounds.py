@@ -17,6 +17,7 @@ from kangaroo_jax.decode.sampling import Sampling
 from kangaroo_jax.decode.state import Chunk, DecodeState, Draft
 from kangaroo_jax.decode.tree import draft_tree
 from kangaroo_jax.decode.verify import commit, verify
+from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.draft_model import DraftModel
 from kangaroo_jax.model.target import TargetModel, shallow_apply
 
@@ -45,9 +46,23 @@ class RoundShape:
         return cls(_PLAIN_EXIT_LAYER, 0, None, (1,))
 
     @classmethod
-    def kangaroo(cls, exit_layer: int, draft: DraftConfig, platform: str) -> RoundShape:
-        """Of drafts as `draft` says, on devices of `platform`."""
+    def kangaroo(cls, exit_layer: int, draft: DraftConfig, num_tokens: int, platform: str) -> RoundShape:
+        """Of drafts as `draft` says.
+
+        Args:
+          exit_layer: l.
+          draft: gamma and trees.
+          num_tokens: how many tokens can be drafted.
+          platform: of the devices, for example "cpu".
+
+        Raises:
+          InputError: for a tree with more children per node than there are tokens to draft.
+        """
         gamma, tree = draft.max_draft_len, draft.tree
+        if tree is not None and tree.topk > num_tokens:
+            raise InputError(
+                f"tree_topk must be at most the {num_tokens} tokens that can be drafted, found {tree.topk}"
+            )
         if tree is None:
             full, fewer = gamma + 1, (2, 3, 5, 7, 9, 13)
         else:

@@ -515,10 +515,8 @@ def round_shape(target: Target, adapter: TrainedAdapter | None, draft: DraftConf
     """
     if adapter is None:
         return RoundShape.plain()
-    size = adapter.model.num_tokens(target.config.vocab_size)
-    if draft.tree is not None and draft.tree.topk > size:
-        raise InputError(f"tree_topk must be at most the {size} tokens that can be drafted, found {draft.tree.topk}")
-    return RoundShape.kangaroo(resolve_exit_layer(target, adapter, draft), draft, platform)
+    num_tokens = adapter.model.num_tokens(target.config.vocab_size)
+    return RoundShape.kangaroo(resolve_exit_layer(target, adapter, draft), draft, num_tokens, platform)
 
 
 def resolve_exit_layer(target: Target, adapter: TrainedAdapter, draft: DraftConfig) -> int:

@@ -1,4 +1,4 @@
-"""Runs many lines of one `python -m kangaroo_jax.bench` command in one process, most of whose time is imports."""
+"""A process that runs bench commands for the tests: see command_runner.py."""
 
 from __future__ import annotations
 
@@ -7,63 +7,52 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Sequence
-
-from tests.train.runs import LESS_OPTIMIZATION
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-_RUNNER = """
-import contextlib, importlib, io, json, sys
-from absl.testing import flagsaver
-from kangaroo_jax.bench import __main__ as bench
-importlib.import_module("kangaroo_jax.bench." + sys.argv[1])  # whose flags are saved and restored
 
-results = []
-for line in json.load(sys.stdin):
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    without = [word.removeprefix("without:") for word in line if word.startswith("without:")]
-    hidden = {name: sys.modules.get(name) for name in without}
-    sys.modules.update(dict.fromkeys(without))
-    sys.argv = ["bench", *(word for word in line if not word.startswith("without:"))]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        saved = flagsaver.save_flag_values()
-        try:
-            bench.main()
-        except SystemExit as stop:
-            code = stop.code
-        flagsaver.restore_flag_values(saved)
-    for name, module in hidden.items():
-        if module is None:
-            del sys.modules[name]
-        else:
-            sys.modules[name] = module
-    results.append((code or 0, out.getvalue(), err.getvalue()))
-json.dump(results, sys.stdout)
-"""
+class Commands:
+    """Runs command lines one after the other. `cache` keeps compiled programs, however small.
 
-
-def bench(
-    lines: Sequence[Sequence[str]], cache: pathlib.Path, command: str = "spec_bench"
-) -> list[tuple[int, str, str]]:
-    """Exit code, standard output and standard error of each; "without:NAME" in a line hides that module from it.
-
-    All lines are of one `command`, since others have flags of the same names, or of none.
-    `cache` keeps compiled programs, however small, for the next call.
+    Attributes:
+      flags_of_library: the flags that importing kangaroo_jax.bench's modules defined.
     """
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": LESS_OPTIMIZATION,
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", _RUNNER, command],
-        input=json.dumps(lines),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+
+    def __init__(self, cache: pathlib.Path):
+        environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            # Most of the time goes into compiling; no test looks at how fast a program is.
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        }
+        self._errors = (cache.parent / "commands.log").open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.bench.command_runner"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        self.flags_of_library = self._answer()
+
+    def run(self, *line: str) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error of `python -m kangaroo_jax.bench` with these words."""
+        print(json.dumps(line), file=self._process.stdin, flush=True)
+        code, out, err = self._answer()
+        return code, out, err
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
+
+    def _answer(self) -> Any:
+        answer = self._process.stdout.readline()
+        if not answer:
+            self._errors.seek(0)
+            raise AssertionError(f"the process ended: {self._errors.read()}")
+        return json.loads(answer)

@@ -1,7 +1,8 @@
-"""A tiny random target with a tokenizer, and an adapter for it, as folders that commands can be given."""
+"""A random target of two layers with a tokenizer, and an adapter for it: in memory, and as folders for commands."""
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import string
 
@@ -11,13 +12,13 @@ from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
 from kangaroo_jax import load_target
-from kangaroo_jax.checkpoint.adapter import save_adapter
-from kangaroo_jax.checkpoint.target import save_target
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter, save_adapter
+from kangaroo_jax.checkpoint.target import Target, save_target
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import TargetModel
 
-CONTEXT = 160  # tokens; a token is a character
+CONTEXT = 768  # tokens; a token is a character; held-out prompts have 600
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -25,7 +26,7 @@ TEMPLATE = (
 _SPECIAL = ["<s>", "</s>", "<unk>"]
 _VOCABULARY = [*string.printable[:97], *_SPECIAL]
 
-_CONFIG = ModelConfig(
+CONFIG = ModelConfig(
     model_type="llama",
     vocab_size=len(_VOCABULARY),
     hidden_size=32,
@@ -40,21 +41,37 @@ _CONFIG = ModelConfig(
 )
 
 
-def save_model(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """Writes both into `folder`; the paths of the target, with a chat template and BOS, and of the adapter.
+EXIT_LAYER = 1
 
-    The weights are large enough that greedy text wanders, those of the later layers small enough that drafts are
-    often right.
-    """
-    model = jax.tree.map(lambda x: x * 12 if x.ndim > 1 else x, TargetModel(_CONFIG, rngs=nnx.Rngs(0)))
-    for layer in list(model.layers)[1:]:
-        layer.self_attn.o_proj[...] *= 0.15
-        layer.mlp.down_proj[...] *= 0.15
-    save_target(model, folder / "model", "float32")
+
+def save_model(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """Writes both into `folder`; the paths of the target, with a chat template and BOS, and of the adapter."""
+    save_target(_model(), folder / "model", "float32")
     _tokenizer().save_pretrained(folder / "model")
     target = load_target(str(folder / "model"), "float32")
-    save_adapter(folder / "adapter", Adapter(_CONFIG, rngs=nnx.Rngs(1)), exit_layer=1, target=target)
+    save_adapter(folder / "adapter", small_adapter().model, exit_layer=EXIT_LAYER, target=target)
     return folder / "model", folder / "adapter"
+
+
+@functools.cache
+def small_target() -> Target:
+    """Without a tokenizer; nothing ends its answers."""
+    return Target(model=_model(), tokenizer=None, name="small", fingerprint="small", eos_token_ids=())
+
+
+@functools.cache
+def small_adapter() -> TrainedAdapter:
+    return TrainedAdapter(Adapter(CONFIG, rngs=nnx.Rngs(1)), EXIT_LAYER, "small adapter", target_fingerprint=None)
+
+
+def _model() -> TargetModel:
+    """The weights are large enough that greedy text wanders, those of the later layers small enough that drafts are
+    often right."""
+    model = jax.tree.map(lambda x: x * 12 if x.ndim > 1 else x, TargetModel(CONFIG, rngs=nnx.Rngs(0)))
+    for layer in list(model.layers)[EXIT_LAYER:]:
+        layer.self_attn.o_proj[...] *= 0.15
+        layer.mlp.down_proj[...] *= 0.15
+    return model
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -4,20 +4,25 @@ import numpy as np
 import pytest
 
 from kangaroo_jax import DraftConfig, TreeConfig, generate
-from kangaroo_jax.bench.acceptance import NOWHERE, Chains, Trees, path_of, places_of, record, record_trees
-from tests.decode.models import VOCABULARY, tiny_adapter, tiny_target
+from kangaroo_jax.bench.acceptance import NOT_IN_TREE, Chains, Trees, path_of, places_of, record, record_trees
+from tests.bench.models import CONFIG, EXIT_LAYER, small_adapter, small_target
 
-PROMPT = [int(x) for x in np.random.default_rng(3).integers(0, VOCABULARY, 9)]
+PROMPT = [int(x) for x in np.random.default_rng(3).integers(0, CONFIG.vocab_size, 9)]
 
 
 @pytest.fixture(scope="module")
 def chains():
-    return record(tiny_target(), tiny_adapter(2), PROMPT, max_new_tokens=60, max_draft_len=7)
+    return record(small_target(), small_adapter(), PROMPT, max_new_tokens=60, max_draft_len=7)
 
 
-@pytest.mark.parametrize(("gamma", "eta"), [(1, 0.0), (3, 0.5), (5, 0.9), (7, 0.0), (7, 0.7), (7, 1.0)])
+LONG = [(1, 0.0), (5, 0.9), (7, 0.0), (7, 0.7)]
+
+
+@pytest.mark.parametrize(
+    ("gamma", "eta"), [(3, 0.0), (3, 0.5), (3, 1.0), *(pytest.param(*x, marks=pytest.mark.long) for x in LONG)]
+)
 def test_rounds_are_those_of_generate(chains, gamma, eta):
-    out = generate(tiny_target(), tiny_adapter(2), [PROMPT], 60, DraftConfig(2, gamma, eta), eos_token_ids=())
+    out = generate(small_target(), small_adapter(), [PROMPT], 60, DraftConfig(EXIT_LAYER, gamma, eta), eos_token_ids=())
     drafted, committed = (list(lengths) for lengths in zip(*chains.rounds(gamma, eta), strict=True))
     assert committed == out.accept_lengths[0]
     assert drafted == out.draft_lengths[0]
@@ -40,31 +45,44 @@ def test_rounds_by_hand():
 # --- Trees.
 
 
+def trees_of(topk):
+    recorded = record_trees(small_target(), small_adapter(), PROMPT, max_new_tokens=60, max_draft_len=4, topks=(topk,))
+    return recorded[topk]
+
+
 @pytest.fixture(scope="module")
 def trees():
-    return record_trees(tiny_target(), tiny_adapter(2), PROMPT, max_new_tokens=60, max_draft_len=5, topks=(2, 4))
+    return trees_of(2)
 
 
-# K, budget, gamma: budgets that cut and one that does not.
-SHAPES = [(2, 6, 5), (2, 10, 3), (4, 7, 4)]
+ETAS = (0.0, 0.05, 0.3, 1.0)
 
 
-@pytest.mark.parametrize(("topk", "budget", "gamma"), SHAPES)
-def test_tree_rounds_are_those_of_generate(trees, topk, budget, gamma):
-    for eta in (0.0, 0.05, 0.3, 1.0):
-        draft = DraftConfig(2, gamma, eta, TreeConfig(topk, budget))
-        out = generate(tiny_target(), tiny_adapter(2), [PROMPT], 60, draft, eos_token_ids=())
-        levels, committed = (list(column) for column in zip(*trees[topk].rounds(gamma, eta, budget), strict=True))
+def check_tree_rounds(trees, topk, budget, gamma):
+    for eta in ETAS:
+        draft = DraftConfig(EXIT_LAYER, gamma, eta, TreeConfig(topk, budget))
+        out = generate(small_target(), small_adapter(), [PROMPT], 60, draft, eos_token_ids=())
+        levels, committed = (list(column) for column in zip(*trees.rounds(gamma, eta, budget), strict=True))
         assert committed == out.accept_lengths[0], eta
         assert levels == out.draft_lengths[0], eta
 
 
+def test_tree_rounds_are_those_of_generate(trees):
+    check_tree_rounds(trees, topk=2, budget=5, gamma=3)  # a budget that cuts
+
+
+@pytest.mark.long
+def test_rounds_of_other_trees_are_those_of_generate(trees):
+    check_tree_rounds(trees, topk=2, budget=10, gamma=3)  # a budget that does not cut
+    check_tree_rounds(trees_of(4), topk=4, budget=7, gamma=4)
+
+
 def test_the_model_is_one_on_which_trees_differ(trees):
-    rounds = [trees[topk].rounds(gamma, eta, budget) for topk, budget, gamma in SHAPES for eta in (0.0, 0.3)]
+    rounds = [trees.rounds(gamma, eta, budget) for gamma, budget in ((3, 5), (3, 10), (4, 7)) for eta in ETAS]
     assert len({tuple(r) for r in rounds}) > 4
     # The budget alone, and eta alone.
-    assert trees[4].rounds(4, 0.0, 7) != trees[4].rounds(4, 0.0, 60)
-    assert trees[4].rounds(4, 0.0, 7) != trees[4].rounds(4, 0.3, 7)
+    assert trees.rounds(4, 0.0, 5) != trees.rounds(4, 0.0, 60)
+    assert trees.rounds(4, 0.0, 5) != trees.rounds(4, 0.3, 5)
 
 
 def test_paths_and_places_by_hand():
@@ -78,14 +96,14 @@ def test_paths_and_places_by_hand():
     assert path_of(np.asarray([[0, 8]]), tokens, scores, frontier).tolist() == [[-1, -1]]
     assert path_of(np.asarray([[5, 4]]), tokens, scores, frontier).tolist() == [[0, -1]]
     # 7 comes after 5, and before the 8 that scores the same further down; 8 after both and that 8.
-    assert places_of(np.asarray([[1, 2]]), scores).tolist() == [[[1, 1], [NOWHERE, 3]]]
-    assert places_of(np.asarray([[1, 0]]), scores).tolist() == [[[1, 1], [NOWHERE, 2]]]
-    assert places_of(np.asarray([[0, -1]]), scores).tolist() == [[[0, 0], [NOWHERE, NOWHERE]]]
+    assert places_of(np.asarray([[1, 2]]), scores).tolist() == [[[1, 1], [NOT_IN_TREE, 3]]]
+    assert places_of(np.asarray([[1, 0]]), scores).tolist() == [[[1, 1], [NOT_IN_TREE, 2]]]
+    assert places_of(np.asarray([[0, -1]]), scores).tolist() == [[[0, 0], [NOT_IN_TREE, NOT_IN_TREE]]]
 
 
 def test_tree_rounds_by_hand():
     # Three positions left. At the first, the target's tokens are second of the first level, and fourth of both.
-    no, two = [[NOWHERE] * 2] * 2, [[1, 1], [NOWHERE, 3]]
+    no, two = [[NOT_IN_TREE] * 2] * 2, [[1, 1], [NOT_IN_TREE, 3]]
     trees = Trees(np.asarray([[0.6, 0.3], [0.9, 0.8], [0.9, 0.8]], np.float32), np.asarray([two, no, no]))
     assert trees.rounds(2, 0.0, 4) == [(2, 3)]
     assert trees.rounds(2, 0.0, 3) == [(2, 2), (2, 1)]

@@ -5,10 +5,6 @@ import re
 
 import pytest
 
-from tests.bench.commands import bench
-from tests.bench.models import save_model
-
-COMMANDS = ("roofline", "tune", "peers")
 MISTAKES = [
     ([], "bench: error: expected a command, found ''"),
     (["rooflin"], "bench: error: expected a command, found 'rooflin'"),
@@ -18,70 +14,205 @@ MISTAKES = [
     (["roofline", "--model=x"], "--model and --adapter belong together"),
     (["roofline", "--shape=llama13b", "--dtype=float32"], "but the device holds"),
     (["roofline", "--shape=llama7b", "--exit_layer=32"], "exit_layer: expected 1 to 31"),
-    (["roofline", "--tree_budgets=16,0"], "--tree_budgets: expected whole numbers above 0, found '16,0'"),
-    (["roofline", "--tree_topk=0"], "--tree_topk: expected at least 1, found 0"),
-    (["roofline", "--tree_budgets=5"], "tree_budget must be at least max_draft_len (6)"),
+    (["roofline", "--tree_budget=16,0"], "--tree_budget: expected whole numbers above 0, found '16,0'"),
+    (["roofline", "--tree_topk=0"], "--tree_topk: expected whole numbers above 0, found '0'"),
+    (
+        ["roofline", "--model={model}", "--adapter={adapter}", "--tree_budget=5"],
+        "tree_budget must be at least max_draft_len (6)",
+    ),
     (["tune", "--tree_topk=2,x"], "--tree_topk: expected whole numbers above 0, found '2,x'"),
-    (["tune", "--tree_topk=100000"], "tree_topk must be at most the"),
+    (["tune", "--model={model}", "--adapter={adapter}", "--tree_topk=100000"], "tree_topk must be at most the"),
     (["tune", "--prompts=/no/such/file"], "/no/such/file: cannot be read"),
     (["tune", "--prompts={bad}"], "bad.jsonl:2: expected an object with a text"),
     (["tune", "--adapter=/no/such/folder"], "/no/such/folder: no such adapter checkpoint"),
-    (["peers", "--model=/no/such/folder"], "no such folder"),
+    (["tree", "--threshold=low"], "--threshold: expected numbers separated by commas, found 'low'"),
+    (["tree", "--topk=2"], "Unknown command line flag 'topk'"),
+    (["adapters", "--prompts=0"], "--prompts: expected at least 1, found 0"),
+    (["adapters", "--model=x"], "--model and --adapter belong together"),
+    (["batch", "--batch_sizes=1,x"], "--batch_sizes: expected whole numbers above 0, found '1,x'"),
+    (["batch", "--shortest=5", "--longest=4"], "--longest: expected at least --shortest (5), found 4"),
+    (["batch", "--threshold=2"], "threshold must be between 0 and 1"),
+    (["load"], "--model is missing"),
+    (["peers", "--model=/no/such/folder", "--adapter=x"], "no such folder"),
 ]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prompts")
-    bad = folder / "bad.jsonl"
-    bad.write_text(json.dumps({"prompt": "x"}) + "\n" + json.dumps({"text": "x"}) + "\n")
-    lines = [[word.format(bad=bad) for word in words] for words, _ in MISTAKES]
-    found = {}
-    for command in COMMANDS:
-        own = [i for i, line in enumerate(lines) if (line[0] if line and line[0] in COMMANDS else "tune") == command]
-        found |= zip(own, bench([lines[i] for i in own], folder / "cache", command), strict=True)
-    return found
-
-
 @pytest.mark.parametrize("i", range(len(MISTAKES)), ids=[" ".join(words) or "none" for words, _ in MISTAKES])
-def test_mistakes_are_one_line_and_exit_code_2(results, i):
-    code, _, err = results[i]
-    if "peers" in MISTAKES[i][0] and "torch is not installed" in err:
+def test_mistakes_are_one_line_and_exit_code_2(commands, saved, tmp_path, i):
+    words, message = MISTAKES[i]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"prompt": "x"}) + "\n" + json.dumps({"text": "x"}) + "\n")
+    code, _, err = commands.run(*(word.format(bad=bad, model=saved[0], adapter=saved[1]) for word in words))
+    if "peers" in words and "torch is not installed" in err:
         pytest.skip("torch is not installed")
     assert code == 2, err
-    assert MISTAKES[i][1] in err
+    assert message in err
     assert err.count("\n") == 1
 
 
-def test_roofline_prints_every_part_and_sums_that_add_up(tmp_path):
-    model, adapter = save_model(tmp_path)
-    shape = ["--contexts=16", "--max_draft_len=2", "--widths=3", "--tree_topk=2", "--tree_budgets=4"]
-    ((code, out, err),) = bench(
-        [["roofline", f"--model={model}", f"--adapter={adapter}", *shape]], tmp_path / "cache", "roofline"
-    )
-    assert code == 0, err
-    lines = out.splitlines()
-    rows = {name: line[24:].split() for name in PARTS for line in lines if line[:24].strip() == name}
-    assert set(rows) == set(PARTS)
-    milliseconds = {name: float(row[0]) for name, row in rows.items()}
-    differences = ("shallow pass", "tree level of 2")  # of two timings, so noise may win
-    assert not {name: value for name, value in milliseconds.items() if value <= 0 and name not in differences}
-    plain = milliseconds["plain step"]
-    half = 0.0005  # of the last digit printed, in milliseconds: the model is small
-    ratio = milliseconds["verification of 3"] / plain
-    off = 0.001 + half * (1 + ratio) / (plain - half)
-    assert float(rows["verification of 3"][1]) == pytest.approx(ratio, abs=off)
-    cost = 2 * milliseconds["draft step"] + milliseconds["shallow pass"] + milliseconds["verification of 3"]
-    printed = float(re.search(r"a round of 2 drafts costs (\S+) plain steps", out)[1])
-    assert printed == pytest.approx(cost / plain, abs=0.01 + half * (4 + cost / plain) / (plain - half))
-    for ours, theirs in (("tree level of 2", "draft step"), ("verification of tree 4", "verification of 3")):
-        assert rows[ours][2:4] == rows[theirs][2:4]  # the same bytes
-    assert next(float(line[24:].split()[0]) for line in lines if line.startswith("of 2 levels, 4")) > 0
-    parts = next(float(line.split()[4]) for line in lines if line.startswith("of 2 drafts"))
-    assert parts == pytest.approx(cost, abs=6 * half)
+def test_only_commands_define_flags(commands):
+    assert commands.flags_of_library == []
 
 
+def test_help_shows_the_flags_of_the_command_and_how_to_use_it(commands):
+    code, out, err = commands.run("tree", "--help")
+    assert code == 1  # absl's, for --help
+    assert err == ""
+    assert "python -m kangaroo_jax.bench tree --model=" in out
+    shown = set(re.findall(r"^  --(?:\[no\])?(\w+)", out, re.MULTILINE))
+    assert shown == {
+        *("model", "adapter", "prompts", "dtype", "max_new_tokens", "max_draft_len"),
+        *("tree_topk", "tree_budget", "threshold", "runs"),
+    }
+
+
+@pytest.fixture(scope="module")
+def flags(saved):
+    """The flags that name a model whose tokens are characters."""
+    model, adapter = saved
+    return [f"--model={model}", f"--adapter={adapter}"]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("def one(", "class Two:")))
+    return f"--prompts={path}"
+
+
+ROOFLINE = ["--contexts=16", "--max_draft_len=2", "--widths=3", "--tree_topk=2", "--tree_budget=4"]
 PARTS = (
     *("plain step", "shallow pass", "draft step", "verification of 3", "prefill of 16"),
     *("tree level of 2", "verification of tree 4"),
 )
+
+
+def part_rows(out):
+    return {name: line[24:].split() for name in PARTS for line in out.splitlines() if line[:24].strip() == name}
+
+
+def test_roofline_adds_up_the_parts(commands, flags):
+    """With the times of command_runner.py: a round of 2 drafts is 2 draft steps, a shallow pass and a verification."""
+    code, out, err = commands.run("roofline", *flags, *ROOFLINE, "--batch_sizes=1,4", "fake:times")
+    assert code == 0, err
+    rows = part_rows(out)
+    seconds = {"plain step": 8, "shallow pass": 1, "draft step": 2, "verification of 3": 9, "prefill of 16": 4}
+    seconds |= {"tree level of 2": 3, "verification of tree 4": 12}
+    assert {name: row[0] for name, row in rows.items()} == {name: f"{value:.3f}" for name, value in seconds.items()}
+    assert {name: row[1] for name, row in rows.items()} == {name: f"{value / 8:.3f}" for name, value in seconds.items()}
+    for ours, theirs in (("tree level of 2", "draft step"), ("verification of tree 4", "verification of 3")):
+        assert rows[ours][2:4] == rows[theirs][2:4]  # the same bytes
+    megabytes, rate = float(rows["plain step"][2]), float(rows["plain step"][4])
+    assert rate == pytest.approx(megabytes / 8, abs=0.06)
+    assert "a round of 2 drafts costs 1.75 plain steps" in out
+    speedups = dict(
+        zip(*[line.split() for line in out.splitlines() if re.fullmatch(r"( +\d+\.\d+){5}", line)], strict=True)
+    )
+    assert speedups == {"1.0": "0.57", "1.5": "0.86", "2.0": "1.14", "2.5": "1.43", "3.0": "1.71"}
+    rounds = [line.split() for line in out.splitlines() if re.match(r"of \d (drafts|levels)", line)]
+    assert rounds == [
+        ["of", "1", "drafts", "21.000", "12.000", "75%"],
+        ["of", "2", "drafts", "22.000", "14.000", "57%"],
+        ["of", "2", "levels,", "4", "22.000", "2.75", "plain", "steps"],
+    ]
+    growth = [line.split() for line in out.splitlines()[-2:]]
+    assert [(row[0], row[1], row[2], row[3], row[-1]) for row in growth] == [
+        ("1", "16", "8.000", "8.000", "2.75"),
+        ("4", "16", "8.000", "2.000", "2.75"),
+    ]
+
+
+@pytest.mark.long
+def test_roofline_measures_every_part(commands, flags):
+    code, out, err = commands.run("roofline", *flags, *ROOFLINE, "--draft_vocabulary=20")
+    assert code == 0, err
+    assert set(part_rows(out)) == set(PARTS)
+    assert re.search(r"^with 20 tokens +\S+", out, re.MULTILINE)
+    assert re.search(r"^of 2 levels, 4 +\S+ +\S+ plain steps$", out, re.MULTILINE)
+
+
+def test_load_counts_the_bytes_of_the_checkpoint(commands, saved):
+    model, _ = saved
+    code, out, err = commands.run("load", f"--model={model}", "--dtype=float32", "--num_processes=1")
+    assert code == 0, err
+    numbers = re.search(r"read (\S+) MB in \S+ s; its devices hold (\S+) MB of (\S+) MB", out)
+    stored = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    assert float(numbers[1]) == pytest.approx(stored / 1e6, abs=0.06)
+    assert numbers[2] == numbers[3]
+
+
+SHORT = ["--max_new_tokens=8", "--runs=1"]
+
+
+TREES = ["--tree_topk=2", "--tree_budget=4", "--threshold=0.1,0.3", "--max_draft_len=2"]
+
+
+def test_tree_compares_every_setting_with_plain_decoding(commands, flags, prompts):
+    """With the outputs of command_runner.py: two rounds of 4 tokens in 0.4 s, of a tree 0.2 s, plain decoding 0.8 s."""
+    code, out, err = commands.run("tree", *flags, prompts, *SHORT, *TREES, "fake:decoding")
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines() if re.match("single|tree", line)]
+    single = ["4.00", "0%", "2.00", "200.00", "1.00", "2.00", "2", "of", "2"]
+    tree = ["4.00", "0%", "2.00", "100.00", "2.00", "4.00", "2", "of", "2"]
+    assert rows == [
+        ["single", "0.60", *single],
+        ["single", "0.10", *single],
+        ["single", "0.30", *single],
+        ["tree", "2", "4", "0.10", *tree],
+        ["tree", "2", "4", "0.30", *tree],
+    ]
+
+
+@pytest.mark.long
+def test_tree_decodes_with_every_setting(commands, flags, prompts):
+    code, out, err = commands.run("tree", *flags, prompts, *SHORT, *TREES)
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines() if re.match("single|tree", line)]
+    assert [row[0] for row in rows] == ["single"] * 3 + ["tree"] * 2
+    assert [row[-3:] for row in rows] == [["2", "of", "2"]] * 5  # identical to plain decoding
+
+
+@pytest.mark.parametrize("fakes", [["fake:times", "fake:decoding"], pytest.param([], marks=pytest.mark.long)])
+def test_tune_writes_the_fastest_setting(commands, flags, saved, prompts, fakes):
+    shapes = ["--tree_topk=2", "--tree_budget=8", "--confirm=1"]
+    code, out, err = commands.run("tune", *flags, prompts, *SHORT, *shapes, *fakes)
+    assert code == 0, err
+    path = saved[1] / "decode.json"
+    assert f"wrote {path}" in out
+    written = json.loads(path.read_text())
+    path.unlink()
+    rows = [line.split() for line in out.splitlines() if re.match("single|tree", line)]
+    assert [row[0] for row in rows] == ["single", "tree"]
+    if fakes:
+        assert [row[-2] for row in rows] == ["2.00", "4.00"]
+        assert written["tree_topk"] == 2
+    fastest = max(rows, key=lambda row: float(row[-2]))
+    gamma, eta = fastest[-7:-5]
+    assert written["max_draft_len"] == int(gamma)
+    assert written["threshold"] == pytest.approx(float(eta))
+
+
+@pytest.mark.long
+def test_batch_and_adapters_print_a_row_per_size_and_adapter(commands, flags):
+    sizes = ["--batch_sizes=1,2", "--prompts=2", "--requests=3", "--shortest=2", "--longest=6", "--max_draft_len=2"]
+    code, out, err = commands.run("batch", *flags, *SHORT, *sizes)
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines() if re.match(" +[12] |plain|Kangaroo", line)]
+    assert [row[0] for row in rows] == ["1", "2", "plain", "Kangaroo"]
+    assert [row[-3:] for row in rows] == [["2", "of", "2"]] * 2 + [["3", "of", "3"]] * 2
+    model, adapter = flags
+    pair = adapter.replace("--adapter=", "--adapters=") + "," + adapter.removeprefix("--adapter=")
+    code, out, err = commands.run("adapters", model, pair, "--prompts=1", "--max_new_tokens=8", "--max_draft_len=2")
+    assert code == 0, err
+    *_, first, second = out.splitlines()
+    assert first == second
+    assert len(first.split()) == 4
+
+
+@pytest.mark.long
+def test_peers_compares_with_transformers(commands, flags):
+    pytest.importorskip("torch")
+    code, out, err = commands.run("peers", *flags, *SHORT, "--prompts=1", "--max_draft_len=2", "fake:times")
+    assert code == 0, err
+    assert re.search(r"^median .* 1 of 1$", out, re.MULTILINE)
+    assert re.search(r"^cache of 4096 +8.000 ", out, re.MULTILINE)

@@ -1,19 +1,23 @@
-"""What the roofline counts and times, against counts from the shapes and against each other."""
+"""What the measured parts read, and that a turn of each does the work in its name: positions of the caches written."""
 
+import types
+
+import jax
 import numpy as np
 import pytest
 
 from kangaroo_jax import TreeConfig
 from kangaroo_jax.bench import parts
-from tests.decode.models import CONFIG, tiny_adapter, tiny_target
+from tests.bench.models import CONFIG, EXIT_LAYER, small_adapter, small_target
 
-CAPACITY, EXIT_LAYER = 128, 2
+CAPACITY, LENGTH = 128, 20  # no other axis of a cache is as long as CAPACITY
+TREE = TreeConfig(topk=3, budget=7)
 
 
 @pytest.fixture(scope="module")
 def context():
-    tokens = np.arange(20, dtype=np.int32)[None] % CONFIG.vocab_size
-    return parts.Context(tiny_target().model, tiny_adapter(EXIT_LAYER).model, EXIT_LAYER, tokens, CAPACITY, room=16)
+    tokens = np.arange(LENGTH, dtype=np.int32)[None] % CONFIG.vocab_size
+    return parts.Context(small_target().model, small_adapter().model, EXIT_LAYER, tokens, CAPACITY)
 
 
 def test_bytes_are_those_of_the_shapes(context):
@@ -21,24 +25,76 @@ def test_bytes_are_those_of_the_shapes(context):
     attention = hidden * (heads + 2 * kv) * width + heads * width * hidden
     layer = attention + 3 * hidden * 48 + 2 * hidden
     cache = 2 * kv * width * CAPACITY
-    head = 48 * hidden
+    head = 100 * hidden
     assert context.bytes == parts.Bytes(
-        plain_step=4 * (5 * (layer + cache) + head),
-        shallow=4 * 2 * (layer + cache),
-        draft_step=4 * (2 * (layer + cache) + attention + 2 * hidden + cache + head),
-        verification=4 * (3 * (layer + cache) + head),
+        plain_step=4 * (2 * (layer + cache) + head),
+        shallow=4 * (layer + cache),
+        draft_step=4 * (layer + cache + attention + 2 * hidden + cache + head),
+        verification=4 * (layer + cache + head),
     )
 
 
-def test_every_part_takes_time_and_more_drafts_take_more(context):
-    assert parts.plain_step_seconds(context) > 0
-    assert parts.verification_seconds(context, 3) > 0
-    assert parts.prefill_seconds(context) > 0
-    assert parts.draft_seconds(context, 8) > parts.draft_seconds(context, 1) > 0
-    assert parts.round_seconds(context, 8) > parts.draft_seconds(context, 1)
+def test_a_draft_vocabulary_replaces_the_head_of_a_draft_step(context):
+    reduced = context.with_draft_vocabulary(16)
+    rows, ids = 4 * 16 * 32, 4 * 16
+    assert reduced.bytes.draft_step == context.bytes.draft_step - 4 * 100 * 32 + rows + ids
+    assert reduced.bytes.verification == context.bytes.verification
 
 
-def test_every_part_of_a_tree_takes_time_and_larger_trees_take_more(context):
-    assert parts.growth_seconds(context, 4, 8) > parts.growth_seconds(context, 4, 1) > 0
-    small, large = (parts.tree_verification_seconds(context, TreeConfig(4, budget), 5) for budget in (4, 60))
-    assert large > small > 0
+# Part -> positions that one turn writes in the shallow layers' caches, and in the deep layers'.
+WORK = {
+    "plain step": (parts.plain_step, (), 1, 1),
+    "draft of 1": (parts.draft_phase, (1,), 2, 0),
+    "draft of 5": (parts.draft_phase, (5,), 6, 0),
+    "verification of 3": (parts.verification, (3,), 0, 3),
+    "round of 5": (parts.complete_round, (5,), 6, 6),
+    "tree growth to 1 level": (parts.tree_growth, (3, 1), 1, 0),
+    "tree growth to 4 levels": (parts.tree_growth, (3, 4), 1 + 3 * 3, 0),
+    "verification of a tree": (parts.tree_verification, (TREE, 3), None, 1 + 7),
+    "round of a tree": (parts.complete_round, (3, TREE), None, 1 + 7),
+}
+
+
+LONG = ("draft of 1", "tree growth to 1 level", "round of a tree")
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.long if x in LONG else ()) for x in WORK])
+def test_a_turn_does_the_work_of_its_part_and_sets_the_lengths_back(context, name):
+    make, arguments, shallow, deep = WORK[name]
+    part = make(context, *arguments)
+    before, after = part.start, jax.jit(part.turn)(context.model, context.adapter, part.start)
+    if isinstance(before, tuple):
+        before, after = before[0], after[0]
+    # The accepted path of a tree is moved, in the shallow caches too.
+    assert shallow is None or positions_written(before.shallow, after.shallow) == shallow
+    assert positions_written(before.deep, after.deep) == deep
+    for cache in ("shallow", "deep"):
+        assert getattr(after, cache).length.tolist() == getattr(before, cache).length.tolist()
+    assert after.num_output.tolist() == before.num_output.tolist()
+    assert after.finished.tolist() == before.finished.tolist()
+
+
+def positions_written(before, after) -> int:
+    written = np.zeros(CAPACITY, bool)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        if CAPACITY in old.shape:
+            axis = old.shape.index(CAPACITY)
+            written |= np.any(np.moveaxis(np.asarray(old != new), axis, 0).reshape(CAPACITY, -1), axis=1)
+    return int(written.sum())
+
+
+def test_seconds_are_the_median_of_a_loops_time_over_its_turns(monkeypatch):
+    """On a clock that says how long each loop took; the call that compiles is not timed."""
+    took = iter([5.0, 1.0, 2.0, 6.0, 4.0, 7.0, 3.0])
+    clock, running = [0.0], [False]
+
+    def perf_counter():
+        if running[0]:
+            clock[0] += next(took) * parts._TURNS
+        running[0] = not running[0]
+        return clock[0]
+
+    monkeypatch.setattr(parts, "time", types.SimpleNamespace(perf_counter=perf_counter))
+    part = parts.Part(jax.numpy.zeros(()), lambda model, adapter, state: state + model)
+    context = parts.Context(1.0, None, 1, np.zeros((1, 1), np.int32), CAPACITY)
+    assert parts.seconds_of(part, context) == 4.0

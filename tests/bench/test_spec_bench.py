@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from kangaroo_jax import generate_plain, load_target
-from kangaroo_jax.bench.ask import conversation_ids
-from tests.bench.commands import bench
-from tests.bench.models import CONTEXT, save_model
+from kangaroo_jax.bench.spec_bench_ask import conversation_ids
+from tests.bench.commands import Commands
+from tests.bench.models import CONTEXT
 
 MAX_NEW_TOKENS = 40
 # Of the context, question 205 leaves 35 tokens for its answer, and the second turn of question 206 too few.
@@ -24,7 +24,7 @@ QUESTIONS = [
     {"question_id": 91, "category": "coding", "turns": ["def f(x):"]},
     {"question_id": 202, "category": "translation", "turns": ["Guten Morgen."], "reference": ["Good morning."]},
     {"question_id": 205, "category": "summarization", "turns": ["x" * (CONTEXT - 35 - len("s<user> \n<assistant> "))]},
-    {"question_id": 206, "category": "qa", "turns": ["Who?", "y" * 100]},
+    {"question_id": 206, "category": "qa", "turns": ["Who?", "y" * (CONTEXT - 60)]},
     {"question_id": 207, "category": "qa", "turns": ["What is a kangaroo?"]},
     {"question_id": 208, "category": "math_reasoning", "turns": ["1 + 1 ="]},
     {"question_id": 209, "category": "rag", "turns": ["By the text, why?"]},
@@ -45,12 +45,11 @@ def read_lines(path: pathlib.Path) -> list[dict]:
 class Run:
     """One finished run of the command, and how to run it again."""
 
-    def __init__(self, folder: pathlib.Path):
-        self.model, self.adapter = save_model(folder)
+    def __init__(self, folder: pathlib.Path, commands: Commands, saved: tuple[pathlib.Path, pathlib.Path]):
+        self.model, self.adapter = saved
         self.questions = write_lines(folder / "question.jsonl", QUESTIONS)
         self.output = folder / "out"
-        self.cache = folder / "cache"
-        [(code, self.stdout, self.stderr)] = bench([self.line(self.output)], self.cache)
+        code, self.stdout, self.stderr = commands.run(*self.line(self.output))
         assert code == 0, self.stderr
 
     def line(self, output: pathlib.Path, *flags: str) -> list[str]:
@@ -78,8 +77,8 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    return Run(tmp_path_factory.mktemp("spec_bench"))
+def run(tmp_path_factory, commands, saved) -> Run:
+    return Run(tmp_path_factory.mktemp("spec_bench"), commands, saved)
 
 
 @pytest.mark.parametrize("method", ["kangaroo", "plain"])
@@ -174,8 +173,17 @@ def test_summary_is_what_spec_bench_computes_from_the_files(run):
         assert abs(float(row["mean accepted tokens"]) - accepted) < 0.006
         assert abs(float(row["Kangaroo tokens/s"]) - speed) < 0.006
         assert abs(float(row["speed-up by speed.py"]) - speedup) < 0.006
-        ratio = float(row["Kangaroo tokens/s"]) / float(row["plain tokens/s"])
-        assert abs(float(row["speed-up"]) - ratio) < 0.006
+        speeds, plain_speeds = (
+            [
+                sum(choice["new_tokens"]) / sum(choice["wall_time"])
+                for line in lines
+                for choice in line["choices"]
+                if line["category"] in categories
+            ]
+            for lines in (ours, plain)
+        )
+        assert abs(float(row["plain tokens/s"]) - np.mean(plain_speeds)) < 0.006
+        assert abs(float(row["speed-up"]) - np.mean(speeds) / np.mean(plain_speeds)) < 0.006
         chosen = [line for line in ours if line["category"] in categories]
         assert int(row["questions"]) == len(chosen)
     # equal.py: the texts of all turns, line by line.
@@ -194,7 +202,7 @@ def test_what_the_context_cuts_or_keeps_out_is_counted_and_named(run):
     }
     assert {task: row["skipped"] for task, row in table.items() if row["skipped"] != "0"} == {"qa": "1", "overall": "1"}
     for text in (run.stderr, run.stdout):
-        assert re.search(r"question 206.*: turn 2 has a prompt of \d+ tokens, too long for the context of 160", text)
+        assert re.search(r"question 206.*: turn 2 has a prompt of \d+ tokens, too long for the context of 768", text)
 
 
 def test_charts_are_drawn(run):
@@ -278,8 +286,8 @@ MISTAKES = {
     ),
     "empty turn": (edit("q.jsonl", '{"question_id": 1, "category": "qa", "turns": [""]}'), "line 9: turns must be"),
     "no output folder": (output_is_a_file, "out: "),
-    "no runs": (flags("--runs=0"), "--runs must be at least 1, found 0"),
-    "no limit": (flags("--limit=0"), "--limit must be at least 1, found 0"),
+    "no runs": (flags("--runs=0"), "--runs: expected at least 1, found 0"),
+    "no limit": (flags("--limit=0"), "--limit: expected at least 1, found 0"),
     "threshold": (flags("--threshold=2"), "threshold must be between 0 and 1"),
     "exit layer": (flags("--exit_layer=2"), "but exit_layer=2 was given"),
     "no model": (flags("--model=/no/such/folder"), "/no/such/folder: no such folder"),
@@ -290,7 +298,7 @@ MISTAKES = {
     "other threshold": (answers_with_other("--threshold=0.3"), "out: its answers were made with threshold 0.1"),
     "other dtype": (answers_with_other("--dtype=bfloat16"), "made with dtype 'float32', not 'bfloat16'"),
     "other template": (other_template, "its answers were made with chat_template "),
-    "foreign answers": (foreign_answers, "plain.jsonl: there already"),
+    "foreign answers": (foreign_answers, "plain.jsonl: exists already"),
     "damaged answers": (damaged_answers, "plain.jsonl line 2: not an answer"),
 }
 
@@ -301,47 +309,34 @@ def snapshot(folder: pathlib.Path) -> dict[str, bytes] | None:
     return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else None
 
 
-@pytest.fixture(scope="module")
-def later(run, tmp_path_factory):
-    """All further command lines, in one process: the mistakes, and going on after a kill and with no question left.
-
-    name -> (code, standard output, standard error), the output folder, and what was in it before.
-    """
-    lines, folders = {}, {}
-    for name, (prepare, _) in MISTAKES.items():
-        folders[name] = tmp_path_factory.mktemp("mistake") / "out"
-        lines[name] = run.line(folders[name], *prepare(run, folders[name]))
-    for name in ("killed", "finished"):
-        folders[name] = tmp_path_factory.mktemp(name) / "out"
-        shutil.copytree(run.output, folders[name])
-        lines[name] = run.line(folders[name])
-    # Killed in question 207's last line; the other tests of a kill are in test_answers.py.
-    for file in ("kangaroo", "plain", "details"):
-        path = folders["killed"] / f"{file}.jsonl"
-        whole, half = path.read_bytes().splitlines(keepends=True)[:5], b""
-        if file == "details":
-            half = path.read_bytes().splitlines()[5][:50]
-        path.write_bytes(b"".join(whole) + half)
-    before = {name: snapshot(folder) for name, folder in folders.items()}
-    results = bench(list(lines.values()), run.cache)
-    return {name: (result, folders[name], before[name]) for name, result in zip(lines, results, strict=True)}
-
-
 @pytest.mark.parametrize("name", MISTAKES)
-def test_bad_input_is_one_line_and_changes_nothing(later, name):
-    (code, stdout, stderr), folder, before = later[name]
+def test_bad_input_is_one_line_and_changes_nothing(run, commands, tmp_path, name):
+    prepare, message = MISTAKES[name]
+    folder = tmp_path / "out"
+    line = run.line(folder, *prepare(run, folder))
+    before = snapshot(folder)
+    code, stdout, stderr = commands.run(*line)
     assert code == 2
     assert stdout == ""
     assert stderr.startswith("bench spec_bench: error: ")
-    assert MISTAKES[name][1] in stderr
+    assert message in stderr
     assert len(stderr.splitlines()) == 1
     assert snapshot(folder) == before
 
 
-def test_after_a_kill_every_question_is_there_once_with_the_same_texts(later, run):
-    (code, stdout, stderr), folder, _ = later["killed"]
+def test_after_a_kill_every_question_is_there_once_with_the_same_texts(run, commands, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(run.output, folder)
+    # Killed in question 207's last line; the other tests of a kill are in test_spec_bench_answers.py.
+    for file in ("kangaroo", "plain", "details"):
+        path = folder / f"{file}.jsonl"
+        complete, half = path.read_bytes().splitlines(keepends=True)[:5], b""
+        if file == "details":
+            half = path.read_bytes().splitlines()[5][:50]
+        path.write_bytes(b"".join(complete) + half)
+    code, stdout, stderr = commands.run(*run.line(folder))
     assert code == 0, stderr
-    kept = 4  # answers with a whole line in all three files
+    kept = 4  # answers with a complete line in all three files
     for method in ("kangaroo", "plain"):
         first, second = run.answers(method), read_lines(folder / f"{method}.jsonl")
         assert [line["question_id"] for line in second] == ANSWERED
@@ -355,8 +350,11 @@ def test_after_a_kill_every_question_is_there_once_with_the_same_texts(later, ru
     assert "| 7/7 |" in " ".join(stdout.split())
 
 
-def test_a_finished_run_is_only_summed_up_again(later, run):
-    (code, stdout, stderr), folder, before = later["finished"]
+def test_a_finished_run_is_only_summed_up_again(run, commands, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(run.output, folder)
+    before = snapshot(folder)
+    code, stdout, stderr = commands.run(*run.line(folder))
     assert code == 0, stderr
     assert stdout == run.stdout
     after = snapshot(folder)

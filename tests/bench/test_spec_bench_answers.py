@@ -8,9 +8,10 @@ import pathlib
 
 import pytest
 
-from kangaroo_jax.bench import answers, summary
-from kangaroo_jax.bench.answers import Answer, Details, Result
-from kangaroo_jax.bench.questions import Question, load_questions, spread
+from kangaroo_jax.bench import spec_bench_answers as answers
+from kangaroo_jax.bench import spec_bench_summary as summary
+from kangaroo_jax.bench.spec_bench_answers import QuestionDetails, QuestionResult, SpecBenchAnswer
+from kangaroo_jax.bench.spec_bench_questions import Question, load_questions, spread_over_tasks
 from kangaroo_jax.errors import InputError
 
 SETTINGS = {"model": "m", "runs": 3}
@@ -18,26 +19,26 @@ MODEL_IDS = {"kangaroo": "m-kangaroo", "plain": "m-plain"}
 FILES = ("kangaroo.jsonl", "plain.jsonl", "details.jsonl")
 
 
-def result(question_id: int, category: str = "qa") -> Result:
-    ours = Answer([f"text {question_id}"], [2], [6], [0.5], [2, 3])
-    plain = Answer([f"text {question_id}"], [5], [6], [1.0], [1] * 5)
+def result(question_id: int, category: str = "qa") -> QuestionResult:
+    ours = SpecBenchAnswer([f"text {question_id}"], [2], [6], [0.5], [2, 3])
+    plain = SpecBenchAnswer([f"text {question_id}"], [5], [6], [1.0], [1] * 5)
     seconds = {"kangaroo": [[0.5] * 3], "plain": [[1.0] * 3]}
-    details = Details(None, {"kangaroo": [4], "plain": [4]}, [9], [False], [2, 3], seconds, 0.0)
-    return Result(question_id, category, {"kangaroo": ours, "plain": plain}, details)
+    details = QuestionDetails(None, {"kangaroo": [4], "plain": [4]}, [9], [False], [2, 3], seconds, 0.0)
+    return QuestionResult(question_id, category, {"kangaroo": ours, "plain": plain}, details)
 
 
 def test_after_a_kill_at_any_byte_each_question_is_there_once(tmp_path):
-    whole = tmp_path / "whole"
-    assert answers.prepare(whole, SETTINGS) == set()
+    complete = tmp_path / "complete"
+    assert answers.prepare(complete, SETTINGS) == set()
     for question_id in (1, 2):
-        answers.append(whole, result(question_id), MODEL_IDS)
-    first_line = {name: (whole / name).read_bytes().splitlines(keepends=True)[0] for name in FILES}
-    second_line = {name: (whole / name).read_bytes()[len(first_line[name]) :] for name in FILES}
+        answers.append(complete, result(question_id), MODEL_IDS)
+    first_line = {name: (complete / name).read_bytes().splitlines(keepends=True)[0] for name in FILES}
+    second_line = {name: (complete / name).read_bytes()[len(first_line[name]) :] for name in FILES}
     total = sum(map(len, second_line.values()))
     for written in (*range(0, total, 13), total - 1, total):
         folder = tmp_path / f"killed after {written} bytes"
         folder.mkdir()
-        (folder / "settings.json").write_bytes((whole / "settings.json").read_bytes())
+        (folder / "settings.json").write_bytes((complete / "settings.json").read_bytes())
         left = written
         for name in FILES:  # the order in which they are written
             (folder / name).write_bytes(first_line[name] + second_line[name][:left])
@@ -83,7 +84,7 @@ BY_HAND = [
 
 
 @pytest.fixture
-def by_hand(tmp_path) -> list[Result]:
+def by_hand(tmp_path) -> list[QuestionResult]:
     """The results of files written here, field by field, in Spec-Bench's format."""
     files = {name: [] for name in FILES}
     for key, category, turns, tokens, times, *plain, accepted, drafted, rounds in BY_HAND:
@@ -163,15 +164,15 @@ def spec_bench() -> list[Question]:
 
 def test_a_limit_is_spread_over_the_tasks():
     questions = spec_bench()
-    chosen = spread(questions, 24)
+    chosen = spread_over_tasks(questions, 24)
     tasks = [question.task for question in chosen]
     assert {task: tasks.count(task) for task in tasks} == dict.fromkeys(summary.TASKS, 4)
     assert [question.category for question in chosen[:4]] == ["writing", "reasoning", "coding", "stem"]
     assert [question.question_id for question in chosen] == sorted({question.question_id for question in chosen})
-    assert len(spread(questions, 8)) == 8
-    assert spread(questions, 10_000) == questions
+    assert len(spread_over_tasks(questions, 8)) == 8
+    assert spread_over_tasks(questions, 10_000) == questions
     few = questions[:2] + questions[-300:]  # a task that has fewer than its share
-    assert len(spread(few, 30)) == 30
+    assert len(spread_over_tasks(few, 30)) == 30
 
 
 def test_questions_are_read_as_spec_bench_writes_them(tmp_path):

@@ -1,4 +1,4 @@
-"""Spec-Bench's questions: read, checked, grouped into its six tasks."""
+"""Spec-Bench's questions: reads and checks them, and groups them into its six tasks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pathlib
 
 from kangaroo_jax.errors import InputError
 
-# Task -> categories, as Spec-Bench's paper groups them: MT-bench's eight are one task.
+# Task -> categories, as in Spec-Bench's paper: the eight of MT-bench are one task.
 TASKS = {
     "multi-turn conversation": (
         *("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"),
@@ -43,7 +43,7 @@ class Question:
 
 
 def task_of(category: str) -> str:
-    """The task a category belongs to; KeyError for one that Spec-Bench does not have."""
+    """The task a category belongs to; raises KeyError for an unknown category."""
     return _TASK_OF[category]
 
 
@@ -52,7 +52,7 @@ def load_questions(path: str | pathlib.Path) -> list[Question]:
 
     Raises:
       InputError: naming the file and line, for a file that cannot be read, a line that is not such an object, an
-        unknown category, or a question_id that comes twice.
+        unknown category, or a question_id that occurs twice.
     """
     try:
         text = pathlib.Path(path).read_bytes().decode()
@@ -97,9 +97,9 @@ def _question(line: str, where: str) -> Question:
     return Question(question_id, category, tuple(turns))
 
 
-def spread(questions: list[Question], limit: int) -> list[Question]:
-    """At most `limit` questions, as evenly over the tasks as their numbers allow and evenly spaced within each task,
-    in the order of the file."""
+def spread_over_tasks(questions: list[Question], limit: int) -> list[Question]:
+    """At most `limit` questions in the order of the file: the same number from each task as far as its questions
+    reach, evenly spaced within the task."""
     tasks = [group for task in TASKS if (group := [question for question in questions if question.task == task])]
     counts = [0] * len(tasks)
     for _ in range(min(limit, len(questions))):

@@ -1,4 +1,4 @@
-"""Random weights of well-known shapes."""
+"""Random weights in the shapes of well-known models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from kangaroo_jax.model.target import TargetModel
 
 
 def random_weights(shape: str, dtype: str) -> tuple[TargetModel, Adapter]:
-    """A target and an adapter of a shape, made on the device.
+    """A target and an adapter, made on the device.
+
+    Args:
+      shape: a name in `SHAPES`.
+      dtype: type of the weights.
 
     Raises:
       InputError: for weights that the device cannot hold.

@@ -1,7 +1,7 @@
 """A folder of Spec-Bench answers: `kangaroo.jsonl` and `plain.jsonl` in exactly Spec-Bench's format, and beside them
-`details.jsonl` (what that format has no field for) and `settings.json` (what they were made with).
+`details.jsonl` (what that format has no field for) and `settings.json` (the settings they were made with).
 
-A question counts as done when its line in `details.jsonl`, the last of the three to be written, is whole.
+A question is done when its line in `details.jsonl`, the last of the three to be written, is complete.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import uuid
 from typing import Any
 
 from kangaroo_jax import resumable
-from kangaroo_jax.bench.questions import task_of
+from kangaroo_jax.bench.spec_bench_questions import task_of
 from kangaroo_jax.errors import InputError
 
 METHODS = ("kangaroo", "plain")
 _DETAILS = "details.jsonl"
 _SETTINGS = "settings.json"
 _FILES = (*(f"{method}.jsonl" for method in METHODS), _DETAILS)
-_MEND = "remove the line, or give another --output_dir"
+_FIX = "remove the line, or give another --output_dir"
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """One method's answer to one question, by Spec-Bench's names.
+class SpecBenchAnswer:
+    """One method's answer to one question, with Spec-Bench's field names.
 
     Attributes:
-      turns: the answers' texts.
+      turns: texts of the answer to each turn.
       decoding_steps: rounds of each turn. The first token of a turn, which prefill gives, is not a round.
-      new_tokens: of each turn, EOS included.
+      new_tokens: tokens of each turn's answer, EOS included.
       wall_time: seconds of each turn, prefill and decoding.
-      accept_lengths: tokens committed by each round, of all turns in one list.
+      accept_lengths: tokens committed by each round, for all turns in one list.
     """
 
     turns: list[str]
@@ -44,17 +44,17 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Details:
-    """What Spec-Bench's format has no field for, of one question.
+class QuestionDetails:
+    """What Spec-Bench's format has no field for, for one question.
 
     Attributes:
-      skipped: why the question was not answered; None if it was, and the lists below are empty if it was not.
-      prompt_tokens: of each turn, by method.
-      max_new_tokens: what each turn's answer was allowed: what was asked for, or less where the context ends.
-      cut: for each turn, whether the end of the context, not EOS or the limit asked for, ended an answer.
-      draft_lengths: tokens drafted by each of Kangaroo's rounds, of all turns in one list.
+      skipped: why the question was not answered, and then the lists below are empty; None if it was answered.
+      prompt_tokens: tokens of each turn's prompt, by method.
+      max_new_tokens: the limit of each turn's answer: the one asked for, or less where the context ends.
+      cut: for each turn, whether an answer was ended by the end of the context, not by EOS or the limit asked for.
+      draft_lengths: tokens drafted by each of Kangaroo's rounds, for all turns in one list.
       seconds: of each timed run of each turn, by method.
-      compile_seconds: of all runs together; part of no other time.
+      compile_seconds: of all runs together; in no other time.
     """
 
     skipped: str | None
@@ -67,20 +67,20 @@ class Details:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """What came of one question. `answers` has an entry per method, and none if the question was skipped."""
+class QuestionResult:
+    """One question's answers by method, empty if it was skipped, and the details."""
 
     question_id: int | str
     category: str
-    answers: dict[str, Answer]
-    details: Details
+    answers: dict[str, SpecBenchAnswer]
+    details: QuestionDetails
 
 
 def prepare(folder: str | pathlib.Path, settings: dict[str, Any]) -> set[int | str]:
-    """Makes the folder ready for more answers: new, or with what a killed run left half written taken away.
+    """Makes the folder ready for more answers: creates it, or removes what a killed run left incomplete.
 
     Args:
-      folder: created if it is not there.
+      folder: created if it is missing.
       settings: what the answers are made with, JSON values.
 
     Returns:
@@ -88,7 +88,7 @@ def prepare(folder: str | pathlib.Path, settings: dict[str, Any]) -> set[int | s
 
     Raises:
       InputError: for answers made with other settings, files that are not such answers, or a folder that cannot be
-        written to. Nothing is changed then.
+        written to. Then nothing is changed.
     """
     folder = pathlib.Path(folder)
     try:
@@ -97,8 +97,8 @@ def prepare(folder: str | pathlib.Path, settings: dict[str, Any]) -> set[int | s
             found_settings = (folder / _SETTINGS).read_bytes()
             resumable.check_settings(found_settings, settings, folder / _SETTINGS, folder, "--output_dir")
         elif found:
-            raise InputError(f"{folder / found[0]}: there already, without a {_SETTINGS}; give another --output_dir")
-        lines = {name: _whole_lines(folder / name) for name in _FILES}
+            raise InputError(f"{folder / found[0]}: exists already, without a {_SETTINGS}; give another --output_dir")
+        lines = {name: _answer_lines(folder / name) for name in _FILES}
         answered = set.intersection(*(set(lines[f"{method}.jsonl"]) for method in METHODS))
         done = {key for key, line in lines[_DETAILS].items() if json.loads(line)["skipped"] or key in answered}
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,8 +110,8 @@ def prepare(folder: str | pathlib.Path, settings: dict[str, Any]) -> set[int | s
     return done
 
 
-def append(folder: str | pathlib.Path, result: Result, model_ids: dict[str, str]) -> None:
-    """Adds one question's lines; `model_ids` gives Spec-Bench's model_id by method."""
+def append(folder: str | pathlib.Path, result: QuestionResult, model_ids: dict[str, str]) -> None:
+    """Adds the lines of one question; `model_ids` gives Spec-Bench's model_id by method."""
     folder = pathlib.Path(folder)
     key = {"question_id": result.question_id, "category": result.category}
     for method, answer in result.answers.items():
@@ -125,38 +125,40 @@ def append(folder: str | pathlib.Path, result: Result, model_ids: dict[str, str]
     _append(folder / _DETAILS, key | dataclasses.asdict(result.details))
 
 
-def read(folder: str | pathlib.Path) -> list[Result]:
-    """All results of a folder that `prepare` has seen, in the order they were made.
+def read(folder: str | pathlib.Path) -> list[QuestionResult]:
+    """All results in a folder that was prepared, in the order they were written.
 
     Raises:
       InputError: naming file and question, for a line without the fields above.
     """
     folder = pathlib.Path(folder)
-    lines = {name: _whole_lines(folder / name) for name in _FILES}
+    lines = {name: _answer_lines(folder / name) for name in _FILES}
     return [_result(folder, {name: lines[name].get(key) for name in _FILES}) for key in lines[_DETAILS]]
 
 
-def _result(folder: pathlib.Path, lines: dict[str, bytes | None]) -> Result:
+def _result(folder: pathlib.Path, lines: dict[str, bytes | None]) -> QuestionResult:
     details = json.loads(lines[_DETAILS])
     question_id, category = details.pop("question_id"), details.pop("category")
     name = _DETAILS
     try:
         task_of(category)
-        details = Details(**details)
+        details = QuestionDetails(**details)
         answers = {}
         for method in METHODS if details.skipped is None else ():
             name = f"{method}.jsonl"
             choice = json.loads(lines[name])["choices"][0]
-            answers[method] = Answer(**{field.name: choice[field.name] for field in dataclasses.fields(Answer)})
+            answers[method] = SpecBenchAnswer(
+                **{field.name: choice[field.name] for field in dataclasses.fields(SpecBenchAnswer)}
+            )
             sum(answers[method].wall_time) + sum(answers[method].accept_lengths)
     except (KeyError, IndexError, TypeError) as error:
         raise InputError(
-            f"{folder / name}: question {question_id!r} is not as this command writes it ({error}); {_MEND}"
+            f"{folder / name}: question {question_id!r} is not as this command writes it ({error}); {_FIX}"
         ) from None
-    return Result(question_id, category, answers, details)
+    return QuestionResult(question_id, category, answers, details)
 
 
-def _whole_lines(path: pathlib.Path) -> dict[int | str, bytes]:
+def _answer_lines(path: pathlib.Path) -> dict[int | str, bytes]:
     """question_id -> line."""
     found: dict[int | str, bytes] = {}
     for number, line in enumerate(resumable.whole_lines(path), start=1):
@@ -167,9 +169,9 @@ def _whole_lines(path: pathlib.Path) -> dict[int | str, bytes]:
                 _ = raw["skipped"], raw["category"]
             new = key not in found
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path} line {number}: not an answer as this command writes it; {_MEND}") from None
+            raise InputError(f"{path} line {number}: not an answer as this command writes it; {_FIX}") from None
         if not new:
-            raise InputError(f"{path} line {number}: question {key!r} is answered twice; {_MEND}")
+            raise InputError(f"{path} line {number}: question {key!r} is answered twice; {_FIX}")
         found[key] = line
     return found
 

@@ -1,4 +1,4 @@
-"""Asks the target one Spec-Bench question, with Kangaroo and plainly, and times both."""
+"""Asks the target one Spec-Bench question, with Kangaroo and with plain decoding, and times both."""
 
 from __future__ import annotations
 
@@ -6,33 +6,32 @@ import functools
 import statistics
 from collections.abc import Sequence
 
-from kangaroo_jax.bench.answers import METHODS, Answer, Details, Result
-from kangaroo_jax.bench.questions import Question
+from kangaroo_jax import DraftConfig, Generation, generate, generate_plain
+from kangaroo_jax.bench.spec_bench_answers import METHODS, QuestionDetails, QuestionResult, SpecBenchAnswer
+from kangaroo_jax.bench.spec_bench_questions import Question
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
-from kangaroo_jax.config import DraftConfig
-from kangaroo_jax.engine.generate import Generation, generate
 from kangaroo_jax.errors import InputError
 
-# Tokens. A shorter answer's time is its prompt's, and says nothing about decoding.
-_LEAST_ANSWER = 32
+# Tokens. The time of a shorter answer is mostly its prompt's, and says nothing about decoding.
+_MIN_ANSWER = 32
 
 
-def ask(
+def ask_question(
     target: Target, adapter: TrainedAdapter, question: Question, draft: DraftConfig, max_new_tokens: int, runs: int
-) -> Result:
-    """Both methods' answers to all turns. Each goes on from its own answers to the turns before.
+) -> QuestionResult:
+    """Both methods' answers to all turns. Each method's conversation contains its own earlier answers.
 
-    Where prompt and answer do not both fit into the context, the answer is allowed what the prompt leaves, for both
-    methods alike; a question of which a prompt leaves less than 32 tokens (or `max_new_tokens`, if that is less) is
-    skipped as a whole. Spec-Bench itself truncates nothing.
+    Where prompt and answer do not both fit into the context, the answer's limit is what the prompt leaves, the same for
+    both methods; a question with a prompt that leaves less than 32 tokens (or `max_new_tokens`, if that is less) is
+    skipped with all its turns. Spec-Bench itself truncates nothing.
 
     Args:
       target: with a tokenizer.
-      adapter: the target's.
+      adapter: one for the target.
       question: what to ask.
-      draft: exit layer, gamma, eta.
-      max_new_tokens: most tokens of one turn's answer; EOS ends it earlier.
+      draft: exit layer, gamma, eta, tree.
+      max_new_tokens: maximum tokens of one turn's answer; EOS ends it earlier.
       runs: timed runs of each method per turn, interleaved; the median of their seconds counts.
 
     Raises:
@@ -43,34 +42,34 @@ def ask(
         "plain": functools.partial(generate_plain, target),
     }
     context = target.config.max_position_embeddings
-    said: dict[str, list[str]] = {method: [] for method in METHODS}
-    asked: dict[str, list[int]] = {method: [] for method in METHODS}
+    conversation: dict[str, list[str]] = {method: [] for method in METHODS}
+    prompt_tokens: dict[str, list[int]] = {method: [] for method in METHODS}
     generations: dict[str, list[list[Generation]]] = {method: [] for method in METHODS}
     allowed, cut = [], []
     for turn in question.turns:
-        prompts = {method: conversation_ids(target, [*said[method], turn]) for method in METHODS}
+        prompts = {method: conversation_ids(target, [*conversation[method], turn]) for method in METHODS}
         longest = max(map(len, prompts.values()))
-        most = min(max_new_tokens, context - longest)
-        if most < min(max_new_tokens, _LEAST_ANSWER):
+        limit = min(max_new_tokens, context - longest)
+        if limit < min(max_new_tokens, _MIN_ANSWER):
             reason = f"turn {len(allowed) + 1} has a prompt of {longest} tokens, too long for the context of {context}"
             return _skipped(question, reason)
         timed: dict[str, list[Generation]] = {method: [] for method in METHODS}
         for _ in range(runs):
             for method in METHODS:
-                timed[method].append(call[method]([prompts[method]], max_new_tokens=most))
+                timed[method].append(call[method]([prompts[method]], max_new_tokens=limit))
         for method in METHODS:
             generations[method].append(timed[method])
-            asked[method].append(len(prompts[method]))
-            said[method] += [turn, _text(timed[method][0])]
-        allowed.append(most)
-        cut.append(most < max_new_tokens and any(_ran_out(target, timed[method][0], most) for method in METHODS))
-    return Result(
+            prompt_tokens[method].append(len(prompts[method]))
+            conversation[method] += [turn, _text(timed[method][0])]
+        allowed.append(limit)
+        cut.append(limit < max_new_tokens and any(_reached(target, timed[method][0], limit) for method in METHODS))
+    return QuestionResult(
         question.question_id,
         question.category,
         {method: _answer(generations[method]) for method in METHODS},
-        Details(
+        QuestionDetails(
             skipped=None,
-            prompt_tokens=asked,
+            prompt_tokens=prompt_tokens,
             max_new_tokens=allowed,
             cut=cut,
             draft_lengths=[length for timed in generations["kangaroo"] for length in timed[0].draft_lengths[0]],
@@ -82,37 +81,37 @@ def ask(
     )
 
 
-def conversation_ids(target: Target, said: Sequence[str]) -> list[int]:
+def conversation_ids(target: Target, texts: Sequence[str]) -> list[int]:
     """Token ids of a conversation that ends with the user's turn, up to where the answer starts.
 
-    In the tokenizer's chat template where it has one; else what was said, a blank line after each.
+    By the tokenizer's chat template if it has one; else the texts with a blank line after each.
 
     Args:
       target: with a tokenizer.
-      said: the user's and the model's words, in turns.
+      texts: of the user and the model, in turns.
 
     Raises:
       InputError: for a chat template that does not work.
     """
     tokenizer = target.tokenizer
     if not tokenizer.chat_template:
-        return tokenizer.encode("".join(f"{words}\n\n" for words in said), verbose=False)
-    messages = [{"role": ("user", "assistant")[i % 2], "content": words} for i, words in enumerate(said)]
+        return tokenizer.encode("".join(f"{text}\n\n" for text in texts), verbose=False)
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     try:
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except ImportError:
         raise InputError(
             "jinja2 is not installed, and chat templates need it; pip install -r requirements.txt"
         ) from None
-    except Exception as error:  # whatever a template may raise
+    except Exception as error:  # a template can raise anything
         raise InputError(f"{target.name}: its chat template does not work: {error}") from error
-    # The template has written the special tokens itself.
+    # The template's text contains the special tokens already.
     return tokenizer.encode(prompt, add_special_tokens=False, verbose=False)
 
 
-def _answer(turns: list[list[Generation]]) -> Answer:
-    """From the runs of each turn, which differ in their seconds alone."""
-    return Answer(
+def _answer(turns: list[list[Generation]]) -> SpecBenchAnswer:
+    """From the runs of each turn, which differ only in their seconds."""
+    return SpecBenchAnswer(
         turns=[_text(runs[0]) for runs in turns],
         decoding_steps=[len(runs[0].accept_lengths[0]) for runs in turns],
         new_tokens=[len(runs[0].tokens[0]) for runs in turns],
@@ -129,10 +128,12 @@ def _seconds(out: Generation) -> float:
     return out.seconds.prefill + out.seconds.decode
 
 
-def _ran_out(target: Target, out: Generation, most: int) -> bool:
-    return len(out.tokens[0]) == most and out.tokens[0][-1] not in target.eos_token_ids
+def _reached(target: Target, out: Generation, limit: int) -> bool:
+    return len(out.tokens[0]) == limit and out.tokens[0][-1] not in target.eos_token_ids
 
 
-def _skipped(question: Question, reason: str) -> Result:
-    nothing = Details(reason, {method: [] for method in METHODS}, [], [], [], {method: [] for method in METHODS}, 0.0)
-    return Result(question.question_id, question.category, {}, nothing)
+def _skipped(question: Question, reason: str) -> QuestionResult:
+    details = QuestionDetails(
+        reason, {method: [] for method in METHODS}, [], [], [], {method: [] for method in METHODS}, 0.0
+    )
+    return QuestionResult(question.question_id, question.category, {}, details)

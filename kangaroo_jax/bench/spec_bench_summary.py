@@ -1,5 +1,5 @@
-"""What a folder of Spec-Bench answers says: arithmetic alone, by Spec-Bench's own definitions (evaluation/speed.py and
-equal.py there) where it has them."""
+"""Figures of a folder of Spec-Bench answers, by Spec-Bench's own definitions (its evaluation/speed.py and equal.py)
+where it has them. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from kangaroo_jax.bench.answers import Answer, Result
-from kangaroo_jax.bench.questions import TASKS, task_of
+from kangaroo_jax.bench.spec_bench_answers import QuestionResult, SpecBenchAnswer
+from kangaroo_jax.bench.spec_bench_questions import TASKS, task_of
 
 OVERALL = "overall"
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskSummary:
-    """One task's figures; NaN where there is nothing to take a mean of.
+    """One task's figures; NaN for the mean of nothing.
 
     Attributes:
       task: a task's name, or "overall".
-      questions: answered.
-      skipped: questions left out because a prompt left the context no room for an answer.
-      cut: answered questions with an answer that the end of the context ended.
+      questions: answered questions.
+      skipped: questions left out because a prompt left no room in the context for an answer.
+      cut: answered questions with an answer that was ended by the end of the context.
       identical: answered questions whose texts are the same in both files.
       tokens_per_second: Kangaroo's new tokens per second, the mean over questions.
-      plain_tokens_per_second: the same of plain decoding.
-      speed_py_plain_tokens_per_second: the same as speed.py takes it, which counts the tokens of the baseline's text,
-        encoded again, less one for BOS, in place of its new tokens.
+      plain_tokens_per_second: the same for plain decoding.
+      speed_py_plain_tokens_per_second: the same as speed.py computes it: it encodes the baseline's text again and
+        counts those tokens, less one for BOS.
       mean_accept_length: over all rounds; speed.py's "mean accepted tokens".
     """
 
@@ -58,7 +58,7 @@ class DraftPosition:
 
     Attributes:
       position: k, from 1.
-      verified: rounds that drafted at least k tokens; all that is drafted is verified.
+      verified: rounds that drafted at least k tokens; every drafted token is verified.
       accepted: those of them that accepted at least k.
     """
 
@@ -71,11 +71,11 @@ class DraftPosition:
         return self.accepted / self.verified
 
 
-def summarize(results: Sequence[Result], count_tokens: Callable[[str], int]) -> list[TaskSummary]:
+def summarize(results: Sequence[QuestionResult], count_tokens: Callable[[str], int]) -> list[TaskSummary]:
     """A row per task that has questions, in Spec-Bench's order, then one over all.
 
     Args:
-      results: from `answers.read`.
+      results: from `spec_bench_answers.read`.
       count_tokens: text -> how many ids the tokenizer makes of it, special ones included.
     """
     rows = [
@@ -86,12 +86,12 @@ def summarize(results: Sequence[Result], count_tokens: Callable[[str], int]) -> 
     return [*rows, _row(OVERALL, results, count_tokens)]
 
 
-def _row(task: str, results: Sequence[Result], count_tokens: Callable[[str], int]) -> TaskSummary:
+def _row(task: str, results: Sequence[QuestionResult], count_tokens: Callable[[str], int]) -> TaskSummary:
     answered = [result for result in results if result.details.skipped is None]
     ours = [result.answers["kangaroo"] for result in answered]
     plain = [result.answers["plain"] for result in answered]
 
-    def recount(answer: Answer) -> int:
+    def recount(answer: SpecBenchAnswer) -> int:
         return sum(count_tokens(text) - 1 for text in answer.turns)
 
     return TaskSummary(
@@ -111,17 +111,17 @@ def _mean(values: list[float]) -> float:
     return statistics.fmean(values) if values else math.nan
 
 
-def accept_length_counts(results: Sequence[Result]) -> dict[int, int]:
+def accept_length_counts(results: Sequence[QuestionResult]) -> dict[int, int]:
     """Accept length -> how many of Kangaroo's rounds had it, ascending."""
     answers = [result.answers["kangaroo"] for result in results if result.answers]
     return dict(sorted(Counter(length for answer in answers for length in answer.accept_lengths).items()))
 
 
-def acceptance_by_position(results: Sequence[Result]) -> list[DraftPosition]:
+def acceptance_by_position(results: Sequence[QuestionResult]) -> list[DraftPosition]:
     """For each position in a draft, how often it was accepted, given that it was verified.
 
-    The last round of every turn is left out: where the answer's end cut it, its accept length does not say how much
-    of the draft the target agreed with.
+    The last round of every turn is left out: the end of the answer may have cut it, and then its accept length does not
+    say how many drafts the target agreed with.
     """
     verified: Counter[int] = Counter()
     accepted: Counter[int] = Counter()
@@ -130,10 +130,12 @@ def acceptance_by_position(results: Sequence[Result]) -> list[DraftPosition]:
             continue
         answer, start = result.answers["kangaroo"], 0
         for rounds in answer.decoding_steps:
-            whole = slice(start, max(start, start + rounds - 1))
-            for length, drafted in zip(answer.accept_lengths[whole], result.details.draft_lengths[whole], strict=True):
+            all_but_last = slice(start, max(start, start + rounds - 1))
+            for length, drafted in zip(
+                answer.accept_lengths[all_but_last], result.details.draft_lengths[all_but_last], strict=True
+            ):
                 verified.update(range(1, drafted + 1))
-                accepted.update(range(1, length))  # the round's last token is the target's own
+                accepted.update(range(1, length))  # the round's last token is no draft
             start += rounds
     return [DraftPosition(k, verified[k], accepted[k]) for k in sorted(verified)]
 
@@ -153,7 +155,7 @@ _COLUMNS: dict[str, Callable[[TaskSummary], str]] = {
 
 
 def markdown_table(rows: Sequence[TaskSummary]) -> str:
-    """The rows as a Markdown table, columns lined up."""
+    """The rows as a Markdown table with aligned columns."""
     cells = [list(_COLUMNS), *([column(row) for column in _COLUMNS.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     aligned = [

@@ -1,4 +1,4 @@
-"""Charts of a Spec-Bench run, as PNG files. The one module that needs matplotlib."""
+"""Charts of a Spec-Bench run, as PNG files. The only module that needs matplotlib."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from kangaroo_jax.bench.summary import DraftPosition, TaskSummary
+from kangaroo_jax.bench.spec_bench_summary import DraftPosition, TaskSummary
 
 _COLOUR = "#2f6f8f"
 _DOTS_PER_INCH = 150
@@ -52,7 +52,7 @@ def save_acceptance(positions: Sequence[DraftPosition], path: str | pathlib.Path
 
 
 def _chart(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    # A Figure of its own, without pyplot, needs no display.
+    # A Figure without pyplot needs no display.
     figure = Figure(figsize=(7, 4), dpi=_DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots()
     axes.set(title=title, xlabel=x, ylabel=y)

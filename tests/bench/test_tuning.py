@@ -4,14 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from absl import flags
 
 from kangaroo_jax import DraftConfig, InputError, TreeConfig, load_adapter
-from kangaroo_jax.bench import parts, tune
-from kangaroo_jax.bench.acceptance import NOWHERE, Chains, Trees
-from kangaroo_jax.bench.tune import Costs, Recording, best_of, measure_costs, predict, settings_of_trees
+from kangaroo_jax.bench import parts, tuning
+from kangaroo_jax.bench.acceptance import NOT_IN_TREE, Chains, Trees
+from kangaroo_jax.bench.tuning import Costs, Effort, Recording, best_of, measure_costs, predict, settings_of_trees
 from kangaroo_jax.checkpoint.adapter import read_draft_settings, save_adapter, write_draft_settings
-from tests.decode.models import tiny_adapter, tiny_target
+from tests.bench.models import EXIT_LAYER, small_adapter, small_target
 
 
 def test_prediction_by_hand():
@@ -40,7 +39,7 @@ def test_prediction_of_a_tree_by_hand():
     assert [costs.round(levels, draft) for levels in (1, 2, 3)] == [5.5, 9.0, 10.0]
     # Two rounds: 3 levels that commit 4 tokens, 1 level that commits 1.
     all_three = np.arange(9).reshape(3, 3) % 3 + 2
-    places = np.stack([all_three, *[np.full((3, 3), NOWHERE)] * 4])
+    places = np.stack([all_three, *[np.full((3, 3), NOT_IN_TREE)] * 4])
     best = np.asarray([[0.9, 0.8, 0.7], *[[0.1, 0.1, 0.1]] * 4], np.float32)
     recording = Recording(Chains(np.zeros((5, 1), np.float32), np.zeros(5, int)), {2: Trees(best, places)})
     assert recording.rounds(draft) == [(3, 4), (1, 1)]
@@ -84,35 +83,35 @@ def test_the_best_of_each_tree_is_measured_beside_single_sequences():
     assert [speeds[draft] for draft in best_of(speeds, 1)] == [1.1, 2.0]
 
 
-def test_predictions_are_corrected_by_what_decoding_takes(monkeypatch, capsys):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
+def test_predictions_are_corrected_by_what_decoding_takes(monkeypatch):
     chains = Chains(np.full((20, 12), 0.9, np.float32), np.arange(20) % 7)
     recording, costs = Recording(chains, {}), Costs(3.0, 0.5, {count: 3.0 + count for count in (1, 2, 4, 6, 8, 12)})
-    monkeypatch.setattr(tune, "_record", lambda *_: recording)
-    monkeypatch.setattr(tune, "measure_costs", lambda *_: costs)
+    monkeypatch.setattr(tuning, "_record", lambda *_: recording)
+    monkeypatch.setattr(tuning, "measure_costs", lambda *_: costs)
     # Decoding takes twice as long as its rounds timed alone.
     monkeypatch.setattr(
-        tune, "_measure", lambda *inputs: [predict([recording], costs, draft) / 2 for draft in inputs[3]]
+        tuning, "_measure", lambda *inputs: [predict([recording], costs, draft) / 2 for draft in inputs[3]]
     )
-    draft, speed = tune._tune(tiny_target(), tiny_adapter(2), [[1, 2, 3]], [])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("single")]
-    assert len(rows) == 3
-    assert [row[-1] for row in rows] == ["0%"] * 3
-    assert speed == predict([recording], costs, draft) / 2
+    found = tuning.tune(small_target(), small_adapter(), EXIT_LAYER, [[1, 2, 3]], [], Effort(confirm=3))
+    assert found.correction == pytest.approx(0.5)
+    assert len(found.settings) == 3
+    for setting in found.settings:
+        assert setting.predicted == pytest.approx(setting.measured)
+        assert setting.measured == predict([recording], costs, setting.draft) / 2
+    assert found.fastest.measured == max(setting.measured for setting in found.settings)
 
 
 def test_written_settings_are_those_an_adapter_is_loaded_with(tmp_path):
     folder = tmp_path / "adapter"
-    save_adapter(folder, tiny_adapter(2).model, exit_layer=2, target=tiny_target())
-    assert load_adapter(folder, tiny_target()).draft == DraftConfig()
+    save_adapter(folder, small_adapter().model, exit_layer=EXIT_LAYER, target=small_target())
+    assert load_adapter(folder, small_target()).draft == DraftConfig()
     write_draft_settings(folder, DraftConfig(None, 9, 0.25))
-    assert load_adapter(folder, tiny_target()).draft == DraftConfig(None, 9, 0.25)
+    assert load_adapter(folder, small_target()).draft == DraftConfig(None, 9, 0.25)
     tree = DraftConfig(None, 5, 0.1, TreeConfig(3, 12))
     write_draft_settings(folder, tree)
-    assert load_adapter(folder, tiny_target()).draft == tree
+    assert load_adapter(folder, small_target()).draft == tree
     write_draft_settings(folder, DraftConfig(None, 9, 0.25))
-    assert load_adapter(folder, tiny_target()).draft == DraftConfig(None, 9, 0.25)
+    assert load_adapter(folder, small_target()).draft == DraftConfig(None, 9, 0.25)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Prompts to measure with: from modules that the demo never saw, or from a file."""
+"""Prompts to measure with: from library modules that the demo was not trained on, or from a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def held_out_prompts(count: int) -> dict[str, str]:
     """File -> prompt, one per held-out file in the order of their names: the 600 characters that end with the first
     function header in the file's second half.
 
-    Files too short for that are passed over; fewer than `count` come back if there are no more.
+    Files too short for that are left out; there are fewer than `count` prompts if there are fewer such files.
     """
     prompts = {}
     for name, text in corpus.standard_library(held_out=True).items():
@@ -35,7 +35,7 @@ def held_out_prompts(count: int) -> dict[str, str]:
 
 def held_out_functions(count: int) -> list[str]:
     """`count` prompts of 600 characters that end with a function header, spread evenly over all of the held-out files'
-    functions; fewer if there are fewer functions."""
+    functions; there are fewer if there are fewer functions."""
     prompts = []
     for text in corpus.standard_library(held_out=True).values():
         ends = [found.end() for found in _HEADER.finditer(text) if found.end() >= _CHARACTERS]
@@ -45,13 +45,13 @@ def held_out_functions(count: int) -> list[str]:
 
 
 def held_out_tokens(target: Target, count: int = 8192) -> Int[np.ndarray, " count"]:
-    """The first `count` token ids of the held-out modules, one after the other."""
+    """The first `count` token ids of the concatenated held-out modules."""
     text = "".join(corpus.standard_library(held_out=True).values())
     ids = target.tokenizer.encode(text[: 16 * count], verbose=False)
     return np.asarray(ids[:count], np.int32)
 
 
-def read_prompts(path: str) -> list[str]:
+def prompts_of_file(path: str) -> list[str]:
     """The "prompt" of each line of a JSON Lines file.
 
     Raises:

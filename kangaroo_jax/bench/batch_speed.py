@@ -1,0 +1,154 @@
+"""Batches: Kangaroo beside plain decoding at the same batch size, and slots that are refilled beside fixed batches.
+
+Greedy; EOS ends nothing. Runs are interleaved in one process; their medians count prefill, and not compilation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from kangaroo_jax import Answer, DraftConfig, Request, generate_many
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter
+from kangaroo_jax.checkpoint.target import Target
+
+DecodeAll = Callable[[], list[Answer]]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSpeed:
+    """Kangaroo and plain decoding at one batch size.
+
+    Attributes:
+      batch_size: sequences on the device.
+      tokens: new tokens of all answers.
+      seconds: of Kangaroo, for all answers.
+      plain_seconds: of plain decoding.
+      mean_accept_length: over all of Kangaroo's rounds.
+      identical: answers whose tokens are plain decoding's at the first batch size.
+      answers: number of answers.
+    """
+
+    batch_size: int
+    tokens: int
+    seconds: float
+    plain_seconds: float
+    mean_accept_length: float
+    identical: int
+    answers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RefillSpeed:
+    """Slots that are refilled as answers end, beside fixed batches that wait for their slowest.
+
+    Attributes:
+      name: how it decodes: "plain" or "Kangaroo".
+      tokens: new tokens of all answers.
+      refilled_seconds: with refilled slots, for all answers.
+      fixed_seconds: in fixed batches.
+      identical: answers whose tokens are those of plain decoding in fixed batches.
+      answers: number of answers.
+    """
+
+    name: str
+    tokens: int
+    refilled_seconds: float
+    fixed_seconds: float
+    identical: int
+    answers: int
+
+
+def requests_of(prompts: Sequence[str], lengths: Sequence[int]) -> list[Request]:
+    """A request per length; prompts are repeated where there are more lengths."""
+    return [Request(prompts[i % len(prompts)], length) for i, length in enumerate(lengths)]
+
+
+def ragged_lengths(count: int, shortest: int, longest: int) -> list[int]:
+    """`count` lengths, drawn evenly from `shortest` to `longest`; the same in every call."""
+    return np.random.default_rng(0).integers(shortest, longest + 1, count).tolist()
+
+
+def compare_with_plain(
+    target: Target,
+    adapter: TrainedAdapter,
+    draft: DraftConfig,
+    requests: list[Request],
+    batch_sizes: Sequence[int],
+    runs: int,
+) -> Iterator[BatchSpeed]:
+    """Both ways of decoding the requests, in fixed batches of each size."""
+    reference = None
+    for size in batch_sizes:
+        calls = [_in_fixed_batches(target, which, requests, size, draft) for which in (adapter, None)]
+        (ours, seconds), (plain, plain_seconds) = _measure(calls, runs)
+        reference = reference or plain
+        yield BatchSpeed(
+            size,
+            sum(len(answer.tokens) for answer in ours),
+            seconds,
+            plain_seconds,
+            statistics.mean(length for answer in ours for length in answer.accept_lengths),
+            _identical(ours, reference),
+            len(ours),
+        )
+
+
+def compare_with_fixed(
+    target: Target, adapter: TrainedAdapter, draft: DraftConfig, requests: list[Request], batch_size: int, runs: int
+) -> list[RefillSpeed]:
+    """Refilled slots and fixed batches of the same size, of plain decoding and of Kangaroo."""
+    kinds = {"plain": None, "Kangaroo": adapter}
+    calls = [
+        make(target, which, requests, batch_size, draft)
+        for which in kinds.values()
+        for make in (_in_fixed_batches, _in_refilled_slots)
+    ]
+    results = _measure(calls, runs)
+    reference = results[0][0]
+    tokens = sum(len(answer.tokens) for answer in reference)
+    return [
+        RefillSpeed(name, tokens, refilled, fixed, _identical(answers, reference), len(answers))
+        for name, (_, fixed), (answers, refilled) in zip(kinds, results[::2], results[1::2], strict=True)
+    ]
+
+
+def _in_refilled_slots(
+    target: Target, adapter: TrainedAdapter | None, requests: list[Request], size: int, draft: DraftConfig
+) -> DecodeAll:
+    def run() -> list[Answer]:
+        answers = generate_many(target, adapter, requests, size, draft=draft, eos_token_ids=())
+        return sorted(answers, key=lambda answer: answer.id)
+
+    return run
+
+
+def _in_fixed_batches(
+    target: Target, adapter: TrainedAdapter | None, requests: list[Request], size: int, draft: DraftConfig
+) -> DecodeAll:
+    """Batch after batch, each waiting for its slowest sequence."""
+    batches = [requests[i : i + size] for i in range(0, len(requests), size)]
+    calls = [_in_refilled_slots(target, adapter, batch, size, draft) for batch in batches]
+    return lambda: list(itertools.chain.from_iterable(call() for call in calls))
+
+
+def _measure(calls: Sequence[DecodeAll], runs: int) -> list[tuple[list[Answer], float]]:
+    """The answers of each call, and the median of its seconds without compilation."""
+    results: list[list[list[Answer]]] = [[] for _ in calls]
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(runs):
+        for call, answers, times in zip(calls, results, seconds, strict=True):
+            start = time.perf_counter()
+            answers.append(call())
+            compiling = sum(answer.compile_seconds for answer in answers[-1])
+            times.append(time.perf_counter() - start - compiling)
+    return [(answers[0], statistics.median(times)) for answers, times in zip(results, seconds, strict=True)]
+
+
+def _identical(answers: list[Answer], reference: list[Answer]) -> int:
+    return sum(a.tokens == b.tokens for a, b in zip(answers, reference, strict=True))

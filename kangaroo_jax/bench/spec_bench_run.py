@@ -1,0 +1,138 @@
+"""A Spec-Bench run (github.com/hemingkx/Spec-Bench): answers its questions with Kangaroo and with plain decoding into a
+folder that an interrupted run continues, then sums up what is in the folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from kangaroo_jax import DraftConfig, TreeConfig
+from kangaroo_jax.bench import spec_bench_answers, spec_bench_summary
+from kangaroo_jax.bench.spec_bench_answers import QuestionResult
+from kangaroo_jax.bench.spec_bench_ask import ask_question
+from kangaroo_jax.bench.spec_bench_questions import Question
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter
+from kangaroo_jax.checkpoint.target import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecBenchRun:
+    """What is asked, and how.
+
+    Attributes:
+      target: with a tokenizer.
+      adapter: one for the target.
+      draft: with its exit layer.
+      dtype: type of the weights.
+      model_name: how the answers name the target.
+      questions: all questions of the file; answers to several files do not go into one folder.
+      max_new_tokens: maximum tokens of an answer; less where the context ends.
+      runs: timed runs of each method per turn.
+    """
+
+    target: Target
+    adapter: TrainedAdapter
+    draft: DraftConfig
+    dtype: str
+    model_name: str
+    questions: Sequence[Question]
+    max_new_tokens: int
+    runs: int
+
+    def settings(self) -> dict[str, Any]:
+        """What the answers in one folder must have in common, as JSON values."""
+        template = self.target.tokenizer.chat_template
+        return {
+            "model": self.model_name,
+            "chat_template": _digest(str(template).encode()) if template else None,
+            "dtype": self.dtype,
+            **dataclasses.asdict(self.draft),
+            "max_new_tokens": self.max_new_tokens,
+            "runs": self.runs,
+            "questions": _digest(repr(list(self.questions)).encode()),
+            "device": jax.devices()[0].device_kind,
+            "model_fingerprint": self.target.fingerprint,
+            "adapter_fingerprint": _digest(*(np.asarray(x).tobytes() for x in jax.tree.leaves(self.adapter.model))),
+        }
+
+    def model_ids(self) -> dict[str, str]:
+        """Spec-Bench's model_id by method."""
+        name, draft = f"{self.model_name}-{self.dtype}", self.draft
+        tree = "" if draft.tree is None else f"-tree{draft.tree.topk}x{draft.tree.budget}"
+        return {
+            "kangaroo": f"{name}-kangaroo-gamma{draft.max_draft_len}-eta{draft.threshold}{tree}-exit{draft.exit_layer}",
+            "plain": f"{name}-plain",
+        }
+
+    def answer(self, questions: Sequence[Question], folder: pathlib.Path) -> Iterator[QuestionResult]:
+        """Answers questions one by one; each is in the folder when it is yielded."""
+        for question in questions:
+            result = ask_question(self.target, self.adapter, question, self.draft, self.max_new_tokens, self.runs)
+            spec_bench_answers.append(folder, result, self.model_ids())
+            yield result
+
+
+def write_report(folder: pathlib.Path, target: Target, settings: dict[str, Any]) -> str:
+    """Writes the summary of all answers in the folder as summary.md, draws the charts, and returns the summary.
+
+    Args:
+      folder: with answers.
+      target: whose tokenizer counts tokens as speed.py does.
+      settings: from `SpecBenchRun.settings`.
+    """
+    from kangaroo_jax.bench import spec_bench_charts as charts  # here: only this needs matplotlib
+
+    results = spec_bench_answers.read(folder)
+    rows = spec_bench_summary.summarize(results, lambda text: len(target.tokenizer(text, verbose=False).input_ids))
+    table = spec_bench_summary.markdown_table(rows)
+    text = _describe(settings) + "\n\n" + table + "\n\n" + _notes(results, rows[-1], settings)
+    (folder / "summary.md").write_text(text, encoding="utf-8")
+    if rows[-1].questions:
+        charts.save_speedups(rows, folder / "speedup.png")
+    # Answers of one token have no rounds.
+    if counts := spec_bench_summary.accept_length_counts(results):
+        charts.save_accept_lengths(counts, folder / "accept_lengths.png")
+    if positions := spec_bench_summary.acceptance_by_position(results):
+        charts.save_acceptance(positions, folder / "acceptance.png")
+    return text
+
+
+def _describe(settings: dict[str, Any]) -> str:
+    tree = settings["tree"] and TreeConfig(**settings["tree"])
+    draft = DraftConfig(None, settings["max_draft_len"], settings["threshold"], tree)
+    return (
+        f"Spec-Bench, {settings['model']}, {settings['dtype']} on {settings['device']}, {draft}, exit layer "
+        f"{settings['exit_layer']}, at most {settings['max_new_tokens']} new tokens, greedy, medians of "
+        f"{settings['runs']} interleaved runs, compilation not counted."
+    )
+
+
+def _notes(results: list[QuestionResult], overall: spec_bench_summary.TaskSummary, settings: dict[str, Any]) -> str:
+    """What the table's columns mean, and what was not answered as Spec-Bench asks."""
+    compiling = sum(result.details.compile_seconds for result in results)
+    notes = [
+        "Speeds are means over questions of new tokens per second, prefill included; the speed-up is their ratio. "
+        "Spec-Bench's speed.py counts the baseline's tokens by encoding its text again, less one per turn; the last "
+        "column is what it prints.",
+        f"Cut: {overall.cut} questions with an answer that ended where the context does, before EOS and before "
+        f"{settings['max_new_tokens']} tokens. The limit was the same for both methods.",
+        f"Skipped: {overall.skipped} questions with a prompt too long for the context, in no other column"
+        + "".join(f"\n  - question {r.question_id}: {r.details.skipped}" for r in results if r.details.skipped),
+        f"Compilation took {compiling:.1f} s.",
+    ]
+    if settings["chat_template"] is None:
+        notes.append("The tokenizer has no chat template: turns were joined by blank lines.")
+    return "".join(f"- {note}\n" for note in notes)
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,291 @@
+"""Finds the fastest way to draft with an adapter on this machine: gamma and eta of a single sequence, or of a tree with
+its K and budget.
+
+Measures what rounds cost and records what the target accepts on calibration prompts; from these predicts the speed of
+every gamma and eta, of a single sequence and of every tree. Predictions are corrected by the ratio of measured to
+predicted speed of one setting. The best few of both kinds are then measured by decoding with them.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from kangaroo_jax import DraftConfig, TreeConfig
+from kangaroo_jax.bench import parts
+from kangaroo_jax.bench.acceptance import Chains, Trees, record, record_trees
+from kangaroo_jax.bench.progress import Progress, silent
+from kangaroo_jax.bench.tree_speed import time_settings
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter
+from kangaroo_jax.checkpoint.target import Target
+
+# The draft lengths whose verification pass is of a width that CPU programs have anyway.
+_DRAFT_LENGTHS = (1, 2, 4, 6, 8, 12)
+_THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(20))
+# A tree's threshold compares with the probability of complete paths, so low ones matter.
+_TREE_THRESHOLDS = (0.0, 0.01, 0.02, 0.03, *_THRESHOLDS[1:])
+_LEVELS = 6  # levels of the trees that are timed
+# The setting whose measured speed corrects the predictions: the paper's eta, and drafts whose lengths vary.
+_REFERENCE = DraftConfig(None, 4, 0.6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Seconds of the parts of this target and adapter.
+
+    Attributes:
+      plain_step: seconds of a plain step.
+      draft_step: seconds of one more drafted token.
+      rounds: draft length -> seconds of a complete round of that many drafts, with the narrowest verification that
+        holds them.
+      tree_levels: K -> seconds of one more level of a tree.
+      tree_rounds: tree -> seconds of a complete round of `levels` levels.
+      tree_verifications: width -> seconds of verifying and committing a tree of that width.
+      levels: levels of the timed tree rounds.
+    """
+
+    plain_step: float
+    draft_step: float
+    rounds: dict[int, float]
+    tree_levels: dict[int, float] = dataclasses.field(default_factory=dict)
+    tree_rounds: dict[TreeConfig, float] = dataclasses.field(default_factory=dict)
+    tree_verifications: dict[int, float] = dataclasses.field(default_factory=dict)
+    levels: int = _LEVELS
+
+    def round(self, steps: int, draft: DraftConfig) -> float:
+        """Seconds of a round of `draft` that takes `steps` draft steps: drafted tokens, or levels of a tree."""
+        tree = draft.tree
+        drafted = steps if tree is None else tree.drafted(steps)
+        width = next(w for w in parts.verification_widths(draft) if w > drafted)
+        if tree is None:
+            return self.rounds[width - 1] - (width - 1 - drafted) * self.draft_step
+        timed = 1 + tree.drafted(self.levels)
+        return (
+            self.tree_rounds[tree]
+            - (self.levels - steps) * self.tree_levels[tree.topk]
+            - (self.tree_verifications[timed] - self.tree_verifications[width])
+        )
+
+
+def measure_costs(
+    context: parts.Context, tree_context: parts.Context, trees: Sequence[DraftConfig], progress: Progress = silent
+) -> Costs:
+    """Times the parts; one compiled program per draft length, two per K of `trees`, one per tree, and two per width of
+    their verification.
+
+    Args:
+      context: with caches for single sequences.
+      tree_context: with caches for all of `trees`.
+      trees: settings that are considered.
+      progress: shows how many parts are timed.
+    """
+    few, many = _DRAFT_LENGTHS[1], _DRAFT_LENGTHS[3]
+    draft_step = (parts.draft_seconds(context, many) - parts.draft_seconds(context, few)) / (many - few)
+    shapes = sorted({draft.tree for draft in trees}, key=dataclasses.astuple)
+    topks = sorted({tree.topk for tree in shapes})
+    widths = {1 + tree.drafted(_LEVELS): tree.topk for tree in shapes}
+    widths |= {width: draft.tree.topk for draft in trees for width in parts.verification_widths(draft)}
+
+    def level(topk: int) -> float:
+        deep, shallow = (parts.growth_seconds(tree_context, topk, levels) for levels in (_LEVELS, 2))
+        return (deep - shallow) / (_LEVELS - 2)
+
+    def verification(width: int) -> float:
+        topk = widths[width]
+        levels = max(_LEVELS, 1 + -(-(width - 1 - topk) // topk**2))  # enough levels for a tree to fill the width
+        return parts.tree_verification_seconds(tree_context, TreeConfig(topk, width - 1), levels)
+
+    costs = Costs(parts.plain_step_seconds(context), draft_step, {})
+    jobs: list[tuple[dict, object, Callable[[], float]]] = [
+        *((costs.rounds, n, functools.partial(parts.round_seconds, context, n)) for n in _DRAFT_LENGTHS),
+        *((costs.tree_levels, topk, functools.partial(level, topk)) for topk in topks),
+        *((costs.tree_rounds, t, functools.partial(parts.round_seconds, tree_context, _LEVELS, t)) for t in shapes),
+        *((costs.tree_verifications, w, functools.partial(verification, w)) for w in sorted(widths)),
+    ]
+    for seconds, key, measure in progress(jobs, "costs of rounds", "part"):
+        seconds[key] = measure()
+    return costs
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What the target accepts on one calibration prompt.
+
+    Attributes:
+      chains: drafts of single sequences.
+      trees: K -> drafted trees.
+    """
+
+    chains: Chains
+    trees: dict[int, Trees]
+
+    def rounds(self, draft: DraftConfig) -> list[tuple[int, int]]:
+        """(draft steps, accept length) of each round that `generate` would run with these settings."""
+        if draft.tree is None:
+            return self.chains.rounds(draft.max_draft_len, draft.threshold)
+        return self.trees[draft.tree.topk].rounds(draft.max_draft_len, draft.threshold, draft.tree.budget)
+
+
+def predict(recordings: Sequence[Recording], costs: Costs, draft: DraftConfig) -> float:
+    """The predicted speed-up over plain decoding, prefill not counted, over all answers together."""
+    rounds = collections.Counter(r for recording in recordings for r in recording.rounds(draft))
+    tokens = sum(count * committed for (_, committed), count in rounds.items())
+    seconds = sum(count * costs.round(steps, draft) for (steps, _), count in rounds.items())
+    return tokens * costs.plain_step / seconds
+
+
+def settings_of_trees(topks: Sequence[int], budgets: Sequence[int]) -> list[DraftConfig]:
+    """All settings that are considered for trees of these Ks and budgets: every depth that the budget can verify."""
+    shapes = itertools.product(topks, budgets, _DRAFT_LENGTHS, _TREE_THRESHOLDS)
+    return [
+        DraftConfig(None, gamma, threshold, TreeConfig(topk, budget))
+        for topk, budget, gamma, threshold in shapes
+        if gamma <= budget
+    ]
+
+
+def best_of(speeds: dict[DraftConfig, float], count: int) -> list[DraftConfig]:
+    """The `count` single sequences with the best predicted speeds, and the best setting of each of the `count` best
+    trees: predictions are less accurate between trees than between thresholds of one tree."""
+    ranked = sorted(speeds, key=lambda draft: -speeds[draft])
+    singles = [draft for draft in ranked if draft.tree is None]
+    trees = {}
+    for draft in ranked:
+        trees.setdefault(draft.tree, draft)
+    trees.pop(None, None)
+    return singles[:count] + list(trees.values())[:count]
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How much a tuning run measures.
+
+    Attributes:
+      max_new_tokens: length of each answer.
+      runs: timed runs of each setting, interleaved; the median counts.
+      confirm: settings to measure: this many of the best predicted single sequences, and the best of this many trees.
+    """
+
+    max_new_tokens: int = 128
+    runs: int = 3
+    confirm: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedSetting:
+    """A setting that was measured.
+
+    Attributes:
+      draft: the setting.
+      accept_length: predicted mean tokens committed by a round.
+      draft_steps: predicted mean draft steps of a round.
+      predicted: speed-up over plain decoding, corrected.
+      measured: speed-up over plain decoding, prefill not counted.
+    """
+
+    draft: DraftConfig
+    accept_length: float
+    draft_steps: float
+    predicted: float
+    measured: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What a tuning run found.
+
+    Attributes:
+      reference: the setting whose measured speed corrected the predictions.
+      correction: its measured over its predicted speed.
+      settings: those measured.
+    """
+
+    reference: DraftConfig
+    correction: float
+    settings: list[TunedSetting]
+
+    @property
+    def fastest(self) -> TunedSetting:
+        return max(self.settings, key=lambda setting: setting.measured)
+
+
+def tune(
+    target: Target,
+    adapter: TrainedAdapter,
+    exit_layer: int,
+    prompts: Sequence[list[int]],
+    trees: Sequence[DraftConfig],
+    effort: Effort,
+    progress: Progress = silent,
+) -> Tuning:
+    """Predicts all settings for one adapter, and measures the best.
+
+    Args:
+      target: the adapter's.
+      adapter: to tune.
+      exit_layer: number of shallow layers.
+      prompts: calibration prompts, token ids.
+      trees: from `settings_of_trees`.
+      effort: how much to measure.
+      progress: shows how far each of the phases is.
+
+    Raises:
+      InputError: for a tree that is wider than what can be drafted, before the work begins.
+    """
+    longest = max(prompts, key=len)
+    timed = [DraftConfig(None, _LEVELS, tree=TreeConfig(d.tree.topk, max(d.tree.budget, _LEVELS))) for d in trees]
+    tree_positions = max((parts.positions_per_round(adapter.model, draft) for draft in [*trees, *timed]), default=0)
+    recordings = [
+        _record(target, adapter, ids, trees, effort.max_new_tokens)
+        for ids in progress(prompts, "recording acceptance", "prompt")
+    ]
+    length = len(longest) + effort.max_new_tokens
+    middle = np.resize(np.asarray(longest, np.int32), (1, len(longest) + effort.max_new_tokens // 2))
+    context, tree_context = (
+        parts.Context(target.model, adapter.model, exit_layer, middle, parts.rounded_capacity(length + positions))
+        for positions in (_DRAFT_LENGTHS[-1] + 1, tree_positions)
+    )
+    costs = measure_costs(context, tree_context, trees, progress)
+    (found,) = _measure(target, adapter, prompts, [_REFERENCE], effort, progress, "correcting")
+    correction = found / predict(recordings, costs, _REFERENCE)
+    singles = [DraftConfig(None, *setting) for setting in itertools.product(_DRAFT_LENGTHS, _THRESHOLDS)]
+    speeds = {draft: predict(recordings, costs, draft) * correction for draft in [*singles, *trees]}
+    drafts = best_of(speeds, effort.confirm)
+    measured = _measure(target, adapter, prompts, drafts, effort, progress, "confirming")
+    settings = []
+    for draft, speedup in zip(drafts, measured, strict=True):
+        rounds = [r for recording in recordings for r in recording.rounds(draft)]
+        steps, committed = np.mean(rounds, axis=0).tolist()
+        settings.append(TunedSetting(draft, committed, steps, speeds[draft], speedup))
+    return Tuning(_REFERENCE, correction, settings)
+
+
+def _record(
+    target: Target, adapter: TrainedAdapter, prompt: list[int], trees: Sequence[DraftConfig], max_new_tokens: int
+) -> Recording:
+    topks = sorted({draft.tree.topk for draft in trees})
+    deepest = max((draft.max_draft_len for draft in trees), default=1)
+    return Recording(
+        record(target, adapter, prompt, max_new_tokens, _DRAFT_LENGTHS[-1]),
+        record_trees(target, adapter, prompt, max_new_tokens, deepest, topks),
+    )
+
+
+def _measure(
+    target: Target,
+    adapter: TrainedAdapter,
+    prompts: Sequence[list[int]],
+    drafts: Sequence[DraftConfig],
+    effort: Effort,
+    progress: Progress,
+    purpose: str,
+) -> list[float]:
+    """The speed-up of each setting over plain decoding, prefill not counted, over all answers."""
+    timings = time_settings(target, adapter, prompts, drafts, effort.max_new_tokens, effort.runs, progress, purpose)
+    plain, *totals = timings.seconds.sum(axis=1).tolist()
+    return [plain / total for total in totals]

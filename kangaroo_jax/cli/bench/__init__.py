@@ -1,0 +1,1 @@
+"""The bench commands, one module each: `python -m kangaroo_jax.bench NAME`."""

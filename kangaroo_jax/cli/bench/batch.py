@@ -1,0 +1,71 @@
+"""Batches: Kangaroo beside plain decoding at the same batch size, and slots that are refilled beside fixed batches.
+
+    python -m kangaroo_jax.bench batch
+
+Held-out prompts, greedy; EOS ends nothing. Runs are interleaved in one process; their medians count prefill, and not
+compilation. "Identical" counts the answers whose tokens are plain decoding's: at the first batch size, then in fixed
+batches.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from kangaroo_jax import compilation_cache
+from kangaroo_jax.bench import machine
+from kangaroo_jax.bench.batch_speed import compare_with_fixed, compare_with_plain, ragged_lengths, requests_of
+from kangaroo_jax.bench.benchmark_prompts import held_out_functions
+from kangaroo_jax.cli.bench import shared_flags
+from kangaroo_jax.errors import InputError
+
+_MODEL = shared_flags.define_model()
+_ADAPTER = shared_flags.define_adapter()
+_BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "4", "8"], "Sequences on the device; the last is refilled.")
+_PROMPTS = shared_flags.define_prompt_count(16)
+_MAX_NEW_TOKENS = shared_flags.define_max_new_tokens()
+_REQUESTS = flags.DEFINE_integer("requests", 64, "Number of prompts with answers of different lengths.")
+_SHORTEST = flags.DEFINE_integer("shortest", 16, "New tokens of the shortest of those answers.")
+_LONGEST = flags.DEFINE_integer("longest", 256, "New tokens of the longest.")
+_RUNS = shared_flags.define_runs()
+_DRAFT = shared_flags.define_draft()
+_DTYPE = shared_flags.define_dtype()
+
+
+def main() -> None:
+    sizes = shared_flags.counts(_BATCH_SIZES)
+    shared_flags.check_positive(_PROMPTS, _MAX_NEW_TOKENS, _REQUESTS, _SHORTEST, _RUNS)
+    if _LONGEST.value < _SHORTEST.value:
+        raise InputError(f"--longest: expected at least --shortest ({_SHORTEST.value}), found {_LONGEST.value}")
+    shared_flags.check_pair(_MODEL.value, _ADAPTER.value)
+    _DRAFT.given()  # names a value out of range before anything is loaded
+    compilation_cache.enable()
+    target, dtype = shared_flags.load_target_of(_MODEL.value, _DTYPE.value)
+    adapter = shared_flags.load_adapter_of(target, _ADAPTER.value)
+    draft = _DRAFT.over(adapter.draft)
+    print(machine.describe())
+    print(f"{target.name}, {draft}, {dtype}, greedy")
+
+    count, length = _PROMPTS.value, _MAX_NEW_TOKENS.value
+    requests = requests_of(held_out_functions(count), [length] * count)
+    print(f"\n{len(requests)} prompts, {length} new tokens each, tokens per second of the complete batch")
+    print(f"{'batch':>5}{'Kangaroo':>10}{'plain':>10}{'speed-up':>10}{'accept':>8}{'identical':>12}")
+    for row in compare_with_plain(target, adapter, draft, requests, sizes, _RUNS.value):
+        print(
+            f"{row.batch_size:5}{row.tokens / row.seconds:10.1f}{row.tokens / row.plain_seconds:10.1f}"
+            f"{row.plain_seconds / row.seconds:10.2f}{row.mean_accept_length:8.2f}"
+            f"{f'{row.identical} of {row.answers}':>12}",
+            flush=True,
+        )
+
+    lengths = ragged_lengths(_REQUESTS.value, _SHORTEST.value, _LONGEST.value)
+    requests = requests_of(held_out_functions(_REQUESTS.value), lengths)
+    print(
+        f"\n{len(requests)} prompts, answers of {min(lengths)} to {max(lengths)} tokens ({sum(lengths)} together), "
+        f"batch {sizes[-1]}, tokens per second"
+    )
+    print(f"{'':10}{'refilled':>10}{'fixed':>10}{'ratio':>8}{'identical':>12}")
+    for row in compare_with_fixed(target, adapter, draft, requests, sizes[-1], _RUNS.value):
+        print(
+            f"{row.name:10}{row.tokens / row.refilled_seconds:10.1f}{row.tokens / row.fixed_seconds:10.1f}"
+            f"{row.fixed_seconds / row.refilled_seconds:8.2f}{f'{row.identical} of {row.answers}':>12}"
+        )

@@ -1,0 +1,46 @@
+"""`python -m kangaroo_jax.bench COMMAND [flags]`, also installed as kangaroo-bench."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from absl import flags
+
+from kangaroo_jax import command_line, profiling
+
+_COMMANDS = {
+    "peers": "the demo against plain decoding and Hugging Face transformers",
+    "roofline": "what each part costs, against the machine's limits",
+    "tune": "the best gamma and eta for an adapter on this machine, and whether a tree is faster",
+    "tree": "trees of several widths and budgets beside the single sequence",
+    "batch": "batches against plain decoding, refilled slots against fixed batches",
+    "adapters": "adapters of one target beside each other: accept lengths",
+    "load": "bytes read and host memory of loading a target split over devices and processes",
+    "spec_bench": "Spec-Bench's questions, with Kangaroo and plainly",
+}
+
+
+def main() -> None:
+    """Runs the command that the first argument names; its module defines its flags when it is imported."""
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command not in _COMMANDS:
+        known = "; ".join(f"{name}: {what}" for name, what in _COMMANDS.items())
+        command_line.fail("bench", f"expected a command, found {command!r} ({known})")
+    name = f"bench {command}"
+    module = importlib.import_module(f"kangaroo_jax.cli.bench.{command}")
+    _show_in_help(module.__name__, module.__doc__)
+
+    def traced() -> None:
+        profiling.check(command_line.PROFILE.value)
+        with profiling.trace(command_line.PROFILE.value):
+            module.main()
+
+    command_line.run(name, traced, [name, *sys.argv[2:]])
+
+
+def _show_in_help(module: str, usage: str | None) -> None:
+    """--help shows the flags of absl's main module, and its docstring: here, those of the command."""
+    sys.modules["__main__"].__doc__ = usage
+    for flag in flags.FLAGS.flags_by_module_dict().get(module, []):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)

@@ -1,0 +1,189 @@
+"""Flags that several bench commands have, each defined once, and the checks they share.
+
+A command calls the functions for the flags it has, when its module is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags
+
+from kangaroo_jax import DraftConfig, demo, load_adapter, load_target
+from kangaroo_jax.bench.benchmark_prompts import prompts_of_file
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter
+from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.errors import InputError
+
+flags.disclaim_key_flags()  # they belong to the command that calls for them, so that its --help shows them
+
+
+def define_model() -> flags.FlagHolder[str | None]:
+    return flags.DEFINE_string(
+        "model", None, "Target: a folder in Hugging Face format, or a hub id. Default: the demo."
+    )
+
+
+def define_adapter() -> flags.FlagHolder[str | None]:
+    return flags.DEFINE_string(
+        "adapter", None, "Adapter of --model: a folder that train.py wrote, or the authors' PyTorch one."
+    )
+
+
+def define_dtype(
+    kinds: Sequence[str] = ("float32", "bfloat16"), default: str | None = None
+) -> flags.FlagHolder[str | None]:
+    rule = default or "float32 on CPU and for the demo, else bfloat16"
+    return flags.DEFINE_enum("dtype", default, list(kinds), f"Type of the weights. Default: {rule}.")
+
+
+def define_prompt_count(default: int) -> flags.FlagHolder[int]:
+    return flags.DEFINE_integer("prompts", default, "Number of held-out prompts.")
+
+
+def define_prompt_file(default: str) -> flags.FlagHolder[str | None]:
+    """`default` says which prompts are taken without the flag."""
+    return flags.DEFINE_string("prompts", None, f'JSON Lines with a "prompt" each. Default: {default}.')
+
+
+def define_max_new_tokens() -> flags.FlagHolder[int]:
+    return flags.DEFINE_integer("max_new_tokens", 128, "New tokens per prompt; EOS does not end them.")
+
+
+def define_runs(default: int = 3) -> flags.FlagHolder[int]:
+    return flags.DEFINE_integer("runs", default, "Timed runs of each, interleaved; the median counts.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftFlags:
+    """gamma and eta in place of those of the adapter's decode.json."""
+
+    max_draft_len: flags.FlagHolder[int | None]
+    threshold: flags.FlagHolder[float | None]
+
+    def given(self) -> dict[str, Any]:
+        """The settings that were given.
+
+        Raises:
+          InputError: for a value out of range.
+        """
+        values = {"max_draft_len": self.max_draft_len.value, "threshold": self.threshold.value}
+        values = {name: value for name, value in values.items() if value is not None}
+        DraftConfig(**values)
+        return values
+
+    def over(self, written: DraftConfig) -> DraftConfig:
+        """`written` with what was given."""
+        return dataclasses.replace(written, **self.given())
+
+
+def define_draft() -> DraftFlags:
+    return DraftFlags(
+        flags.DEFINE_integer("max_draft_len", None, "gamma. Default: that of the adapter's decode.json, else 6."),
+        flags.DEFINE_float("threshold", None, "eta. Default: that of the adapter's decode.json, else 0.6."),
+    )
+
+
+def define_thresholds(default: Sequence[str]) -> flags.FlagHolder[list[str]]:
+    return flags.DEFINE_list("threshold", list(default), "etas, separated by commas.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeFlags:
+    """Trees of every K with every budget."""
+
+    topk: flags.FlagHolder[list[str] | None]
+    budget: flags.FlagHolder[list[str] | None]
+
+    def shapes(self, topks: Sequence[int] = (), budgets: Sequence[int] = ()) -> tuple[list[int], list[int]]:
+        """Ks and budgets, ascending; no trees if either is empty. The arguments are the values of flags not given.
+
+        Raises:
+          InputError: for a value that is not a whole number above 0.
+        """
+        found_topks, found_budgets = _or_default(self.topk, topks), _or_default(self.budget, budgets)
+        return (found_topks, found_budgets) if found_topks and found_budgets else ([], [])
+
+
+def _or_default(flag: flags.FlagHolder[list[str] | None], default: Sequence[int]) -> list[int]:
+    if flag.value is None:
+        return list(default)
+    return sorted(set(counts(flag))) if flag.value else []
+
+
+def define_trees(topk: Sequence[int] | None, budget: Sequence[int] | None, default: str = "") -> TreeFlags:
+    """Defaults of None are chosen by the command; `default` then says how."""
+    return TreeFlags(
+        flags.DEFINE_list(
+            "tree_topk", _texts(topk), f"Ks of the trees, separated by commas; no trees if empty.{default}"
+        ),
+        flags.DEFINE_list("tree_budget", _texts(budget), "Their budgets, separated by commas; no trees if empty."),
+    )
+
+
+def _texts(values: Sequence[int] | None) -> list[str] | None:
+    return None if values is None else [str(value) for value in values]
+
+
+def default_dtype(model: str | None) -> str:
+    """The type of the weights where none is given; None is the demo."""
+    return "float32" if model is None or jax.default_backend() == "cpu" else "bfloat16"
+
+
+def load_target_of(model: str | None, dtype: str | None) -> tuple[Target, str]:
+    """The target that the flags name, the demo for None, and the type of its weights."""
+    dtype = dtype or default_dtype(model)
+    return load_target(model or str(demo.MODEL), dtype), dtype
+
+
+def load_adapter_of(target: Target, adapter: str | None) -> TrainedAdapter:
+    """The adapter that the flag names, the demo's for None."""
+    return load_adapter(adapter or str(demo.ADAPTER), target)
+
+
+def check_pair(model: str | None, adapter: str | Sequence[str] | None) -> None:
+    """Raises `InputError` for a model without an adapter: the demo's fits the demo alone."""
+    if model is not None and not adapter:
+        raise InputError(
+            "--model and --adapter belong together; give the folder of an adapter that was trained for this model "
+            "(see train.py), or neither for the demo"
+        )
+
+
+def check_positive(*holders: flags.FlagHolder[int | None]) -> None:
+    """Raises `InputError` for a value below 1; None is allowed."""
+    for flag in holders:
+        if flag.value is not None and flag.value < 1:
+            raise InputError(f"--{flag.name}: expected at least 1, found {flag.value}")
+
+
+def counts(flag: flags.FlagHolder[list[str]]) -> list[int]:
+    """The whole numbers above 0 of a list, or `InputError`."""
+    if not flag.value or not all(value.isdecimal() and int(value) > 0 for value in flag.value):
+        raise InputError(f"--{flag.name}: expected whole numbers above 0, found {','.join(flag.value or [])!r}")
+    return [int(value) for value in flag.value]
+
+
+def numbers(flag: flags.FlagHolder[list[str]]) -> list[float]:
+    """The numbers of a list, or `InputError`."""
+    try:
+        return [float(value) for value in flag.value]
+    except ValueError:
+        raise InputError(
+            f"--{flag.name}: expected numbers separated by commas, found {','.join(flag.value)!r}"
+        ) from None
+
+
+def encoded_prompts(target: Target, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, or `InputError` for a target without a tokenizer."""
+    if target.tokenizer is None:
+        raise InputError(f"{target.name}: has no tokenizer; put its tokenizer files beside the weights")
+    return [target.tokenizer.encode(text, verbose=False) for text in texts]
+
+
+def texts_of(path: str | None, default: Sequence[str]) -> Sequence[str]:
+    """The prompts of the file that the flag names, else `default`."""
+    return prompts_of_file(path) if path else default

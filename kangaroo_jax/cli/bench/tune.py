@@ -1,0 +1,92 @@
+"""Finds the fastest way to draft with an adapter on this machine, and writes it beside the adapter, where decode.py
+finds it: gamma and eta of a single sequence, or of a tree with its K and budget.
+
+    python -m kangaroo_jax.bench tune                                            the demo
+    python -m kangaroo_jax.bench tune --model=... --adapter=... --prompts=prompts.jsonl
+    python -m kangaroo_jax.bench tune --tree_topk=4,10 --tree_budget=16,32,64     other trees; --tree_topk= for none
+
+Measures what rounds cost and records what the target accepts on calibration prompts; from these predicts the speed of
+every gamma and eta, of a single sequence and of every tree. Predictions are corrected by the ratio of measured to
+predicted speed of one setting. Measures the best few of both kinds by decoding with them, and writes the fastest to
+`decode.json` in the adapter's folder. With several --adapter flags (of other exit layers, say) each gets its own, and
+the fastest is named.
+"""
+
+from __future__ import annotations
+
+import jax
+from absl import flags
+
+from kangaroo_jax import DraftConfig, compilation_cache, demo, load_adapter
+from kangaroo_jax.bench import machine
+from kangaroo_jax.bench.benchmark_prompts import held_out_prompts
+from kangaroo_jax.bench.tuning import Effort, Tuning, settings_of_trees, tune
+from kangaroo_jax.checkpoint.adapter import write_draft_settings
+from kangaroo_jax.cli.bench import shared_flags
+from kangaroo_jax.cli.bench.printing import TREE_COLUMNS, progress_bar, tree_columns
+from kangaroo_jax.engine.engine import resolve_exit_layer
+
+_MODEL = shared_flags.define_model()
+_ADAPTER = flags.DEFINE_multi_string(
+    "adapter", [], "Folder of an adapter of --model; may be given several times. Default: the demo's."
+)
+_PROMPTS = shared_flags.define_prompt_file("held-out library modules")
+_DTYPE = shared_flags.define_dtype()
+_MAX_NEW_TOKENS = shared_flags.define_max_new_tokens()
+_CONFIRM = flags.DEFINE_integer(
+    "confirm",
+    3,
+    "Settings to measure: this many of the best predicted single sequences, and the best of as many trees.",
+)
+_TREES = shared_flags.define_trees(None, None, " Default of both: 2,3,4 and 8,12,16 on CPU, else 4,10 and 16,32,64.")
+_RUNS = shared_flags.define_runs()
+_WRITE = flags.DEFINE_bool("write", True, "Write decode.json.")
+
+
+def main() -> None:
+    shared_flags.check_positive(_MAX_NEW_TOKENS, _CONFIRM, _RUNS)
+    shared_flags.check_pair(_MODEL.value, _ADAPTER.value)
+    on_cpu = jax.default_backend() == "cpu"
+    topks, budgets = _TREES.shapes(*(((2, 3, 4), (8, 12, 16)) if on_cpu else ((4, 10), (16, 32, 64))))
+    # The first ten held-out modules are for the other benchmarks.
+    texts = shared_flags.texts_of(_PROMPTS.value, list(held_out_prompts(100).values())[10:])
+    compilation_cache.enable()
+    target, dtype = shared_flags.load_target_of(_MODEL.value, _DTYPE.value)
+    paths = _ADAPTER.value or [str(demo.ADAPTER)]
+    adapters = {path: load_adapter(path, target) for path in paths}
+    prompts = shared_flags.encoded_prompts(target, texts)
+    print(machine.describe())
+    print(f"{len(prompts)} calibration prompts, {_MAX_NEW_TOKENS.value} new tokens, {dtype}, greedy")
+    trees = settings_of_trees(topks, budgets)
+    effort = Effort(_MAX_NEW_TOKENS.value, _RUNS.value, _CONFIRM.value)
+    best = {}
+    for path, adapter in adapters.items():
+        exit_layer = resolve_exit_layer(target, adapter, DraftConfig())
+        print(f"\n{adapter.name}, exit layer {exit_layer}")
+        tuning = tune(target, adapter, exit_layer, prompts, trees, effort, progress_bar)
+        _print(tuning)
+        best[path] = tuning.fastest
+    for path, setting in best.items():
+        if _WRITE.value:
+            print(f"wrote {write_draft_settings(path, setting.draft)}")
+    if len(best) > 1:
+        path = max(best, key=lambda path: best[path].measured)
+        print(f"fastest: {path}, {best[path].measured:.2f} times plain decoding")
+
+
+def _print(tuning: Tuning) -> None:
+    print(
+        f"with {tuning.reference}, decoding is {tuning.correction:.2f} times as fast as predicted from rounds timed "
+        "alone; the predictions below are multiplied by that"
+    )
+    print(
+        f"{TREE_COLUMNS}{'gamma':>7}{'eta':>6}{'accept length':>15}{'steps':>7}{'predicted':>11}{'measured':>10}"
+        f"{'off':>6}"
+    )
+    for setting in tuning.settings:
+        draft = setting.draft
+        print(
+            f"{tree_columns(draft)}{draft.max_draft_len:7}{draft.threshold:6.2f}{setting.accept_length:15.2f}"
+            f"{setting.draft_steps:7.2f}{setting.predicted:11.2f}{setting.measured:10.2f}"
+            f"{setting.predicted / setting.measured - 1:6.0%}"
+        )
