@@ -22,6 +22,7 @@ from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import abstract_adapter
 from kangaroo_jax.model.sharding import check_batch_size, make_mesh, partition, undivided
 from kangaroo_jax.model.target import TargetModel
+from tests.tokens import byte_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = ModelConfig(
