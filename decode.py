@@ -32,7 +32,6 @@ from kangaroo_jax import (
     InputError,
     SamplingConfig,
     TreeConfig,
-    command_line,
     compilation_cache,
     demo,
     distributed,
@@ -48,6 +47,7 @@ from kangaroo_jax.batch.answer import answer_prompts
 from kangaroo_jax.batch.prompts import read_prompts
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.cli import command_line
 from kangaroo_jax.config import DraftOverrides
 from kangaroo_jax.model import sharding
 

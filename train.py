@@ -11,7 +11,8 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from kangaroo_jax import command_line, compilation_cache, distributed, preflight, profiling
+from kangaroo_jax import compilation_cache, distributed, preflight, profiling
+from kangaroo_jax.cli import command_line
 from kangaroo_jax.train.loop import train
 
 _NAME = "train.py"

@@ -12,7 +12,7 @@ RUNNER = """
 import contextlib, io, json, os, sys
 from absl.testing import flagsaver
 import decode
-from kangaroo_jax import command_line
+from kangaroo_jax.cli import command_line
 
 lines, results = json.load(sys.stdin), []
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -8,7 +8,8 @@ import sys
 _JOIN = """
 import sys
 from absl import app
-from kangaroo_jax import command_line, distributed
+from kangaroo_jax import distributed
+from kangaroo_jax.cli import command_line
 
 def main():
     distributed.initialize("join", timeout={timeout})

@@ -3,7 +3,8 @@
 import importlib
 import sys
 
-from kangaroo_jax import command_line, profiling
+from kangaroo_jax import profiling
+from kangaroo_jax.cli import command_line
 
 _COMMANDS = {
     "peers": "the demo against plain decoding and Hugging Face transformers",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from kangaroo_jax.checkpoint.adapter import check_exit_layer, save_adapter
 from kangaroo_jax.checkpoint.huggingface import load_target
 from kangaroo_jax.checkpoint.upstream import load_upstream
-from kangaroo_jax.command_line import fail
+from kangaroo_jax.cli.command_line import fail
 from kangaroo_jax.errors import InputError
 
 

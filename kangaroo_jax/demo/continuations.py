@@ -15,7 +15,8 @@ import random
 from absl import flags
 from tqdm import tqdm
 
-from kangaroo_jax import command_line, compilation_cache, demo, generate_plain, load_target
+from kangaroo_jax import compilation_cache, demo, generate_plain, load_target
+from kangaroo_jax.cli import command_line
 from kangaroo_jax.demo import corpus
 
 _OUTPUT = flags.DEFINE_string("output", "continuations.jsonl", "File to write.")

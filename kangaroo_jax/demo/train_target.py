@@ -22,8 +22,8 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kangaroo_jax import command_line
 from kangaroo_jax.checkpoint.huggingface import save_target
+from kangaroo_jax.cli import command_line
 from kangaroo_jax.config import ModelConfig
 from kangaroo_jax.demo import corpus
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply

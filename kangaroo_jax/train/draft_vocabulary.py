@@ -16,9 +16,9 @@ import argparse
 import numpy as np
 from jaxtyping import Int
 
-from kangaroo_jax import command_line
 from kangaroo_jax.checkpoint.adapter import load_adapter, write_draft_vocabulary
 from kangaroo_jax.checkpoint.huggingface import load_target
+from kangaroo_jax.cli import command_line
 from kangaroo_jax.data import chat
 from kangaroo_jax.data.cache import TokenCache, cache_folder, open_cache
 from kangaroo_jax.data.encode import Encoder

@@ -24,7 +24,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 _RUN = """
 import json, os, pathlib, signal, sys, threading, time
 import jax
-from kangaroo_jax import command_line, distributed
+from kangaroo_jax import distributed
+from kangaroo_jax.cli import command_line
 from kangaroo_jax.train import teacher
 from kangaroo_jax.train.loop import train
 from tests.train.runs import configured

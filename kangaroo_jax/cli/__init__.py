@@ -1,0 +1,1 @@
+"""The commands: every flag is defined here, and everything is printed here."""
