@@ -12,12 +12,16 @@ from kangaroo_jax.errors import InputError
 
 
 def check(folder: str | None) -> None:
-    """Raises `InputError` if `folder` cannot be one: before the work, not after it."""
+    """Makes the folder of a trace, so that a path that cannot be one is found before the work.
+
+    Raises:
+      InputError: for a path that cannot be made a folder.
+    """
     if folder is not None:
         try:
             pathlib.Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"--profile={folder}: cannot be made a folder ({error.strerror})") from None
+            raise InputError(f"profile {folder}: cannot be made a folder ({error.strerror})") from None
 
 
 @contextlib.contextmanager

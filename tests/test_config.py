@@ -12,7 +12,8 @@ import re
 import pytest
 import transformers
 
-from kangaroo_jax.config import DraftConfig, DraftOverrides, ModelConfig, RopeScaling, SamplingConfig, TreeConfig
+from kangaroo_jax.cli.draft_overrides import DraftOverrides
+from kangaroo_jax.config import DraftConfig, ModelConfig, RopeScaling, SamplingConfig, TreeConfig
 from kangaroo_jax.errors import InputError
 
 NAN = float("nan")

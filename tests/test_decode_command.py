@@ -80,7 +80,7 @@ def test_profile_holds_the_named_scopes(tmp_path):
 
 
 MISTAKES = [
-    (["--profile=/dev/null/x", "--prompt=x"], "--profile=/dev/null/x: cannot be made a folder"),
+    (["--profile=/dev/null/x", "--prompt=x"], "profile /dev/null/x: cannot be made a folder"),
     (["--model=/no/such/folder", "--adapter=x", "--prompt=x"], "/no/such/folder: no such folder"),
     (["--model=some-model", "--prompt=x"], "python train.py --config="),
     (["--prompt="], "prompt 0 is empty"),

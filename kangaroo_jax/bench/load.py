@@ -11,7 +11,8 @@ import time
 import jax
 from absl import flags
 
-from kangaroo_jax import distributed, load_target
+from kangaroo_jax import load_target
+from kangaroo_jax.cli import process_flags
 from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.model import sharding
 
@@ -24,7 +25,7 @@ _MODEL_PARALLEL = flags.DEFINE_integer("model_parallel", 1, "Devices that each l
 def main() -> None:
     if _MODEL.value is None:
         raise InputError("--model is missing; give a folder in Hugging Face format, or a hub id")
-    distributed.initialize("bench load")
+    process_flags.join("bench load")
     mesh = sharding.make_mesh({"data": 1, "fsdp": _FSDP.value, "model": _MODEL_PARALLEL.value})
     before = _reset_peak()
     start = time.perf_counter()

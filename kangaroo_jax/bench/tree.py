@@ -31,7 +31,7 @@ from kangaroo_jax import (
 )
 from kangaroo_jax.bench import machine
 from kangaroo_jax.bench.prompts import held_out_prompts, read_prompts
-from kangaroo_jax.config import DraftOverrides
+from kangaroo_jax.cli.draft_overrides import DraftOverrides
 from kangaroo_jax.decode.host_loop import Generation
 from kangaroo_jax.errors import InputError
 
