@@ -120,7 +120,7 @@ def _check_flags() -> None:
     if _PLAIN.value:
         drafting = (_ADAPTER, _EXIT_LAYER, _MAX_DRAFT_LEN, _THRESHOLD, _TREE, _TREE_TOPK, _TREE_BUDGET)
         for flag in (*drafting, _COMPARE, preflight_flag.PREFLIGHT):
-            if flag.value not in (None, False):
+            if flag.present:
                 raise InputError(f"--{flag.name} and --plain do not go together; give one")
 
 
