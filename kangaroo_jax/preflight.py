@@ -132,9 +132,7 @@ def find_machine(name: str) -> Machine:
             "chips along each axis, such as v5e:4x4 or v5p:2x2x2"
         )
     if importlib.util.find_spec("libtpu") is None:
-        raise MachineError(
-            f"preflight {name} needs the TPU compiler (no TPU): pip install -r requirements-preflight.txt"
-        )
+        raise MachineError(f"preflight {name} needs the TPU compiler (no TPU): pip install -e '.[preflight]'")
     jax.config.update("jax_platforms", "cpu")  # nothing here runs on a device
     # Without these, libtpu looks for a TPU and prints a page of errors that there is none.
     for variable, value in {

@@ -46,6 +46,7 @@ def test_compare_prints_text_table_and_json():
     assert abs(result["mean_accept_length"] - 23 / result["rounds"]) < 1e-3
 
 
+@pytest.mark.long
 def test_compare_of_samples_does_not_speak_of_identical_tokens():
     flags = ("--compare", "--json", "--max_new_tokens=24", "--prompt=import os\n", "--temperature=0.8", "--top_p=0.95")
     done = decode(*flags, "--seed=3", "--max_draft_len=1")  # one width to compile
@@ -85,6 +86,7 @@ def test_plain_decoding_gives_the_same_text_without_drafts(given):
     assert "Kangaroo" not in "".join(shown)
 
 
+@pytest.mark.long
 def test_profile_holds_the_named_scopes(tmp_path):
     done = decode(f"--profile={tmp_path}", "--max_new_tokens=8", "--max_draft_len=1", "--prompt=class Stack:\n")
     assert done.returncode == 0, done.stderr.decode()

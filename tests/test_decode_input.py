@@ -201,6 +201,7 @@ def test_plain_decoding_answers_a_file_with_the_same_texts(results, work):
     assert {length for answer in answers.values() for length in answer["accept_lengths"]} == {1}
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_is_finished_by_the_next(results, work):
     expected = read(work / "batch1.jsonl")
     output = work / "killed.jsonl"

@@ -98,7 +98,7 @@ def test_machines_that_are_none_are_named(name):
 
 def test_without_tpus_compiler_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MachineError, match=r"pip install -r requirements-preflight\.txt"):
+    with pytest.raises(MachineError, match=r"pip install -e '\.\[preflight\]'"):
         preflight.find_machine("v5e:2x2")
 
 

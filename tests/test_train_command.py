@@ -4,6 +4,7 @@ What a right command does is tested in tests/train/test_loop.py.
 """
 
 import concurrent.futures
+import os
 import pathlib
 import subprocess
 import sys
@@ -57,3 +58,24 @@ def test_mistakes_are_one_line_and_exit_code_2(results, name):
     assert done.stderr.count("\n") == 1
     assert MISTAKES[name][1] in done.stderr
     assert not output.exists()
+
+
+def test_a_configuration_imports_its_neighbours_from_any_folder(tmp_path):
+    """As where the package is installed: the repository is not on the path, only kangaroo_jax is."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "kangaroo_jax").symlink_to(ROOT / "kangaroo_jax")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "kangaroo_jax.cli.train",
+            f"--config={ROOT / 'configs' / 'vicuna_7b.py'}",
+            "--config.target=/missing",
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "packages")},
+        capture_output=True,
+        text=True,
+    )
+    assert "/missing: no such folder" in done.stderr  # the settings were read
+    assert done.returncode == 2

@@ -103,9 +103,7 @@ def conversation_ids(target: Target, said: Sequence[str]) -> list[int]:
     try:
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except ImportError:
-        raise InputError(
-            "jinja2 is not installed, and chat templates need it; pip install -r requirements.txt"
-        ) from None
+        raise InputError("jinja2 is not installed, and chat templates need it; pip install jinja2") from None
     except Exception as error:  # whatever a template may raise
         raise InputError(f"{target.name}: its chat template does not work: {error}") from error
     # The template has written the special tokens itself.

@@ -41,9 +41,7 @@ Method = Callable[[list[int]], tuple[list[int], float, float]]
 
 def main() -> None:
     if importlib.util.find_spec("torch") is None:
-        raise InputError(
-            "torch is not installed, and transformers' models need it; pip install -r requirements-parity.txt"
-        )
+        raise InputError("torch is not installed, and transformers' models need it; pip install -e '.[parity]'")
     compilation_cache.enable()
     target = load_target(_MODEL.value, "float32")
     adapter = load_adapter(_ADAPTER.value, target)

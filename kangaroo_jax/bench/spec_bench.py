@@ -54,7 +54,7 @@ def main() -> None:
     given = _draft_flags()
     questions, chosen = _questions()
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("matplotlib is not installed, and the charts need it; pip install -r requirements-bench.txt")
+        raise InputError("matplotlib is not installed, and the charts need it; pip install -e '.[bench]'")
     compilation_cache.enable()
     model = _MODEL.value
     dtype = _DTYPE.value or ("float32" if model is None or jax.default_backend() == "cpu" else "bfloat16")

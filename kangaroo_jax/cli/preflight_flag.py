@@ -13,7 +13,7 @@ PREFLIGHT = flags.DEFINE_string(
     "preflight",
     None,
     "Compile for this machine, print what it needs there against what there is, and stop: a TPU topology such as "
-    "v5e:4x4 (pip install -r requirements-preflight.txt; no TPU needed), or local. No weights are read.",
+    "v5e:4x4 (pip install -e '.[preflight]'; no TPU needed), or local. No weights are read.",
 )
 _GIB = 2**30
 
@@ -53,7 +53,7 @@ def _rows(program: Program) -> dict[str, str]:
         "compiled in": f"{program.seconds:.0f} s",
     }
     if program.collectives is None:
-        rows["communication"] = "unreadable; install the libtpu that goes with this JAX: requirements-preflight.txt"
+        rows["communication"] = "unreadable; install the libtpu that goes with this JAX: '.[preflight]'"
         return rows
     for kind, found in program.collectives.items():
         rows[f"{kind}, per device"] = f"{_gib(found.num_bytes)} in {found.count}"

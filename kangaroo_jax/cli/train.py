@@ -16,9 +16,14 @@ import sys
 from collections.abc import Iterator
 
 from absl import flags
-from ml_collections import config_flags
 
 from kangaroo_jax.cli import command_line, preflight_flag, process_flags
+
+try:
+    from ml_collections import config_flags
+except ModuleNotFoundError:
+    message = "training's packages are not installed; install the project with its extra: pip install '.[train]'"
+    command_line.fail(command_line.name(), message, code=1)
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, e.g. configs/demo.py.", lock_config=True)
 
