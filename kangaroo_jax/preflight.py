@@ -32,7 +32,7 @@ from kangaroo_jax.model.target import TargetModel
 
 _LOCAL = "local"
 _GIB = 2**30
-# Memory of one device of each kind, as the runtime counts devices (a chip of TPU7x is two).
+# Memory of one device in GiB, as the runtime counts devices (a TPU7x chip is two).
 _HBM = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}
 _NAMES = ("v5e", "v5p", "v6e", "tpu7x")
 
@@ -145,7 +145,7 @@ def find_machine(name: str) -> Machine:
     }.items():
         os.environ.setdefault(variable, value)
     chips = [int(x) for x in shape.split("x")]
-    small = {} if max(chips) > 1 else {"chips_per_host_bounds": [1, 1, 1]}  # a host has more than one by default
+    small = {} if max(chips) > 1 else {"chips_per_host_bounds": [1, 1, 1]}  # the default is several chips per host
     try:
         devices = topologies.get_topology_desc(name, "tpu", **small).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
@@ -157,7 +157,7 @@ def find_machine(name: str) -> Machine:
 
 
 def abstract(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Weights as shapes, placed as loading places them."""
+    """Weights as shapes, with the placement that loading gives them."""
     leaves, structure = jax.tree.flatten(tree)
     placed = [
         _placed(x, sharding.placement(path, x.shape, NamedSharding(mesh, sharding.partition(path, x.shape, mesh))))
@@ -181,7 +181,7 @@ def training(config: Any, machine: Machine) -> Report:
     Raises:
       InputError: for settings that are wrong, do not fit the machine's devices, or name a target of unknown shape.
     """
-    # Training's packages are not needed to decode.
+    # Decoding does not need the packages that training needs.
     from kangaroo_jax.checkpoint.adapter import check_exit_layer
     from kangaroo_jax.shapes import model_config
     from kangaroo_jax.train import settings as training_settings

@@ -1,4 +1,4 @@
-"""A trace of the device's work, for Perfetto or XProf."""
+"""Traces of the device's work, for Perfetto and XProf."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def check(folder: str | None) -> None:
 
 @contextlib.contextmanager
 def trace(folder: str | None) -> Iterator[None]:
-    """Traces what runs inside into `folder`, and says where; None traces nothing.
+    """Traces the device's work inside the `with` block into `folder`, and prints where; None traces nothing.
 
-    What runs inside should have been compiled before. XProf shows each operation under its named scopes (draft,
-    verify, commit, shallow, adapter, head, deep, prefill); Perfetto's view names them on accelerators alone.
+    Compile beforehand what runs inside. XProf shows each operation under its named scopes (draft, verify, commit,
+    shallow, adapter, head, deep, prefill); Perfetto shows them on accelerators only.
     """
     if folder is None:
         yield

@@ -32,6 +32,16 @@ def test_no_module_of_the_library_defines_a_flag():
     subprocess.run([sys.executable, "-c", _IMPORT_ALL, *modules], check=True)
 
 
+def test_a_mistake_in_a_flag_is_named_without_importing_jax():
+    script = """
+import sys
+import kangaroo_jax.cli.decode
+found = {"jax", "flax", "orbax", "transformers", "huggingface_hub", "torch"} & set(sys.modules)
+assert not found, found
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_public_names_are_listed_and_imported_when_they_are_used():
     script = """
 import sys
