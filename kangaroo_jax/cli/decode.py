@@ -146,7 +146,7 @@ def _fits(given: DraftOverrides) -> bool:
         _PREFLIGHT_PROMPT,
         _MAX_NEW_TOKENS.value,
         _MODEL_PARALLEL.value,
-        preflight.find_machine(preflight_flag.PREFLIGHT.value),
+        preflight_flag.find_machine(),
     )
     return preflight_flag.show(report)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 if TYPE_CHECKING:
-    from kangaroo_jax.preflight import Program, Report
+    from kangaroo_jax.preflight import Machine, Program, Report
 
 PREFLIGHT = flags.DEFINE_string(
     "preflight",
@@ -16,6 +17,20 @@ PREFLIGHT = flags.DEFINE_string(
     "v5e:4x4 (pip install -e '.[preflight]'; no TPU needed), or local. No weights are read.",
 )
 _GIB = 2**30
+
+
+def find_machine() -> Machine:
+    """The machine that the flag names, and a line on a terminal to wait for what follows.
+
+    Raises:
+      InputError, MachineError: as `preflight.find_machine`.
+    """
+    from kangaroo_jax import preflight
+
+    machine = preflight.find_machine(PREFLIGHT.value)
+    if sys.stderr.isatty():
+        print(f"compiling for {machine}; minutes for a large model", file=sys.stderr)
+    return machine
 
 
 def show(report: Report) -> bool:

@@ -45,7 +45,7 @@ def _train(command: str) -> None:
     if preflight_flag.PREFLIGHT.value is not None:
         from kangaroo_jax import preflight
 
-        report = preflight.training(_CONFIG.value, preflight.find_machine(preflight_flag.PREFLIGHT.value))
+        report = preflight.training(_CONFIG.value, preflight_flag.find_machine())
         sys.exit(0 if preflight_flag.show(report) else 1)
     process_flags.join(command)
     from kangaroo_jax import compilation_cache, profiling
