@@ -1,4 +1,4 @@
-"""JAX's persistent compilation cache, on by default in the scripts."""
+"""JAX's persistent compilation cache, which the commands use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import jax
 
 
 def enable() -> None:
-    """Keeps compiled programs between runs, in `JAX_COMPILATION_CACHE_DIR` or the user's cache folder."""
-    if jax.config.jax_compilation_cache_dir is None:  # else the environment or the caller has set it
+    """Keeps compiled programs between runs, in the user's cache folder unless `JAX_COMPILATION_CACHE_DIR` or the caller
+    named another."""
+    if jax.config.jax_compilation_cache_dir is None:
         root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(root / "kangaroo_jax"))

@@ -1,7 +1,7 @@
 """Settings as frozen dataclasses, validated on construction.
 
-`DraftConfig` says how to draft (with `TreeConfig`, a tree), `DraftOverrides` what of it a user changes,
-`SamplingConfig` how to choose tokens.
+`DraftConfig` says how to draft (with `TreeConfig`, a tree), `SamplingConfig` how to choose tokens, `EngineConfig` how
+much to take on at a time, `TrainConfig` how to train an adapter.
 """
 
 from __future__ import annotations
@@ -76,68 +76,6 @@ class DraftConfig:
         """How a report names it: gamma, eta, and a tree's shape."""
         shape = "" if self.tree is None else f", trees of K {self.tree.topk} and budget {self.tree.budget}"
         return f"gamma {self.max_draft_len}, eta {self.threshold}{shape}"
-
-
-# The paper's threshold for trees, which compares with the probability of whole paths.
-TREE_THRESHOLD = 0.4
-
-
-@dataclasses.dataclass(frozen=True)
-class DraftOverrides:
-    """What a user says of drafting, in place of what lies beside the adapter; None where nothing is said.
-
-    Attributes:
-      exit_layer: l.
-      max_draft_len: gamma.
-      threshold: eta.
-      tree: whether to draft a tree.
-      tree_topk: K.
-      tree_budget: M.
-
-    Raises:
-      InputError: for a value out of range, or a tree's shape where no tree is wanted.
-    """
-
-    exit_layer: int | None = None
-    max_draft_len: int | None = None
-    threshold: float | None = None
-    tree: bool | None = None
-    tree_topk: int | None = None
-    tree_budget: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.tree is False and self._shape():
-            raise InputError("--tree_topk and --tree_budget change nothing with --notree; leave them out")
-        tree = TreeConfig(**self._shape())
-        DraftConfig(**self._of_rounds())
-        if self.tree and self.max_draft_len is not None and self.tree_budget is not None:
-            DraftConfig(**self._of_rounds(), tree=tree)
-
-    def over(self, written: DraftConfig) -> DraftConfig:
-        """`written` with what is said here. A threshold means another thing for a tree than for a single sequence: from
-        the one to the other, it is the paper's where none is said.
-
-        Raises:
-          InputError: for settings that do not go together, or a tree's shape where there is no tree.
-        """
-        wants_tree = written.tree is not None if self.tree is None else self.tree
-        if not wants_tree and self._shape():
-            raise InputError("--tree_topk and --tree_budget change nothing without --tree; give it")
-        tree = dataclasses.replace(written.tree or TreeConfig(), **self._shape()) if wants_tree else None
-        changed = {"tree": tree}
-        if wants_tree != (written.tree is not None):
-            changed["threshold"] = TREE_THRESHOLD if wants_tree else DraftConfig().threshold
-        return dataclasses.replace(written, **(changed | self._of_rounds()))
-
-    def _of_rounds(self) -> dict[str, Any]:
-        return self._said(exit_layer=self.exit_layer, max_draft_len=self.max_draft_len, threshold=self.threshold)
-
-    def _shape(self) -> dict[str, Any]:
-        return self._said(topk=self.tree_topk, budget=self.tree_budget)
-
-    @staticmethod
-    def _said(**values: Any) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)

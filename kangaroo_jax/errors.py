@@ -1,10 +1,11 @@
-"""The exceptions that are one line to the user."""
+"""Exceptions that the user sees as one line."""
 
 
 class InputError(ValueError):
-    """A file, flag or setting that a user gave is wrong. The message is one line: what, found, expected, the mend.
+    """A file, flag or setting that a user gave is wrong. The message is one line: what is wrong, what was found, what
+    was expected, how to fix it.
 
-    The scripts print it and exit with code 2; anything else that is raised is a bug and keeps its traceback.
+    The commands print it and exit with code 2; any other exception is a bug and keeps its traceback.
     """
 
     def __init__(self, message: str):
@@ -12,7 +13,7 @@ class InputError(ValueError):
 
 
 class MachineError(RuntimeError):
-    """What was asked for is right, but the machine or its neighbours do not allow it. One line, as above; the scripts
+    """The request is right, but this machine, or another one of the run, cannot do it. One line, as above; the commands
     exit with code 1."""
 
     def __init__(self, message: str):

@@ -1,23 +1,21 @@
-"""Will it fit: compiles the real programs for a machine, from shapes alone, and says what they need there.
+"""Whether a run would fit: compiles the real programs for a machine, from shapes alone, and reports what they need.
 
 The machine is a TPU topology that need not be attached (its compiler comes with the libtpu package), or `local`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from flax import nnx
 from jax.experimental import topologies
 from jax.experimental.layout import Format
@@ -33,27 +31,21 @@ from kangaroo_jax.model.drafts.kangaroo import abstract_adapter
 from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel
 
-PREFLIGHT = flags.DEFINE_string(
-    "preflight",
-    None,
-    "Compile for this machine, print what it needs there against what there is, and stop: a TPU topology such as "
-    "v5e:4x4 (pip install -r requirements-preflight.txt; no TPU needed), or local. No weights are read.",
-)
 _LOCAL = "local"
 _GIB = 2**30
-# Memory of one device of each kind, as the runtime counts devices (a chip of TPU7x is two).
+# Memory of one device in GiB, as the runtime counts devices (a TPU7x chip is two).
 _HBM = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}
 _NAMES = ("v5e", "v5p", "v6e", "tpu7x")
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a preflight compiles for.
+    """The machine a preflight compiles for.
 
     Attributes:
       name: as the user gave it.
-      devices: to make a mesh of; they need not be attached.
-      memory: bytes of each; None where it is not known.
+      devices: make the mesh; they need not be attached.
+      memory: bytes per device; None where it is not known.
     """
 
     name: str
@@ -64,11 +56,68 @@ class Machine:
         return f"{self.name} ({len(self.devices)} x {self.devices[0].device_kind})"
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What one compiled program needs and does.
+
+    Attributes:
+      name: what it is.
+      arguments: bytes of its arguments on one device.
+      temporary: bytes of everything in between, on one device.
+      peak: the largest number of bytes at any moment, on one device; infinite where the compiler found no room.
+      operations: floating-point operations of its matrix products, over all devices.
+      seconds: time to compile.
+      collectives: its communication by kind; None where the compiler's output could not be read.
+      no_room: the compiler's reason where it found no room in the device's memory, else None; most fields are then 0.
+      outputs: shapes and placements of its results; None where it could not be compiled.
+    """
+
+    name: str
+    arguments: int
+    temporary: int
+    peak: float
+    operations: int
+    seconds: float
+    collectives: dict[str, program.Collective] | None
+    no_room: str | None
+    outputs: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What some work needs on a machine.
+
+    Attributes:
+      machine: compiled for.
+      mesh: size of each axis of the devices' mesh.
+      work: one line that says what was compiled.
+      notes: lines about parameters that could not be divided over the mesh.
+      programs: in the order they run.
+    """
+
+    machine: Machine
+    mesh: dict[str, int]
+    work: str
+    notes: list[str]
+    programs: list[Program]
+
+    @property
+    def peak(self) -> float:
+        """The largest peak of the programs, in bytes per device."""
+        return max(program.peak for program in self.programs)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak fits the memory of a device; None where that is not known."""
+        return None if self.machine.memory is None else self.peak <= self.machine.memory
+
+
 def find_machine(name: str) -> Machine:
-    """The machine that `--preflight` names. Must come before anything that asks JAX for its devices.
+    """The machine called `name`: local, or a TPU topology such as v5e:4x4. Must be called before JAX is asked for its
+    devices.
 
     Raises:
-      InputError: for a name that is none.
+      InputError: for a name of no machine.
       MachineError: for a TPU topology where libtpu is not installed, or does not load.
     """
     if name == _LOCAL:
@@ -80,16 +129,13 @@ def find_machine(name: str) -> Machine:
     kind, _, shape = name.partition(":")
     if kind not in _NAMES or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
         raise InputError(
-            f"--preflight={name}: expected local, or a TPU topology: one of {', '.join(_NAMES)}, a colon and the "
+            f"preflight {name}: expected local, or a TPU topology: one of {', '.join(_NAMES)}, a colon and the "
             "chips along each axis, such as v5e:4x4 or v5p:2x2x2"
         )
     if importlib.util.find_spec("libtpu") is None:
-        raise MachineError(
-            f"--preflight={name} needs TPU's compiler, which no TPU is needed for: "
-            "pip install -r requirements-preflight.txt"
-        )
+        raise MachineError(f"preflight {name} needs the TPU compiler (no TPU): pip install -e '.[preflight]'")
     jax.config.update("jax_platforms", "cpu")  # nothing here runs on a device
-    # libtpu would look for a TPU, and say at length that there is none.
+    # Without these, libtpu looks for a TPU and prints a page of errors that there is none.
     for variable, value in {
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -100,19 +146,19 @@ def find_machine(name: str) -> Machine:
     }.items():
         os.environ.setdefault(variable, value)
     chips = [int(x) for x in shape.split("x")]
-    small = {} if max(chips) > 1 else {"chips_per_host_bounds": [1, 1, 1]}  # a host has more than one by default
+    small = {} if max(chips) > 1 else {"chips_per_host_bounds": [1, 1, 1]}  # the default is several chips per host
     try:
         devices = topologies.get_topology_desc(name, "tpu", **small).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         if "INVALID_ARGUMENT" not in reason:
-            raise MachineError(f"--preflight={name}: TPU's compiler could not be loaded ({reason})") from None
-        raise InputError(f"--preflight={name}: no such topology ({reason})") from None
+            raise MachineError(f"preflight {name}: TPU's compiler could not be loaded ({reason})") from None
+        raise InputError(f"preflight {name}: no such topology ({reason})") from None
     return Machine(name, devices, _HBM[devices[0].device_kind] * _GIB)
 
 
 def abstract(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Weights as shapes, placed as loading places them."""
+    """Weights as shapes, with the placement that loading gives them."""
     leaves, structure = jax.tree.flatten(tree)
     placed = [
         _placed(x, sharding.placement(path, x.shape, NamedSharding(mesh, sharding.partition(path, x.shape, mesh))))
@@ -130,13 +176,13 @@ def _placed(x: Any, where: Sharding | Format) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
-def training(config: TrainConfig, machine: Machine) -> bool:
-    """Prints what a training step of a configuration needs on a machine; says whether it fits.
+def training(config: TrainConfig, machine: Machine) -> Report:
+    """What a training step of a configuration needs on a machine.
 
     Raises:
       InputError: for settings that are wrong, do not fit the machine's devices, or name a target of unknown shape.
     """
-    # Training's packages are not needed to decode.
+    # Decoding does not need the packages that training needs.
     from kangaroo_jax.checkpoint.adapter import check_exit_layer
     from kangaroo_jax.checkpoint.known_models import model_config
     from kangaroo_jax.train import settings as training_settings
@@ -152,18 +198,18 @@ def training(config: TrainConfig, machine: Machine) -> bool:
     state = training_step.abstract_state(optimizer, shape, mesh)
     batch = training_step.abstract_batch(config, shape, mesh)
     step, _ = training_step.compiled(optimizer, shape, config, mesh)
-    print(f"{machine}: {_describe(mesh)}")
-    print(
-        f"training step: {config.target}, exit layer {config.exit_layer}, batch {config.batch_size} x "
-        f"{config.sequence_length}, {config.dtype}"
-    )
-    for note in sharding.undivided(dict(zip(parameter_paths(target), jax.tree.leaves(target), strict=True)), mesh):
-        print(f"note: {note}")
-    reports = [_report("training step", step, (*state, target, batch), machine)]
+    programs = [_compile("training step", step, (*state, target, batch), machine)]
     if config.teacher == "cached":
         inputs = target, {name: x for name, x in batch.items() if name != "teacher"}
-        reports.append(_report("teacher's pass", teacher.program(config, mesh), inputs, machine))
-    return _conclude(reports, machine)
+        programs.append(_compile("teacher's pass", teacher.program(config, mesh), inputs, machine))
+    return Report(
+        machine,
+        dict(mesh.shape),
+        f"training step: {config.target}, exit layer {config.exit_layer}, batch {config.batch_size} x "
+        f"{config.sequence_length}, {config.dtype}",
+        sharding.undivided(dict(zip(parameter_paths(target), jax.tree.leaves(target), strict=True)), mesh),
+        programs,
+    )
 
 
 def decoding(
@@ -174,135 +220,97 @@ def decoding(
     max_new_tokens: int,
     model_parallel: int,
     machine: Machine,
-) -> bool:
-    """Prints what decoding one sequence needs on a machine: prefill, and rounds of draft and verification; says
-    whether it fits. `draft` names its exit layer.
+) -> Report:
+    """What decoding one sequence needs on a machine: prefill, and rounds of draft and verification. `draft` must name
+    its exit layer.
 
     Raises:
       InputError: as `training`.
     """
     from kangaroo_jax.checkpoint.adapter import check_exit_layer
     from kangaroo_jax.checkpoint.known_models import model_config
-    from kangaroo_jax.decode import generate, host_loop
-    from kangaroo_jax.decode.prefill import bucket, prefill
+    from kangaroo_jax.decode.prefill import Admission, empty_prompts, empty_slots, prefill_and_admit
+    from kangaroo_jax.decode.rounds import RoundShape, run_rounds
+    from kangaroo_jax.decode.sampling import Sampling
+    from kangaroo_jax.engine.shapes import CHUNK, MAX_EOS, Shapes, capacity_class
+    from kangaroo_jax.model.attention.backend import choose_backend
+    from kangaroo_jax.model.cache import batch_shardings
 
-    shape = model_config(target_name)
-    check_exit_layer(draft.exit_layer, shape)
+    config = model_config(target_name)
+    check_exit_layer(draft.exit_layer, config)
     mesh = sharding.decoding_mesh(model_parallel, machine.devices)
-    target = abstract_target(shape, dtype, mesh)
-    adapter = abstract(abstract_adapter(shape, jnp.dtype(dtype)), mesh)
+    weights = (abstract_target(config, dtype, mesh), abstract(abstract_adapter(config, jnp.dtype(dtype)), mesh))
+    platform = machine.devices[0].platform
+    shape = RoundShape.kangaroo(draft.exit_layer, draft, config.vocab_size, platform)
+    shape = dataclasses.replace(shape, widths=shape.widths[-1:])  # a round runs one; narrower ones need less
+    plan = Shapes(shape).plan(prompt_tokens, max_new_tokens)
+    backend = choose_backend(mesh if mesh.size > 1 or platform != "cpu" else None, machine.devices)
+    static = {"exit_layer": draft.exit_layer, "backend": backend}
     everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def placed(tree: PyTree, where: PyTree = None) -> PyTree:
+        where = jax.tree.map(lambda _: everywhere, tree) if where is None else where
+        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, where)
 
     def array(dimensions: tuple[int, ...], kind: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dimensions, kind, sharding=everywhere)
 
-    # As host_loop.run rounds them.
-    time_ = bucket(prompt_tokens, host_loop.PROMPT_STEP)
-    room = bucket(max_new_tokens + draft.max_draft_len + 1, host_loop.CACHE_STEP)
-    slots = generate.cache_slots(adapter, draft)
-    capacity = bucket(max(time_, prompt_tokens + max_new_tokens + slots), host_loop.CACHE_STEP)
-    ends = host_loop.EOS_STEP
-    print(f"{machine}: {_describe(mesh)}")
-    print(
-        f"decoding one sequence: {target_name}, exit layer {draft.exit_layer}, {draft}, prompt of {prompt_tokens} "
-        f"tokens, {max_new_tokens} new, {dtype}"
-    )
-    first = jax.jit(functools.partial(prefill, exit_layer=draft.exit_layer, capacity=capacity, room=room))
-    inputs = (target, adapter, array((1, time_)), array((1,)), array((1,)), array((ends,)))
-    reports = [_report("prefill", first, inputs, machine)]
-    state = reports[0].outputs
-    if state is not None:
-        one_round = functools.partial(
-            generate.kangaroo_round,
-            exit_layer=draft.exit_layer,
-            max_draft_len=draft.max_draft_len,
-            widths=generate.verification_widths(draft)[-1:],  # a round runs one; narrower ones need less
-            tree=draft.tree,
-        )
+    # Caches as large as the answer's end needs; the prompt is prefilled in a cache of its own beside them.
+    capacity = capacity_class(max(plan.positions, plan.prompt_capacity))
+    empty = functools.partial(empty_slots, batch=1, max_eos=MAX_EOS, capacity=capacity, **static)
+    state = jax.eval_shape(empty, *weights)
+    state = placed(state, batch_shardings(state, mesh) if mesh.size > 1 else None)
+    kept = (jax.tree.map(lambda x: x.sharding, state), everywhere)
+    prompts = None
+    if plan.prompt_capacity > plan.width:
+        prompts = functools.partial(empty_prompts, rows=1, capacity=plan.prompt_capacity, **static)
+        prompts = jax.eval_shape(prompts, *weights)
+        prompts = placed(prompts, batch_shardings(prompts, mesh) if mesh.size > 1 else None)
+    admission = placed(Admission(array((1,)), array((1, MAX_EOS)), jax.eval_shape(lambda: Sampling.greedy(1))))
+    one = array((1,))
+    first = jax.jit(functools.partial(prefill_and_admit, sampled=False, **static), donate_argnums=2, out_shardings=kept)
+    inputs = (*weights, state, prompts, array((1, plan.width)), one, one, one, admission)
+    programs = [_compile("prefill, its last piece", first, inputs, machine)]
+    if programs[0].outputs is not None:
         rounds = jax.jit(
-            functools.partial(host_loop.advance_rounds, one_round),
+            functools.partial(run_rounds, shape=shape, sampled=False, max_tokens=CHUNK),
             donate_argnums=2,
-            out_shardings=jax.tree.map(lambda x: x.sharding, state),
+            out_shardings=(kept[0], None),
         )
-        inputs = (target, adapter, state, array(()), array((ends,)), array((), jnp.float32))
-        reports.append(_report("rounds (operations and communication of one)", rounds, inputs, machine))
-    return _conclude(reports, machine)
+        inputs = (*weights, state, array((1,), jnp.bool_), array((), jnp.float32), array(()))
+        programs.append(_compile("rounds (operations and communication of one)", rounds, inputs, machine))
+    return Report(
+        machine,
+        dict(mesh.shape),
+        f"decoding one sequence: {target_name}, exit layer {draft.exit_layer}, {draft}, prompt of {prompt_tokens} "
+        f"tokens, {max_new_tokens} new, {dtype}",
+        [],
+        programs,
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Report:
-    peak: float  # bytes of one device
-    outputs: PyTree  # shapes and shardings; None where it could not be compiled
-
-
-def _report(name: str, function: Callable[..., Any], inputs: tuple[Any, ...], machine: Machine) -> _Report:
-    """Compiles, prints the table, and gives the peak."""
+def _compile(name: str, function: Callable[..., Any], inputs: tuple[Any, ...], machine: Machine) -> Program:
     traced = function.trace(*inputs)
     operations = program.matmul_operations(traced.jaxpr.jaxpr)
     start = time.perf_counter()
-    print(f"\n{name}")
     try:
-        with _quiet():
-            compiled = traced.lower().compile()
+        compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).split("RESOURCE_EXHAUSTED:")[-1].strip().splitlines()[0]
-        print(f"  the compiler found no room: {reason}")
-        return _Report(float("inf"), None)
+        return Program(name, 0, 0, float("inf"), operations, 0.0, None, reason, None)
+    seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     if machine.devices[0].platform == "tpu":
         peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
-    else:  # not all compilers know when which buffer is alive
+    else:  # other compilers do not know which buffers are alive at the same time
         results = memory.output_size_in_bytes - memory.alias_size_in_bytes
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
-    rows = {
-        "arguments, per device": _gib(memory.argument_size_in_bytes),
-        "temporary, per device": _gib(memory.temp_size_in_bytes),
-        "peak, per device": _gib(peak),
-        "matrix products, all devices": f"{operations:.3g} FLOPs",
-        "compiled in": f"{time.perf_counter() - start:.0f} s",
-    }
     try:
-        with _quiet():
-            text = compiled.as_text()
-        for kind, found in program.collectives(text).items():
-            rows[f"{kind}, per device"] = f"{_gib(found.num_bytes)} in {found.count}"
+        collectives = program.collectives(compiled.as_text())
     except jax.errors.JaxRuntimeError:
-        rows["communication"] = "unreadable; install the libtpu that goes with this JAX: requirements-preflight.txt"
-    for row, value in rows.items():
-        print(f"  {row:30}{value:>24}")
+        collectives = None
     outputs = jax.tree.map(_placed, traced.out_info, compiled.output_shardings)
-    return _Report(peak, outputs)
-
-
-def _conclude(reports: list[_Report], machine: Machine) -> bool:
-    peak = max(report.peak for report in reports)
-    if machine.memory is None:
-        print("\nthe memory of this device is not known; compare the peak with it")
-        return True
-    fits = peak <= machine.memory
-    share = "" if peak == float("inf") else f": {_gib(peak)} of {_gib(machine.memory)} ({peak / machine.memory:.0%})"
-    print(f"\n{'fits' if fits else 'does not fit'}{share}")
-    return fits
-
-
-def _describe(mesh: Mesh) -> str:
-    return "mesh " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / _GIB:.2f} GiB"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the lines that compilers write straight to standard error."""
-    saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(sink, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(sink)
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    return Program(name, arguments, temporary, peak, operations, seconds, collectives, None, outputs)

@@ -1,4 +1,4 @@
-"""A trace of the device's work, for Perfetto or XProf."""
+"""Traces of the device's work, for Perfetto and XProf."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from kangaroo_jax.errors import InputError
 
 
 def check(folder: str | None) -> None:
-    """Raises `InputError` if `folder` cannot be one: before the work, not after it."""
+    """Makes the folder of a trace, so that a path that cannot be one is found before the work.
+
+    Raises:
+      InputError: for a path that cannot be made a folder.
+    """
     if folder is not None:
         try:
             pathlib.Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"--profile={folder}: cannot be made a folder ({error.strerror})") from None
+            raise InputError(f"profile {folder}: cannot be made a folder ({error.strerror})") from None
 
 
 @contextlib.contextmanager
 def trace(folder: str | None) -> Iterator[None]:
-    """Traces what runs inside into `folder`, and says where; None traces nothing.
+    """Traces the device's work inside the `with` block into `folder`, and prints where; None traces nothing.
 
-    What runs inside should have been compiled before. XProf shows each operation under its named scopes (draft,
-    verify, commit, shallow, adapter, head, deep, prefill); Perfetto's view names them on accelerators alone.
+    Compile beforehand what runs inside. XProf shows each operation under its named scopes (draft, verify, commit,
+    shallow, adapter, head, deep, prefill); Perfetto shows them on accelerators only.
     """
     if folder is None:
         yield

@@ -1,4 +1,4 @@
-"""What a compiled program does: its matrix products' operations, and what it sends between devices."""
+"""Counts what a compiled program does: operations of its matrix products, and bytes sent between devices."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Collective:
     """One kind of communication.
 
     Attributes:
-      count: times it runs in one run of the program. In a loop whose length the program does not state (XLA for TPU
-        states none), counted for one pass.
-      num_bytes: of its results on one device, over all of those.
+      count: how often it runs in one run of the program. What is inside a loop whose length the program does not state
+        (XLA for TPU never does) counts once.
+      num_bytes: bytes of all its results on one device.
     """
 
     count: int
@@ -35,16 +35,16 @@ class Collective:
 
 
 def collectives(text: str) -> dict[str, Collective]:
-    """Kind -> what the program of `text` (optimised HLO, of one device) communicates."""
+    """Kind -> communication of that kind, in a program given as optimised HLO text of one device."""
     counts, sizes, seen = collections.Counter(), collections.Counter(), set()
     for times, shape, operation, line in _executed(text):
         kind = operation.removesuffix("-done")
-        # An asynchronous one shows twice; its result is that of the -done half.
+        # An asynchronous collective appears as two instructions; the -done half has its result.
         if kind not in KINDS:
             continue
         channel = _CHANNEL.search(line)
         if channel and not operation.endswith("-done"):
-            # XLA for TPU writes one that it spreads over several fusions into each of them.
+            # XLA for TPU repeats a collective in each of the fusions that it spreads it over.
             if (kind, channel.group(1)) in seen:
                 continue
             seen.add((kind, channel.group(1)))
@@ -54,7 +54,7 @@ def collectives(text: str) -> dict[str, Collective]:
 
 
 def _executed(text: str) -> Iterator[tuple[int, str, str, str]]:
-    """(times it runs, result's shape, operation, line) of each instruction that a run of the program reaches."""
+    """Yields (how often it runs, result's shape, operation, line) for each instruction that a run reaches."""
     computations: dict[str, list[str]] = {}
     entry = current = None
     for line in text.splitlines():
@@ -100,13 +100,13 @@ def _item_bytes(kind: str) -> int:
         return 1
     prefix, bits = re.match(r"([a-z]+)(\d*)", kind).groups()
     if prefix not in names or not bits:
-        return 0  # tokens and the like
+        return 0  # tokens and other types without data
     return jnp.dtype(f"{names[prefix]}{bits}").itemsize if bits in ("8", "16", "32", "64", "128") else 1
 
 
 def matmul_operations(jaxpr: Any) -> int:
-    """Floating-point operations (a multiplication and an addition are two) of the matrix products in a jaxpr, over
-    all devices. Loops of unknown length count for one pass, branches as the costliest."""
+    """Floating-point operations of the matrix products in a jaxpr, over all devices: a multiplication and an addition
+    are two. A loop of unknown length counts for one pass, a branch as its costliest alternative."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":

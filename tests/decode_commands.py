@@ -11,8 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 RUNNER = """
 import contextlib, io, json, os, sys
 from absl.testing import flagsaver
-import decode
-from kangaroo_jax import command_line
+from kangaroo_jax.cli import decode
 
 lines, results = json.load(sys.stdin), []
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -22,7 +21,7 @@ for line in lines:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         saved = flagsaver.save_flag_values()
         try:
-            command_line.run("decode.py", decode.main, ["decode.py", "--num_processes=1", *line])
+            decode.main(["decode.py", "--num_processes=1", *line])
         except SystemExit as stop:
             code = stop.code
         flagsaver.restore_flag_values(saved)

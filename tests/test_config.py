@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from kangaroo_jax.config import DraftConfig, DraftOverrides, SamplingConfig, TreeConfig
+from kangaroo_jax.cli.draft_overrides import DraftOverrides
+from kangaroo_jax.config import DraftConfig, SamplingConfig, TreeConfig
 from kangaroo_jax.errors import InputError
 
 NAN = float("nan")

@@ -46,6 +46,7 @@ def test_compare_prints_text_table_and_json():
     assert abs(result["mean_accept_length"] - 23 / result["rounds"]) < 1e-3
 
 
+@pytest.mark.long
 def test_compare_of_samples_does_not_speak_of_identical_tokens():
     flags = ("--compare", "--json", "--max_new_tokens=24", "--prompt=import os\n", "--temperature=0.8", "--top_p=0.95")
     done = decode(*flags, "--seed=3", "--max_draft_len=1")  # one width to compile
@@ -60,14 +61,32 @@ def test_compare_of_samples_does_not_speak_of_identical_tokens():
     assert result["text"] in out
 
 
-def test_prompt_from_standard_input_equals_prompt_flag():
-    flags = ("--max_new_tokens=8", "--max_draft_len=1", "--json")
-    piped = decode(*flags, input=b"class Stack:\n", stdin=None)
-    given = decode(*flags, "--prompt=class Stack:\n")
-    texts = [json.loads(done.stdout.decode().splitlines()[-1])["text"] for done in (piped, given)]
-    assert texts[0] == texts[1]
+SHORT = ("--max_new_tokens=8", "--max_draft_len=1", "--json")
 
 
+@pytest.fixture(scope="module")
+def given():
+    """The result of a prompt given by its flag."""
+    return json.loads(decode(*SHORT, "--prompt=class Stack:\n").stdout.decode().splitlines()[-1])
+
+
+def test_prompt_from_standard_input_equals_prompt_flag(given):
+    piped = decode(*SHORT, input=b"class Stack:\n", stdin=None)
+    assert json.loads(piped.stdout.decode().splitlines()[-1])["text"] == given["text"]
+
+
+def test_plain_decoding_gives_the_same_text_without_drafts(given):
+    done = decode("--plain", "--max_new_tokens=8", "--json", "--prompt=class Stack:\n")
+    assert done.returncode == 0, done.stderr.decode()
+    *shown, last = done.stdout.decode().splitlines()
+    result = json.loads(last)
+    assert result["text"] == given["text"]
+    assert (result["draft_steps"], result["mean_accept_length"]) == (0, 1.0)
+    assert any(line.split() == ["plain"] for line in shown)
+    assert "Kangaroo" not in "".join(shown)
+
+
+@pytest.mark.long
 def test_profile_holds_the_named_scopes(tmp_path):
     done = decode(f"--profile={tmp_path}", "--max_new_tokens=8", "--max_draft_len=1", "--prompt=class Stack:\n")
     assert done.returncode == 0, done.stderr.decode()
@@ -80,9 +99,10 @@ def test_profile_holds_the_named_scopes(tmp_path):
 
 
 MISTAKES = [
-    (["--profile=/dev/null/x", "--prompt=x"], "--profile=/dev/null/x: cannot be made a folder"),
+    (["--profile=/dev/null/x", "--prompt=x"], "profile /dev/null/x: cannot be made a folder"),
     (["--model=/no/such/folder", "--adapter=x", "--prompt=x"], "/no/such/folder: no such folder"),
     (["--model=some-model", "--prompt=x"], "python train.py --config="),
+    (["--model=some-model", "--prompt=x"], "or decode without one: --plain"),
     (["--prompt="], "prompt 0 is empty"),
     (["--prompt_file=/no/such/file"], "/no/such/file: No such file"),
     (["--prompt_file={latin1}"], "not UTF-8"),
@@ -101,6 +121,10 @@ MISTAKES = [
     (["a prompt without its flag"], "unexpected argument 'a prompt without its flag'"),
     (["--max_new_tokens=many"], "--max_new_tokens=many"),
     (["--dtype=int8"], "--dtype=int8"),
+    (["--plain", "--compare"], "--compare and --plain do not go together"),
+    (["--plain", "--adapter=x"], "--adapter and --plain do not go together"),
+    (["--plain", "--threshold=0"], "--threshold and --plain do not go together"),
+    (["--plain", "--notree"], "--tree and --plain do not go together"),
     (["--no_such_flag=1"], "no_such_flag"),
 ]
 

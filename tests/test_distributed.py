@@ -8,10 +8,10 @@ import sys
 _JOIN = """
 import sys
 from absl import app
-from kangaroo_jax import command_line, distributed
+from kangaroo_jax.cli import command_line, process_flags
 
 def main():
-    distributed.initialize("join", timeout={timeout})
+    process_flags.join("join", timeout={timeout})
     import jax
     print(jax.process_index(), jax.process_count(), len(jax.local_devices()), jax.device_count())
 
@@ -76,8 +76,8 @@ def test_what_cannot_be_reached_is_one_line_after_the_timeout():
         in_use = _start(f"--coordinator=localhost:{taken}", "--process_id=0", "--num_processes=2")
         outcomes = [_outcome(run) for run in (alone, nobody, in_use)]
     expected = [
-        f"not all 2 processes reached --coordinator=localhost:{port} within 2 s",
-        "process 0 was not reached at --coordinator=localhost",
+        f"not all 2 processes reached the coordinator localhost:{port} within 2 s",
+        "process 0 was not reached at the coordinator's address localhost:",
         f"port {taken} cannot be used here",
     ]
     for (code, out, err), message in zip(outcomes, expected, strict=True):
@@ -88,10 +88,10 @@ def test_what_cannot_be_reached_is_one_line_after_the_timeout():
 
 def test_wrong_flags_are_one_line():
     cases = {
-        ("--coordinator=a:1",): "--process_id, --num_processes missing",
-        ("--process_id=0", "--num_processes=2"): "--coordinator missing",
-        ("--coordinator=a:1", "--process_id=2", "--num_processes=2"): "--process_id: expected 0 to 1, found 2",
-        ("--coordinator=a", "--process_id=1", "--num_processes=2"): "--coordinator: expected HOST:PORT, found 'a'",
+        ("--coordinator=a:1",): "process_id, num_processes missing",
+        ("--process_id=0", "--num_processes=2"): "coordinator missing",
+        ("--coordinator=a:1", "--process_id=2", "--num_processes=2"): "process_id: expected 0 to 1, found 2",
+        ("--coordinator=a", "--process_id=1", "--num_processes=2"): "coordinator: expected HOST:PORT, found 'a'",
     }
     runs = [_start(*flags) for flags in cases]
     for run, message in zip(runs, cases.values(), strict=True):

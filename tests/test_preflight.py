@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from kangaroo_jax import DraftConfig, TreeConfig, preflight
+from kangaroo_jax.cli.preflight_flag import show
 from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.preflight import Machine
 from kangaroo_jax.train import step
@@ -41,18 +42,20 @@ def test_the_command_prints_the_training_steps_table_and_says_that_it_fits():
 
 
 def test_what_does_not_fit_is_said_so_and_a_cached_teachers_pass_has_its_table(capsys):
-    cached = configured(SMALL, teacher="cached")
-    assert preflight.training(cached, Machine("here", jax.devices(), memory=1000)) is False
+    report = preflight.training(configured(SMALL, teacher="cached"), Machine("here", jax.devices(), memory=1000))
+    assert report.fits is False
+    assert show(report) is False
     out = capsys.readouterr().out
     assert "does not fit: 0.0" in out
     step, teacher = (float(x) for x in re.findall(r"matrix products, all devices +(\S+) FLOPs", out))
+    assert [step, teacher] == [pytest.approx(program.operations, rel=1e-2) for program in report.programs]
     assert step < teacher  # 2 of 8 layers, and three times the adapter and the head, against 8 layers
 
 
 def test_a_round_of_decoding_has_its_table_and_a_trees_costs_its_budget(capsys):
     def products(draft):
         here = Machine("here", jax.devices(), memory=2**30)
-        assert preflight.decoding(str(TARGET), "float32", draft, 64, 32, 1, here) is True
+        assert show(preflight.decoding(str(TARGET), "float32", draft, 64, 32, 1, here)) is True
         out = capsys.readouterr().out
         assert out.index("\nprefill\n") < out.index("\nrounds ") < out.index("\nfits: ")
         assert out.count("peak, per device") == 2
@@ -80,7 +83,7 @@ class NoRoom:
 
 def test_a_program_that_the_compiler_finds_no_room_for_does_not_fit(monkeypatch, capsys):
     monkeypatch.setattr(step, "compiled", lambda *_: (NoRoom(), None))
-    assert preflight.training(configured(SMALL), Machine("here", jax.devices(), memory=2**30)) is False
+    assert show(preflight.training(configured(SMALL), Machine("here", jax.devices(), memory=2**30))) is False
     out = capsys.readouterr().out
     assert "no room: Ran out of memory on HBM" in out
     assert "21.51G" in out
@@ -89,13 +92,13 @@ def test_a_program_that_the_compiler_finds_no_room_for_does_not_fit(monkeypatch,
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:4x", "v9:2x2", "v5e:0x4", "gpu"])
 def test_machines_that_are_none_are_named(name):
-    with pytest.raises(InputError, match=f"--preflight={name}: expected local, or a TPU topology"):
+    with pytest.raises(InputError, match=f"preflight {name}: expected local, or a TPU topology"):
         preflight.find_machine(name)
 
 
 def test_without_tpus_compiler_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MachineError, match=r"pip install -r requirements-preflight\.txt"):
+    with pytest.raises(MachineError, match=r"pip install -e '\.\[preflight\]'"):
         preflight.find_machine("v5e:2x2")
 
 

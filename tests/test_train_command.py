@@ -5,6 +5,7 @@ What a right command does is tested in tests/train/test_loop.py.
 
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -117,3 +118,24 @@ def test_the_command_itself():
     assert done.returncode == 2
     assert done.stdout == b""
     assert done.stderr == b"train.py: error: --config.stepz: there is no such setting; did you mean steps?\n"
+
+
+def test_a_configuration_imports_its_neighbours_from_any_folder(tmp_path):
+    """As where the package is installed: the repository is not on the path, only kangaroo_jax is."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "kangaroo_jax").symlink_to(ROOT / "kangaroo_jax")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "kangaroo_jax.cli.train",
+            f"--config={ROOT / 'configs' / 'vicuna_7b.py'}",
+            "--config.target=/missing",
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "packages")},
+        capture_output=True,
+        text=True,
+    )
+    assert "/missing: no such folder" in done.stderr  # the settings were read
+    assert done.returncode == 2

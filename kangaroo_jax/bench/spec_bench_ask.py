@@ -100,9 +100,7 @@ def conversation_ids(target: Target, texts: Sequence[str]) -> list[int]:
     try:
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except ImportError:
-        raise InputError(
-            "jinja2 is not installed, and chat templates need it; pip install -r requirements.txt"
-        ) from None
+        raise InputError("jinja2 is not installed, and chat templates need it; pip install jinja2") from None
     except Exception as error:  # a template can raise anything
         raise InputError(f"{target.name}: its chat template does not work: {error}") from error
     # The template's text contains the special tokens already.

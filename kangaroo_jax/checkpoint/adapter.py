@@ -214,7 +214,7 @@ def read_draft_vocabulary(folder: pathlib.Path, config: ModelConfig) -> np.ndarr
     path = folder / DRAFT_VOCABULARY
     if not path.exists():
         return None
-    fix = "write it again with `python -m kangaroo_jax.train.draft_vocabulary`, or remove it"
+    fix = "write it again with `python -m kangaroo_jax.cli.draft_vocabulary`, or remove it"
     try:
         token_ids = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

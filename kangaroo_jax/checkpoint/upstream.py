@@ -1,6 +1,6 @@
 """Adapters in the authors' PyTorch format (github.com/Equationliu/Kangaroo): config.json and pytorch_model.bin.
 
-`python -m kangaroo_jax.checkpoint.convert` writes one as an Orbax checkpoint.
+`python -m kangaroo_jax.cli.convert` writes one as an Orbax checkpoint.
 """
 
 from __future__ import annotations

@@ -13,22 +13,30 @@ _LINE_SECONDS = 30.0
 
 
 class Progress:
-    """Shows how far `answer_prompts` is, on standard error; a context manager."""
+    """Shows how far `answer_prompts` is, on standard error; a context manager.
 
-    def __init__(self) -> None:
+    Args:
+      output: the file of answers, which is named after Ctrl-C.
+    """
+
+    def __init__(self, output: str) -> None:
+        self._output, self._done = output, 0
         self._bar: tqdm.tqdm | None = None
         self._shown = time.monotonic()
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is KeyboardInterrupt:
+            self.say(f"{self._done} answers are in {self._output}; the same command does the rest")
         if self._bar is not None:
             self._bar.close()
 
     def show(self, tally: Tally) -> None:
         """After each prompt, and once before the first."""
-        done = tally.before + tally.prompts + tally.errors
+        self._done = tally.before + tally.prompts
+        done = self._done + tally.errors
         rates = f"{tally.tokens_per_second:.1f} tokens/s, mean accept length {tally.mean_accept_length:.2f}"
         if sys.stderr.isatty():
             if self._bar is None:

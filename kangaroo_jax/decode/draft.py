@@ -28,9 +28,9 @@ def draft_sequence(
 
     A token whose top-1 draft probability is below `threshold` is kept, and is the sequence's last. Sampling does not
     change what is compared with `threshold`: the top-1 probability before temperature, top-k and top-p, so that a
-    threshold means what it means in greedy decoding, and it depends on the tokens before the drafted one alone, as exact
-    sampling needs. A sequence that has stopped idles, its lengths unchanged, until the slowest of the batch stops. K
-    drafted tokens cost K passes of adapter and LM head and K + 1 of the shallow layers.
+    threshold means what it means in greedy decoding, and it depends on the tokens before the drafted one alone, as
+    exact sampling needs. A sequence that has stopped idles, its lengths unchanged, until the slowest of the batch
+    stops. K drafted tokens cost K passes of adapter and LM head and K + 1 of the shallow layers.
 
     Args:
       target: the model.

@@ -61,8 +61,8 @@ def draft_tree(
       tree: K and the budget, static.
 
     Returns:
-      The draft. In the shallow cache its tokens lie one after another, behind x_n; in the draft model's cache only those
-      that have followers, at `step_positions`.
+      The draft. In the shallow cache its tokens lie one after another, behind x_n; in the draft model's cache only
+      those that have followers, at `step_positions`.
     """
     with jax.named_scope("draft"):
         start = state.shallow.length  # n, the position of x_n

@@ -1,9 +1,7 @@
 """Writes the demo target's own greedy continuations of its training text, as JSONL to train the adapter on.
 
-    python -m kangaroo_jax.demo.continuations --output=continuations.jsonl
-
 A draft model is asked about what the target says, not about what people wrote; an adapter trained on the target's own
-text agrees with it more often there.
+text agrees with it more often there. `python -m kangaroo_jax.cli.demo_continuations` is the command.
 """
 
 from __future__ import annotations
@@ -12,22 +10,18 @@ import json
 import pathlib
 import random
 
-from absl import flags
 from tqdm import tqdm
 
-from kangaroo_jax import command_line, compilation_cache, demo, generate_plain, load_target
+from kangaroo_jax import demo, generate_plain, load_target
 from kangaroo_jax.demo import corpus
-
-_OUTPUT = flags.DEFINE_string("output", "continuations.jsonl", "File to write.")
-_COUNT = flags.DEFINE_integer("count", 6016, "Continuations; a multiple of the batch of 16.")
 
 _BATCH = 16
 _PROMPT_TOKENS = 64
 _NEW_TOKENS = 191
 
 
-def main() -> None:
-    compilation_cache.enable()
+def write_continuations(output: pathlib.Path, count: int) -> None:
+    """Writes `count` continuations (a multiple of 16) of random places of the training text."""
     target = load_target(demo.MODEL, "float32")
     sources = list(corpus.standard_library(held_out=False).values())
     sizes = [len(text) for text in sources]
@@ -42,14 +36,10 @@ def main() -> None:
             if len(ids) == _PROMPT_TOKENS:
                 return ids
 
-    with pathlib.Path(_OUTPUT.value).open("w", encoding="utf-8") as file:
-        for _ in tqdm(range(0, _COUNT.value, _BATCH), unit="batch"):
+    with output.open("w", encoding="utf-8") as file:
+        for _ in tqdm(range(0, count, _BATCH), unit="batch"):
             prompts = [prompt() for _ in range(_BATCH)]
             out = generate_plain(target, prompts, _NEW_TOKENS, eos_token_ids=())
             for before, after in zip(prompts, out.tokens, strict=True):
                 text = target.tokenizer.decode(before + after, clean_up_tokenization_spaces=False)
                 file.write(json.dumps({"text": text}) + "\n")
-
-
-if __name__ == "__main__":
-    command_line.run("continuations", main)

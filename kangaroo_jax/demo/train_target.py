@@ -1,9 +1,8 @@
 """Trains the demo's target from scratch on the Python standard library and writes it in Hugging Face format.
 
-    python -m kangaroo_jax.demo.train_target --output=kangaroo_jax/demo/model --minutes=60
-
 The budget is wall-clock: the learning rate follows the share of it that has passed, so the same command makes the
-best of any machine. The last fifth trains on sequences of the full context. Rerunning starts anew.
+best of any machine. The last fifth trains on sequences of the full context. Running it again starts from scratch.
+`python -m kangaroo_jax.cli.demo_target` is the command.
 """
 
 from __future__ import annotations
@@ -17,23 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags, logging
+from absl import logging
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kangaroo_jax import command_line
 from kangaroo_jax.checkpoint.target import save_target
 from kangaroo_jax.demo import corpus
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
-
-_OUTPUT = flags.DEFINE_string("output", "kangaroo_jax/demo/model", "Folder to write.")
-_MINUTES = flags.DEFINE_float("minutes", 60.0, "Wall-clock training budget, compilation included.")
-_LAYERS = flags.DEFINE_integer("layers", 16, "Decoder layers.")
-_HIDDEN = flags.DEFINE_integer("hidden", 256, "Hidden size; the MLP is 2.5 times as wide.")
-_TOKENS = flags.DEFINE_integer("tokens_per_step", 4096, "Tokens in a batch.")
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "Peak learning rate.")
 
 _VOCABULARY = 4096
 _CONTEXT = 1024
@@ -78,10 +69,20 @@ def _dimensions(params: dict[str, jax.Array]) -> dict[str, optax.contrib.MuonDim
     }
 
 
-def main() -> None:
-    logging.set_verbosity(logging.INFO)
+def train_target(
+    output: pathlib.Path, minutes: float, layers: int, hidden: int, tokens_per_step: int, learning_rate: float
+) -> None:
+    """Trains a target and its tokenizer and writes both.
+
+    Args:
+      output: folder to write.
+      minutes: wall-clock training budget, compilation included.
+      layers: number of decoder layers.
+      hidden: hidden size, a multiple of 128; the MLP is 2.5 times as wide.
+      tokens_per_step: tokens in a batch.
+      learning_rate: its peak.
+    """
     start = time.monotonic()
-    output = pathlib.Path(_OUTPUT.value)
     output.mkdir(parents=True, exist_ok=True)
     sources = corpus.standard_library(held_out=False)
     tokenizer = train_tokenizer(list(sources.values()))
@@ -96,11 +97,11 @@ def main() -> None:
     config = ModelConfig(
         model_type="llama",
         vocab_size=_VOCABULARY,
-        hidden_size=_HIDDEN.value,
-        intermediate_size=_HIDDEN.value * 5 // 2,
-        num_hidden_layers=_LAYERS.value,
-        num_attention_heads=_HIDDEN.value // 64,
-        num_key_value_heads=_HIDDEN.value // 128,
+        hidden_size=hidden,
+        intermediate_size=hidden * 5 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
         head_dim=64,
         max_position_embeddings=_CONTEXT,
         tie_word_embeddings=True,
@@ -129,7 +130,7 @@ def main() -> None:
     evaluate = jax.jit(lambda params, tokens: _loss(model_of(params), tokens))
     state = optimizer.init(params)
     rng = np.random.default_rng(0)
-    losses, steps, tokens_seen, saved, budget = [], 0, 0, 0.0, _MINUTES.value * 60
+    losses, steps, tokens_seen, saved, budget = [], 0, 0, 0.0, minutes * 60
 
     def save(progress: float) -> None:
         count = (len(held_out) - 1) // _CONTEXT
@@ -150,12 +151,12 @@ def main() -> None:
 
     while (progress := (time.monotonic() - start) / budget) < 1:
         length = _SHORT if progress < _FULL_CONTEXT_FROM else _CONTEXT
-        batch = _TOKENS.value // length
+        batch = tokens_per_step // length
         first = rng.integers(0, len(stream) - length - 1, batch)
         tokens = stream[first[:, None] + np.arange(length + 1)]
         # Linear warm-up over a hundred steps, then linear decay over the second 60 % of the budget.
         scale = min(1.0, (steps + 1) / 100, (1 - progress) / 0.6)
-        params, state, loss = step(params, state, tokens, _LEARNING_RATE.value * scale)
+        params, state, loss = step(params, state, tokens, learning_rate * scale)
         losses.append(loss)
         steps, tokens_seen = steps + 1, tokens_seen + tokens.size
         if steps % 20 == 0:
@@ -166,7 +167,3 @@ def main() -> None:
             saved = progress
             save(progress)
     save(1.0)
-
-
-if __name__ == "__main__":
-    command_line.run("train_target", main)

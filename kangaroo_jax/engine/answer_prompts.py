@@ -72,6 +72,11 @@ class Tally:
         """Tokens per round; plain decoding has 1.0."""
         return self.committed / self.rounds if self.rounds else 1.0
 
+    def as_json(self) -> dict[str, int | float]:
+        """The figures that a report shows."""
+        names = ("prompts", "before", "errors", "new_tokens", "seconds", "compile_seconds", "mean_accept_length")
+        return {name: getattr(self, name) for name in names}
+
 
 def answer_prompts(
     target: Target,
@@ -167,10 +172,9 @@ def _merge(
 ) -> int:
     """Puts all processes' parts into the output; returns how many errors they hold."""
     for i in range(count):
-        if not answer_file.part(output, i, count).exists():
-            raise InputError(
-                f"{answer_file.part(output, i, count)}: not there; --output must be in a folder that all processes share"
-            )
+        part = answer_file.part(output, i, count)
+        if not part.exists():
+            raise InputError(f"{part}: not there; --output must be in a folder that all processes share")
     answer_file.settle(output, settings, answer_file.finished(output, settings, prompts, source), errors=True)
     return sum("error" in json.loads(line) for line in resumable.whole_lines(output))
 

@@ -106,8 +106,8 @@ class Engine:
       draft: exit layer, gamma, eta and trees; `adapter.draft` is what tuning found for the adapter.
 
     Raises:
-      InputError: for an exit layer that is out of range or not the adapter's, an adapter of another target, a tree wider
-        than the vocabulary, or a batch that the mesh's data axis does not divide.
+      InputError: for an exit layer that is out of range or not the adapter's, an adapter of another target, a tree
+        wider than the vocabulary, or a batch that the mesh's data axis does not divide.
     """
 
     def __init__(
@@ -215,8 +215,8 @@ class Engine:
     # --- Prompts into slots.
 
     def _admit(self) -> None:
-        """Prefills prompts that wait, as far as there are free slots: those of one width together; of a long one, a piece
-        per step, so that others go on meanwhile."""
+        """Prefills prompts that wait, as far as there are free slots: those of one width together; of a long one, a
+        piece per step, so that others go on meanwhile."""
         if self._partial is not None:
             self._prefill_more()
         while self._waiting and self._partial is None:
@@ -450,8 +450,8 @@ class Engine:
         return Finished(run.id, answer)
 
     def _free(self, slot: _Slot) -> None:
-        """Leaves a slot to others. What it holds can begin another prompt; not its last two tokens, which the caches may
-        lack."""
+        """Leaves a slot to others. What it holds can begin another prompt; not its last two tokens, which the caches
+        may lack."""
         run = slot.run
         slot.run, slot.held = None, (run.ids + run.tokens)[:-2] if run.tokens else []
 
@@ -471,8 +471,8 @@ class Engine:
         *args: Any,
         **static: Any,
     ) -> Callable[..., Any]:
-        """`function` with `static` settings, compiled for arguments like `args`; `name` and `key` say which it is, of the
-        programs for these weights."""
+        """`function` with `static` settings, compiled for arguments like `args`; `name` and `key` say which it is, of
+        the programs for these weights."""
         program, seconds = STORE.get(
             (name, key, self._signature),
             lambda: compile_program(function, donated, out_shardings, *args, **static),
@@ -536,7 +536,7 @@ def resolve_exit_layer(target: Target, adapter: TrainedAdapter, draft: DraftConf
 
 
 def _shared(held: Sequence[int], ids: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike; at most all but the last of `ids`, which gives the first token."""
+    """How many tokens two sequences begin with alike. Not the last of `ids`, which gives the first new token."""
     count = 0
     for a, b in zip(held, ids[:-1], strict=False):
         if a != b:

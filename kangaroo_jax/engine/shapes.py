@@ -6,7 +6,7 @@ import dataclasses
 
 from kangaroo_jax.decode.rounds import RoundShape
 
-# The device works alone until a sequence has this many new tokens; then the host looks, streams and checks stop strings.
+# The device works alone until a sequence has this many new tokens; then the host streams and checks stop strings.
 CHUNK = 32
 PIECE = 512  # tokens of a prompt that are processed at a time
 MAX_EOS = 16  # tokens that may end a sequence

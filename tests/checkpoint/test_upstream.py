@@ -6,13 +6,14 @@ How their whole decoding loop behaves with them is compared in tests/decode/test
 import json
 import pathlib
 import shutil
+import subprocess
 import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kangaroo_jax.checkpoint import convert, upstream
+from kangaroo_jax.checkpoint import upstream
 from kangaroo_jax.checkpoint.adapter import load_adapter, named_leaves
 from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.errors import InputError
@@ -69,27 +70,34 @@ def test_output_equals_the_layer_written_out(pair):
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_command_converts(pair, tmp_path, monkeypatch):
+def convert(**arguments):
+    words = [f"--{name}={value}" for name, value in arguments.items()]
+    command = [sys.executable, "-m", "kangaroo_jax.cli.convert", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_command_converts(pair, tmp_path):
     target, folder = pair
-    arguments = {"adapter": folder, "target": target.name, "exit_layer": 3, "output": tmp_path / "converted"}
-    monkeypatch.setattr(sys, "argv", ["convert.py", *(f"--{name}={value}" for name, value in arguments.items())])
-    convert.main()
+    done = convert(adapter=folder, target=target.name, exit_layer=3, output=tmp_path / "converted")
+    assert done.returncode == 0, done.stderr
     converted, original = load_adapter(tmp_path / "converted", target), load_adapter(folder, target)
     assert converted.exit_layer == 3
     for path, x in named_leaves(original.model).items():
         assert np.array_equal(named_leaves(converted.model)[path], x)
 
 
-def test_command_names_what_is_wrong(pair, tmp_path, monkeypatch, capsys):
+def test_command_names_what_is_wrong(pair, tmp_path):
     target, folder = pair
-    arguments = {"adapter": folder, "target": target.name, "exit_layer": 8, "output": tmp_path / "converted"}
-    monkeypatch.setattr(sys, "argv", ["convert.py", *(f"--{name}={value}" for name, value in arguments.items())])
-    with pytest.raises(SystemExit) as exited:
-        convert.main()
-    assert exited.value.code == 2
-    error = capsys.readouterr().err
-    assert error == "convert.py: error: exit_layer: expected 1 to 7 (the target has 8 layers), found 8\n"
+    done = convert(adapter=folder, target=target.name, exit_layer=8, output=tmp_path / "converted")
+    assert done.returncode == 2
+    assert done.stderr == "convert: error: exit_layer: expected 1 to 7 (the target has 8 layers), found 8\n"
     assert not (tmp_path / "converted").exists()
+
+
+def test_command_names_a_flag_that_is_missing(tmp_path):
+    done = convert(adapter="x", target="y", output=tmp_path / "converted")
+    assert done.returncode == 2
+    assert done.stderr == "convert: error: --exit_layer is missing; Number of shallow layers it was trained for.\n"
 
 
 @pytest.fixture

@@ -193,8 +193,8 @@ for data, model in ((1, 1), (1, 2), (1, 4), (2, 2), (4, 1)):
         engine.add(r)
     engine.step()
     state = engine._state
-    shapes.append([list(cache.keys[0].addressable_shards[0].data.shape) for cache in
-                   (state.shallow, state.deep, state.draft.cache)] + [list(state.token.addressable_shards[0].data.shape)])
+    parts = [cache.keys[0] for cache in (state.shallow, state.deep, state.draft.cache)] + [state.token]
+    shapes.append([list(x.addressable_shards[0].data.shape) for x in parts])
     if (data, model) == (1, 4):
         rounds = functools.partial(run_rounds, shape=engine.shapes.round, sampled=False, max_tokens=32)
         inputs = (*engine._weights, state, np.ones(4, bool), np.float32(0), 0)

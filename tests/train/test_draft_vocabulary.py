@@ -20,7 +20,7 @@ from kangaroo_jax.train.draft_vocabulary import choose, count_tokens
 
 
 def run(*flags):
-    command = [sys.executable, "-m", "kangaroo_jax.train.draft_vocabulary", *flags]
+    command = [sys.executable, "-m", "kangaroo_jax.cli.draft_vocabulary", *flags]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -46,7 +46,7 @@ def test_the_most_frequent_tokens_are_drafted(tmp_path):
     assert out.tokens == generate_plain(target, prompt, 24).tokens
     too_many = run(*flags, "--size=4096")
     assert too_many.returncode == 2
-    assert too_many.stderr.strip().splitlines()[-1].startswith("draft_vocabulary: error: --size: expected")
+    assert too_many.stderr.strip().splitlines()[-1].startswith("draft_vocabulary: error: size: expected")
 
 
 def test_the_most_frequent_tokens_of_the_data_are_what_loads(small_target_folder, tmp_path):
@@ -76,7 +76,7 @@ def test_tokens_that_end_a_text_are_always_in():
     counts = np.asarray([5, 0, 7, 7, 1])
     assert choose(counts, 3, (1,)).tolist() == [1, 2, 3]
     assert choose(counts, 2, (1,)).tolist() == [1, 2]
-    with pytest.raises(InputError, match="--size"):
+    with pytest.raises(InputError, match="size"):
         choose(counts, 5, (1,))
 
 

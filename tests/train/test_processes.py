@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 _RUN = """
 import json, os, pathlib, signal, sys, threading, time
 import jax
-from kangaroo_jax import command_line, distributed
+from kangaroo_jax.cli import command_line, process_flags
 from kangaroo_jax.train import teacher
 from kangaroo_jax.train.loop import train
 from tests.train.runs import configured
@@ -38,7 +38,7 @@ def signalled(folder):
     os.kill(os.getpid(), signal.SIGTERM)
 
 def main():
-    distributed.initialize("run")
+    process_flags.join("run")
     settings = json.loads({settings!r})
     train(configured(settings, steps=3, teacher="cached", output=settings["output"] + "-cached"))
     train(configured(settings, steps=3))

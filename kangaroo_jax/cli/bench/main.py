@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
-from absl import flags
-
-from kangaroo_jax import command_line, profiling
+from kangaroo_jax import profiling
+from kangaroo_jax.cli import command_line
 
 _COMMANDS = {
     "peers": "the demo against plain decoding and Hugging Face transformers",
@@ -29,18 +28,10 @@ def main() -> None:
         command_line.fail("bench", f"expected a command, found {command!r} ({known})")
     name = f"bench {command}"
     module = importlib.import_module(f"kangaroo_jax.cli.bench.{command}")
-    _show_in_help(module.__name__, module.__doc__)
 
     def traced() -> None:
         profiling.check(command_line.PROFILE.value)
         with profiling.trace(command_line.PROFILE.value):
             module.main()
 
-    command_line.run(name, traced, [name, *sys.argv[2:]])
-
-
-def _show_in_help(module: str, usage: str | None) -> None:
-    """--help shows the flags of absl's main module, and its docstring: here, those of the command."""
-    sys.modules["__main__"].__doc__ = usage
-    for flag in flags.FLAGS.flags_by_module_dict().get(module, []):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    command_line.run(name, traced, [name, *sys.argv[2:]], usage=module.__doc__)

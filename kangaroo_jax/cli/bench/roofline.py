@@ -21,6 +21,7 @@ from kangaroo_jax import TreeConfig, compilation_cache
 from kangaroo_jax.bench import machine, parts, roofline_costs
 from kangaroo_jax.bench.roofline_costs import Limits, MeasuredModel, PartCost, PartTimes
 from kangaroo_jax.checkpoint.known_models import SHAPES
+from kangaroo_jax.checkpoint.target import default_dtype
 from kangaroo_jax.cli.bench import shared_flags
 from kangaroo_jax.errors import InputError
 
@@ -79,7 +80,7 @@ def _model() -> tuple[MeasuredModel, str]:
     if _SHAPE.value:
         if _MODEL.value or _ADAPTER.value:
             raise InputError("--shape and --model were both given; give one")
-        dtype = _DTYPE.value or shared_flags.default_dtype(_SHAPE.value)
+        dtype = _DTYPE.value or default_dtype(_SHAPE.value)
         measured = roofline_costs.model_of_shape(_SHAPE.value, _EXIT_LAYER.value, dtype)
         return measured, f"{_SHAPE.value} with random weights"
     shared_flags.check_pair(_MODEL.value, _ADAPTER.value)

@@ -9,13 +9,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from absl import flags
 
 from kangaroo_jax import DraftConfig, demo, load_adapter, load_target
 from kangaroo_jax.bench.benchmark_prompts import prompts_of_file
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
-from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.checkpoint.target import Target, default_dtype
 from kangaroo_jax.errors import InputError
 
 flags.disclaim_key_flags()  # they belong to the command that calls for them, so that its --help shows them
@@ -128,15 +127,11 @@ def _texts(values: Sequence[int] | None) -> list[str] | None:
     return None if values is None else [str(value) for value in values]
 
 
-def default_dtype(model: str | None) -> str:
-    """The type of the weights where none is given; None is the demo."""
-    return "float32" if model is None or jax.default_backend() == "cpu" else "bfloat16"
-
-
 def load_target_of(model: str | None, dtype: str | None) -> tuple[Target, str]:
     """The target that the flags name, the demo for None, and the type of its weights."""
-    dtype = dtype or default_dtype(model)
-    return load_target(model or str(demo.MODEL), dtype), dtype
+    name = model or str(demo.MODEL)
+    dtype = dtype or default_dtype(name)
+    return load_target(name, dtype), dtype
 
 
 def load_adapter_of(target: Target, adapter: str | None) -> TrainedAdapter:

@@ -1,8 +1,8 @@
 """The cache as XLA for CPU takes it: batch and heads are one axis, keys are transposed.
 
-Each choice was measured on CPUs to matter: given two axes, XLA fuses the update with the reshape between them and copies
-the complete buffer at every step; a transposed operand makes a small product several times slower; a scatter, which
-`vmap` makes of several updates, is not done in place.
+Each choice was measured on CPUs to matter: given two axes, XLA fuses the update with the reshape between them and
+copies the complete buffer at every step; a transposed operand makes a small product several times slower; a scatter,
+which `vmap` makes of several updates, is not done in place.
 """
 
 from __future__ import annotations

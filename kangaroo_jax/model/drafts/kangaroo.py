@@ -47,8 +47,9 @@ class DraftVocabulary(nnx.Module):
 
 @flax.struct.dataclass
 class AdapterState:
-    """Between rounds. The adapter's cache may lack position n - 1: after a fully accepted draft the adapter has not seen
-    it. So it counts n - 1 positions, and the next round's first step sees position n - 1 (again) together with n."""
+    """Between rounds. The adapter's cache may lack position n - 1: after a fully accepted draft the adapter has not
+    seen it. So it counts n - 1 positions, and the next round's first step sees position n - 1 (again) together with
+    n."""
 
     cache: KVCache  # length n - 1
     last: Float[Array, "batch 1 hidden"]  # shallow hidden state at position n - 1

@@ -1,0 +1,70 @@
+"""What the drafting flags change of an adapter's own settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from kangaroo_jax.config import DraftConfig, TreeConfig
+from kangaroo_jax.errors import InputError
+
+# The paper's threshold for trees, which compares with the probability of whole paths.
+TREE_THRESHOLD = 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftOverrides:
+    """The drafting flags that a user gave, which override what the adapter was tuned to; None for a flag not given.
+
+    Attributes:
+      exit_layer: l.
+      max_draft_len: gamma.
+      threshold: eta.
+      tree: whether to draft a tree.
+      tree_topk: K.
+      tree_budget: M.
+
+    Raises:
+      InputError: for a value out of range, or a tree's shape together with no tree.
+    """
+
+    exit_layer: int | None = None
+    max_draft_len: int | None = None
+    threshold: float | None = None
+    tree: bool | None = None
+    tree_topk: int | None = None
+    tree_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tree is False and self._shape():
+            raise InputError("--tree_topk and --tree_budget change nothing with --notree; leave them out")
+        tree = TreeConfig(**self._shape())
+        DraftConfig(**self._of_rounds())
+        if self.tree and self.max_draft_len is not None and self.tree_budget is not None:
+            DraftConfig(**self._of_rounds(), tree=tree)
+
+    def over(self, written: DraftConfig) -> DraftConfig:
+        """`written` with the flags' values. A threshold means something else for a tree than for a single sequence, so
+        where the flags change the one to the other without a threshold, it is the paper's.
+
+        Raises:
+          InputError: for settings that do not go together, or a tree's shape where there is no tree.
+        """
+        wants_tree = written.tree is not None if self.tree is None else self.tree
+        if not wants_tree and self._shape():
+            raise InputError("--tree_topk and --tree_budget change nothing without --tree; give it")
+        tree = dataclasses.replace(written.tree or TreeConfig(), **self._shape()) if wants_tree else None
+        changed = {"tree": tree}
+        if wants_tree != (written.tree is not None):
+            changed["threshold"] = TREE_THRESHOLD if wants_tree else DraftConfig().threshold
+        return dataclasses.replace(written, **(changed | self._of_rounds()))
+
+    def _of_rounds(self) -> dict[str, Any]:
+        return self._given(exit_layer=self.exit_layer, max_draft_len=self.max_draft_len, threshold=self.threshold)
+
+    def _shape(self) -> dict[str, Any]:
+        return self._given(topk=self.tree_topk, budget=self.tree_budget)
+
+    @staticmethod
+    def _given(**values: Any) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if value is not None}
