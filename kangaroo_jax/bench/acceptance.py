@@ -16,12 +16,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from kangaroo_jax import generate_plain
+from kangaroo_jax.bench import parts
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.huggingface import Target
-from kangaroo_jax.config import DraftConfig
 from kangaroo_jax.decode.draft import draft
-from kangaroo_jax.decode.generate import resolve_exit_layer
-from kangaroo_jax.decode.prefill import bucket, prefill
+from kangaroo_jax.decode.prefill import prefill
 from kangaroo_jax.decode.state import DecodeState
 from kangaroo_jax.decode.tree import grow_tree
 from kangaroo_jax.model.adapter import Adapter
@@ -191,7 +190,7 @@ def _drafts(
     topk: int | None,
 ) -> tuple[np.ndarray, ...]:
     """What is drafted after each token of `answer` but the last; see `_scan`."""
-    time = bucket(len(prompt), 64)
+    time = parts.rounded_capacity(len(prompt))
     tokens = np.zeros((1, time), np.int32)
     tokens[0, : len(prompt)] = prompt
     positions = 1 + max_draft_len * (topk or 1)  # in the caches, that drafting fills
@@ -201,8 +200,8 @@ def _drafts(
         tokens,
         np.asarray([len(prompt)], np.int32),
         answer[:-1],
-        exit_layer=resolve_exit_layer(target, adapter, DraftConfig()),
-        capacity=bucket(max(time, len(prompt) + len(answer) + positions), 128),
+        exit_layer=parts.exit_layer_of(target, adapter),
+        capacity=parts.rounded_capacity(max(time, len(prompt) + len(answer) + positions)),
         max_draft_len=max_draft_len,
         topk=topk,
     )

@@ -22,6 +22,8 @@ from flax import nnx
 from jaxtyping import Int
 
 from kangaroo_jax.bench.machine import seconds_per_call
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter
+from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.config import DraftConfig, TreeConfig
 from kangaroo_jax.decode import generate as kangaroo_rounds
 from kangaroo_jax.decode.autoregressive import PLAIN_EXIT_LAYER, plain_round
@@ -113,6 +115,15 @@ class Context:
 def rounded_capacity(positions: int) -> int:
     """Positions of caches that hold `positions`."""
     return bucket(positions, _CAPACITY_STEP)
+
+
+def exit_layer_of(target: Target, adapter: TrainedAdapter, settings: DraftConfig = DraftConfig()) -> int:  # noqa: B008
+    """The exit layer to decode with.
+
+    Raises:
+      InputError: for an exit layer that is out of range or not the adapter's.
+    """
+    return kangaroo_rounds.resolve_exit_layer(target, adapter, settings)
 
 
 def positions_per_round(adapter: Adapter, settings: DraftConfig) -> int:

@@ -123,7 +123,7 @@ def _or_default(flag: flags.FlagHolder[list[str] | None], default: Sequence[int]
 
 
 def define_trees(topk: Sequence[int] | None, budget: Sequence[int] | None, default: str = "") -> TreeFlags:
-    """--tree_topk and --tree_budget. With None, the command passes its defaults to `shapes`; `default` describes them."""
+    """--tree_topk and --tree_budget. With None, the command passes its defaults to `shapes`; `default` names them."""
     return TreeFlags(
         flags.DEFINE_list(
             "tree_topk", _texts(topk), f"Ks of the trees, separated by commas; no trees if empty.{default}"
