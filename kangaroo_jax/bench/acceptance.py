@@ -16,12 +16,16 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from kangaroo_jax import generate_plain
+from kangaroo_jax.bench import parts
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftConfig
 from kangaroo_jax.decode.draft import draft_sequence
 from kangaroo_jax.decode.prefill import Admission, prefill
 from kangaroo_jax.decode.sampling import Sampling
+from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.decode.draft import draft
+from kangaroo_jax.decode.prefill import prefill
 from kangaroo_jax.decode.state import DecodeState
 from kangaroo_jax.decode.tree import grow_tree
 from kangaroo_jax.engine.engine import resolve_exit_layer
@@ -205,8 +209,8 @@ def _drafts(
         tokens,
         np.asarray([len(prompt)], np.int32),
         answer[:-1],
-        exit_layer=resolve_exit_layer(target, adapter, DraftConfig()),
-        capacity=capacity_class(max(time, len(prompt) + len(answer) + positions)),
+        exit_layer=parts.exit_layer_of(target, adapter),
+        capacity=parts.rounded_capacity(max(time, len(prompt) + len(answer) + positions)),
         backend=choose_backend(target.mesh, target.model.embed_tokens[...].devices()),
         max_draft_len=max_draft_len,
         topk=topk,

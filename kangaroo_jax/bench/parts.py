@@ -22,6 +22,8 @@ from flax import nnx
 from jaxtyping import Int
 
 from kangaroo_jax.bench.machine import seconds_per_call
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter
+from kangaroo_jax.checkpoint.huggingface import Target
 from kangaroo_jax.config import DraftConfig, TreeConfig
 from kangaroo_jax.decode.draft import draft_sequence
 from kangaroo_jax.decode.prefill import Admission, prefill
@@ -119,6 +121,15 @@ class Context:
 def rounded_capacity(positions: int) -> int:
     """Positions of caches that hold `positions`."""
     return capacity_class(positions)
+
+
+def exit_layer_of(target: Target, adapter: TrainedAdapter, settings: DraftConfig = DraftConfig()) -> int:  # noqa: B008
+    """The exit layer to decode with.
+
+    Raises:
+      InputError: for an exit layer that is out of range or not the adapter's.
+    """
+    return kangaroo_rounds.resolve_exit_layer(target, adapter, settings)
 
 
 def positions_per_round(adapter: Adapter, settings: DraftConfig) -> int:

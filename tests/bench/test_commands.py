@@ -172,7 +172,9 @@ def test_tree_decodes_with_every_setting(commands, flags, prompts):
     assert [row[-3:] for row in rows] == [["2", "of", "2"]] * 5  # identical to plain decoding
 
 
-@pytest.mark.parametrize("fakes", [["fake:times", "fake:decoding"], pytest.param([], marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "fakes", [["fake:times", "fake:decoding"], pytest.param(["fake:times"], marks=pytest.mark.long)]
+)
 def test_tune_writes_the_fastest_setting(commands, flags, saved, prompts, fakes):
     shapes = ["--tree_topk=2", "--tree_budget=8", "--confirm=1"]
     code, out, err = commands.run("tune", *flags, prompts, *SHORT, *shapes, *fakes)
@@ -183,7 +185,7 @@ def test_tune_writes_the_fastest_setting(commands, flags, saved, prompts, fakes)
     path.unlink()
     rows = [line.split() for line in out.splitlines() if re.match("single|tree", line)]
     assert [row[0] for row in rows] == ["single", "tree"]
-    if fakes:
+    if "fake:decoding" in fakes:
         assert [row[-2] for row in rows] == ["2.00", "4.00"]
         assert written["tree_topk"] == 2
     fastest = max(rows, key=lambda row: float(row[-2]))
@@ -194,12 +196,12 @@ def test_tune_writes_the_fastest_setting(commands, flags, saved, prompts, fakes)
 
 @pytest.mark.long
 def test_batch_and_adapters_print_a_row_per_size_and_adapter(commands, flags):
-    sizes = ["--batch_sizes=1,2", "--prompts=2", "--requests=3", "--shortest=2", "--longest=6", "--max_draft_len=2"]
+    sizes = ["--batch_sizes=2", "--prompts=2", "--requests=3", "--shortest=2", "--longest=6", "--max_draft_len=2"]
     code, out, err = commands.run("batch", *flags, *SHORT, *sizes)
     assert code == 0, err
-    rows = [line.split() for line in out.splitlines() if re.match(" +[12] |plain|Kangaroo", line)]
-    assert [row[0] for row in rows] == ["1", "2", "plain", "Kangaroo"]
-    assert [row[-3:] for row in rows] == [["2", "of", "2"]] * 2 + [["3", "of", "3"]] * 2
+    rows = [line.split() for line in out.splitlines() if re.match(" +2 |plain|Kangaroo", line)]
+    assert [row[0] for row in rows] == ["2", "plain", "Kangaroo"]
+    assert [row[-3:] for row in rows] == [["2", "of", "2"]] + [["3", "of", "3"]] * 2
     model, adapter = flags
     pair = adapter.replace("--adapter=", "--adapters=") + "," + adapter.removeprefix("--adapter=")
     code, out, err = commands.run("adapters", model, pair, "--prompts=1", "--max_new_tokens=8", "--max_draft_len=2")

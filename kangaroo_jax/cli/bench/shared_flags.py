@@ -21,12 +21,14 @@ flags.disclaim_key_flags()  # they belong to the command that calls for them, so
 
 
 def define_model() -> flags.FlagHolder[str | None]:
+    """--model; None is the demo's target."""
     return flags.DEFINE_string(
         "model", None, "Target: a folder in Hugging Face format, or a hub id. Default: the demo."
     )
 
 
 def define_adapter() -> flags.FlagHolder[str | None]:
+    """--adapter; None is the demo's."""
     return flags.DEFINE_string(
         "adapter", None, "Adapter of --model: a folder that train.py wrote, or the authors' PyTorch one."
     )
@@ -35,24 +37,28 @@ def define_adapter() -> flags.FlagHolder[str | None]:
 def define_dtype(
     kinds: Sequence[str] = ("float32", "bfloat16"), default: str | None = None
 ) -> flags.FlagHolder[str | None]:
+    """--dtype; without a default of its own, None is for `default_dtype` to decide."""
     rule = default or "float32 on CPU and for the demo, else bfloat16"
     return flags.DEFINE_enum("dtype", default, list(kinds), f"Type of the weights. Default: {rule}.")
 
 
 def define_prompt_count(default: int) -> flags.FlagHolder[int]:
+    """--prompts as a number."""
     return flags.DEFINE_integer("prompts", default, "Number of held-out prompts.")
 
 
 def define_prompt_file(default: str) -> flags.FlagHolder[str | None]:
-    """`default` says which prompts are taken without the flag."""
+    """--prompts as a file; `default` says which prompts are taken without it."""
     return flags.DEFINE_string("prompts", None, f'JSON Lines with a "prompt" each. Default: {default}.')
 
 
 def define_max_new_tokens() -> flags.FlagHolder[int]:
+    """--max_new_tokens."""
     return flags.DEFINE_integer("max_new_tokens", 128, "New tokens per prompt; EOS does not end them.")
 
 
 def define_runs(default: int = 3) -> flags.FlagHolder[int]:
+    """--runs."""
     return flags.DEFINE_integer("runs", default, "Timed runs of each, interleaved; the median counts.")
 
 
@@ -80,6 +86,7 @@ class DraftFlags:
 
 
 def define_draft() -> DraftFlags:
+    """--max_draft_len and --threshold, of one setting."""
     return DraftFlags(
         flags.DEFINE_integer("max_draft_len", None, "gamma. Default: that of the adapter's decode.json, else 6."),
         flags.DEFINE_float("threshold", None, "eta. Default: that of the adapter's decode.json, else 0.6."),
@@ -87,6 +94,7 @@ def define_draft() -> DraftFlags:
 
 
 def define_thresholds(default: Sequence[str]) -> flags.FlagHolder[list[str]]:
+    """--threshold as a list."""
     return flags.DEFINE_list("threshold", list(default), "etas, separated by commas.")
 
 
@@ -114,7 +122,7 @@ def _or_default(flag: flags.FlagHolder[list[str] | None], default: Sequence[int]
 
 
 def define_trees(topk: Sequence[int] | None, budget: Sequence[int] | None, default: str = "") -> TreeFlags:
-    """Defaults of None are chosen by the command; `default` then says how."""
+    """--tree_topk and --tree_budget. With None, the command passes its defaults to `shapes`; `default` names them."""
     return TreeFlags(
         flags.DEFINE_list(
             "tree_topk", _texts(topk), f"Ks of the trees, separated by commas; no trees if empty.{default}"

@@ -23,7 +23,7 @@ from absl import flags
 from tqdm import tqdm
 
 from kangaroo_jax import DraftConfig, compilation_cache
-from kangaroo_jax.bench import spec_bench_answers
+from kangaroo_jax.bench import parts, spec_bench_answers
 from kangaroo_jax.bench.spec_bench_ask import conversation_ids
 from kangaroo_jax.bench.spec_bench_questions import Question, load_questions, spread_over_tasks
 from kangaroo_jax.bench.spec_bench_run import SpecBenchRun, write_report
@@ -54,7 +54,7 @@ def main() -> None:
     target, dtype = shared_flags.load_target_of(_MODEL.value, _DTYPE.value)
     adapter = shared_flags.load_adapter_of(target, _ADAPTER.value)
     draft = dataclasses.replace(adapter.draft, **given)
-    draft = dataclasses.replace(draft, exit_layer=resolve_exit_layer(target, adapter, draft))
+    draft = dataclasses.replace(draft, exit_layer=parts.exit_layer_of(target, adapter, draft))
     if target.tokenizer is None:
         raise InputError(f"{target.name}: has no tokenizer; put its tokenizer files beside the weights")
     conversation_ids(target, questions[0].turns[:1])  # a chat template that does not work is named before the work

@@ -17,8 +17,8 @@ from __future__ import annotations
 import jax
 from absl import flags
 
-from kangaroo_jax import DraftConfig, compilation_cache, demo, load_adapter
-from kangaroo_jax.bench import machine
+from kangaroo_jax import compilation_cache, demo, load_adapter
+from kangaroo_jax.bench import machine, parts
 from kangaroo_jax.bench.benchmark_prompts import held_out_prompts
 from kangaroo_jax.bench.tuning import Effort, Tuning, settings_of_trees, tune
 from kangaroo_jax.checkpoint.adapter import write_draft_settings
@@ -61,7 +61,7 @@ def main() -> None:
     effort = Effort(_MAX_NEW_TOKENS.value, _RUNS.value, _CONFIRM.value)
     best = {}
     for path, adapter in adapters.items():
-        exit_layer = resolve_exit_layer(target, adapter, DraftConfig())
+        exit_layer = parts.exit_layer_of(target, adapter)
         print(f"\n{adapter.name}, exit layer {exit_layer}")
         tuning = tune(target, adapter, exit_layer, prompts, trees, effort, progress_bar)
         _print(tuning)
