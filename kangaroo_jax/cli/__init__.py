@@ -1,1 +1,1 @@
-"""The commands: every flag is defined here, and everything is printed here."""
+"""The commands. Every flag of every command is defined in this package."""
