@@ -189,8 +189,6 @@ def test_a_tuned_tree_is_drafted_unless_a_flag_says_otherwise(results, work):
     assert [answers[i]["accept_lengths"] for i in (0, 1)] != [others[i]["accept_lengths"] for i in (0, 1)]
 
 
-# answer_prompts does not take None for the adapter yet.
-@pytest.mark.xfail(raises=AssertionError)
 def test_plain_decoding_answers_a_file_with_the_same_texts(results, work):
     words = [f"--model={work}/model", f"--input={work}/two.jsonl", f"--output={work}/plain.jsonl"]
     command = [sys.executable, "decode.py", "--plain", "--batch_size=1", *words]

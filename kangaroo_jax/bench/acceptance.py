@@ -19,17 +19,12 @@ from kangaroo_jax import generate_plain
 from kangaroo_jax.bench import parts
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
-from kangaroo_jax.config import DraftConfig
 from kangaroo_jax.decode.draft import draft_sequence
 from kangaroo_jax.decode.prefill import Admission, prefill
 from kangaroo_jax.decode.sampling import Sampling
-from kangaroo_jax.checkpoint.huggingface import Target
-from kangaroo_jax.decode.draft import draft
-from kangaroo_jax.decode.prefill import prefill
 from kangaroo_jax.decode.state import DecodeState
 from kangaroo_jax.decode.tree import grow_tree
-from kangaroo_jax.engine.engine import resolve_exit_layer
-from kangaroo_jax.engine.shapes import capacity_class, prompt_width
+from kangaroo_jax.engine.shapes import prompt_width
 from kangaroo_jax.model.attention.backend import AttentionBackend, choose_backend
 from kangaroo_jax.model.drafts.draft_model import Committed
 from kangaroo_jax.model.drafts.kangaroo import Adapter

@@ -139,15 +139,14 @@ def _in_fixed_batches(
 
 def _measure(calls: Sequence[DecodeAll], runs: int) -> list[tuple[list[Answer], float]]:
     """The answers of each call, and the median of its seconds without compilation."""
-    results: list[list[list[Answer]]] = [[] for _ in calls]
+    results = [call() for call in calls]  # compiles
     seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(runs):
-        for call, answers, times in zip(calls, results, seconds, strict=True):
+        for call, times in zip(calls, seconds, strict=True):
             start = time.perf_counter()
-            answers.append(call())
-            compiling = sum(answer.compile_seconds for answer in answers[-1])
-            times.append(time.perf_counter() - start - compiling)
-    return [(answers[0], statistics.median(times)) for answers, times in zip(results, seconds, strict=True)]
+            call()
+            times.append(time.perf_counter() - start)
+    return [(answers, statistics.median(times)) for answers, times in zip(results, seconds, strict=True)]
 
 
 def _identical(answers: list[Answer], reference: list[Answer]) -> int:

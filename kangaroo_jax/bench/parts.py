@@ -23,7 +23,7 @@ from jaxtyping import Int
 
 from kangaroo_jax.bench.machine import seconds_per_call
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
-from kangaroo_jax.checkpoint.huggingface import Target
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftConfig, TreeConfig
 from kangaroo_jax.decode.draft import draft_sequence
 from kangaroo_jax.decode.prefill import Admission, prefill
@@ -32,6 +32,7 @@ from kangaroo_jax.decode.sampling import Sampling
 from kangaroo_jax.decode.state import Chunk, DecodeState, Draft
 from kangaroo_jax.decode.tree import draft_tree, grow_tree
 from kangaroo_jax.decode.verify import commit, verify
+from kangaroo_jax.engine.engine import resolve_exit_layer
 from kangaroo_jax.engine.shapes import capacity_class
 from kangaroo_jax.model.attention.backend import choose_backend
 from kangaroo_jax.model.drafts.draft_model import Committed
@@ -129,7 +130,7 @@ def exit_layer_of(target: Target, adapter: TrainedAdapter, settings: DraftConfig
     Raises:
       InputError: for an exit layer that is out of range or not the adapter's.
     """
-    return kangaroo_rounds.resolve_exit_layer(target, adapter, settings)
+    return resolve_exit_layer(target, adapter, settings)
 
 
 def positions_per_round(adapter: Adapter, settings: DraftConfig) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import jax
 from absl import flags
 
-from kangaroo_jax import distributed
 from kangaroo_jax.bench.load_cost import measure_load
+from kangaroo_jax.cli import process_flags
 from kangaroo_jax.cli.bench import shared_flags
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
@@ -23,7 +23,7 @@ _MODEL_PARALLEL = flags.DEFINE_integer("model_parallel", 1, "Devices over which 
 def main() -> None:
     if _MODEL.value is None:
         raise InputError("--model is missing; give a folder in Hugging Face format, or a hub id")
-    distributed.initialize("bench load")
+    process_flags.join("bench load")
     mesh = sharding.make_mesh({"data": 1, "fsdp": _FSDP.value, "model": _MODEL_PARALLEL.value})
     cost = measure_load(_MODEL.value, _DTYPE.value, mesh)
     print(

@@ -28,7 +28,6 @@ from kangaroo_jax.bench.spec_bench_ask import conversation_ids
 from kangaroo_jax.bench.spec_bench_questions import Question, load_questions, spread_over_tasks
 from kangaroo_jax.bench.spec_bench_run import SpecBenchRun, write_report
 from kangaroo_jax.cli.bench import shared_flags
-from kangaroo_jax.engine.engine import resolve_exit_layer
 from kangaroo_jax.errors import InputError
 
 _QUESTIONS = flags.DEFINE_string("questions", None, "Spec-Bench's question.jsonl. Required.")

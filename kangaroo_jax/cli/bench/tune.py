@@ -24,7 +24,6 @@ from kangaroo_jax.bench.tuning import Effort, Tuning, settings_of_trees, tune
 from kangaroo_jax.checkpoint.adapter import write_draft_settings
 from kangaroo_jax.cli.bench import shared_flags
 from kangaroo_jax.cli.bench.printing import TREE_COLUMNS, progress_bar, tree_columns
-from kangaroo_jax.engine.engine import resolve_exit_layer
 
 _MODEL = shared_flags.define_model()
 _ADAPTER = flags.DEFINE_multi_string(
