@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 from typing import Any
@@ -19,11 +20,17 @@ def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> Any:
         return None
     # transformers would say at import that torch is missing, which its tokenizers do not need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer  # seconds to import, and not needed for token ids
-
     try:
-        # Said, not left out: transformers would ask on the terminal whether to run code that lies in the folder.
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if _is_generic(folder):
+            # As AutoTokenizer would, which takes seconds longer to import.
+            from transformers import PreTrainedTokenizerFast
+
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            from transformers import AutoTokenizer
+
+            # Said, not left out: transformers would ask on the terminal whether to run code that lies in the folder.
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
         if "custom code" not in str(error):
             raise InputError(f"{folder}: the tokenizer could not be read ({one_line(error)})") from None
@@ -40,3 +47,17 @@ def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> Any:
             f"{vocab_size - 1}; use the tokenizer the weights were trained with"
         )
     return tokenizer
+
+
+def _is_generic(folder: pathlib.Path) -> bool:
+    """Whether a tokenizer is all in tokenizer.json, without a class or code of its own."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # what is wrong with it is AutoTokenizer's to say
+    return (
+        (folder / "tokenizer.json").exists()
+        and isinstance(config, dict)
+        and config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        and "auto_map" not in config
+    )

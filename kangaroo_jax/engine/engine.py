@@ -349,7 +349,8 @@ class Engine:
 
     def _reserve(self, new: Sequence[_Run]) -> None:
         """Sees to it that the caches hold what the sequences and `new` ones come to fill by the next chunk's end."""
-        needed = 0
+        # A long prompt on its way goes into a row of these caches.
+        needed = 0 if self._partial is None else self._partial[2].deep.capacity
         for run in [*(slot.run for slot in self._slots if slot.run is not None), *new]:
             filled = len(run.ids) + len(run.tokens) + self.shapes.chunk_positions(run.chunks_ahead + 1)
             filled += self.shapes.round.positions

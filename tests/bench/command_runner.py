@@ -124,7 +124,6 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is not an answer
     print(json.dumps(flags_of_library()), file=answers, flush=True)
     app.define_help_flags()
-    importlib.import_module("kangaroo_jax.distributed")  # its flags are defined once
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), file=answers, flush=True)
 

@@ -161,7 +161,7 @@ def test_caches_hold_what_prefill_of_the_committed_tokens_would_leave(backend):
     state, chunk = rounds(model, adapter, start(prompts), np.ones(2, bool), np.float32(0.02), 0)
     assert (chunk.accept_lengths.max(1) > 1).all()  # something was moved
     committed = [
-        prompt + [int(first), *chunk.tokens[i, : chunk.num_tokens[i] - 1].tolist()]
+        [*prompt, int(first), *chunk.tokens[i, : chunk.num_tokens[i] - 1].tolist()]
         for i, (prompt, first) in enumerate(zip(prompts, start(prompts).token, strict=True))
     ]
     expected = start(committed)
