@@ -147,11 +147,14 @@ def check_sources(files: str) -> None:
 
 def _function(files: str) -> Callable[[bool], Mapping[str, str]]:
     try:
-        return pkgutil.resolve_name(files.strip().removeprefix(_FUNCTION))
+        found = pkgutil.resolve_name(files.strip().removeprefix(_FUNCTION))
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
             f"data.files: {files}: cannot be imported ({error}); expected python:MODULE.FUNCTION"
         ) from None
+    if not callable(found):
+        raise InputError(f"data.files: {files}: a {type(found).__name__}; expected python:MODULE.FUNCTION")
+    return found
 
 
 def _matches(pattern: str) -> list[epath.Path]:

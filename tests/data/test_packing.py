@@ -116,17 +116,17 @@ def test_packed_examples_do_not_see_each_other(models):
             at += length
     batch["tokens"][:, 14:] = 7  # whatever padding holds
 
-    def packed(adapter, batch):
+    def packed(adapter, target, batch):
         arrays = (batch[name] for name in ("tokens", "loss_mask", "segment_ids", "positions"))
         return adapter_loss(adapter, target, *arrays, exit_layer=1, chunk=8)
 
     packed = jax.jit(jax.value_and_grad(packed, has_aux=True))
-    (loss, metrics), gradient = packed(adapter, batch)
+    (loss, metrics), gradient = packed(adapter, target, batch)
     reference = jax.jit(jax.value_and_grad(alone, has_aux=True))
     (expected, acceptance), expected_gradient = reference(adapter, target, examples, example_weights)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["expected_acceptance"], acceptance, rtol=1e-5)
     for found, wanted in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
-    (merged, _), _ = packed(adapter, batch | {"segment_ids": np.ones((2, 16), np.int32)})
+    (merged, _), _ = packed(adapter, target, batch | {"segment_ids": np.ones((2, 16), np.int32)})
     assert abs(float(merged) - float(expected)) > 1e-3  # the test can tell

@@ -168,6 +168,8 @@ def test_files_globs_and_what_matches_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "standard_library", lambda held_out: sources[held_out])
     with pytest.raises(InputError, match=r"python:kangaroo_jax\.demo\.corpora\.all: cannot be imported \(.*'corpora'"):
         find_sources("python:kangaroo_jax.demo.corpora.all")
+    with pytest.raises(InputError, match=r"python:kangaroo_jax\.demo\.corpus: a module; expected python:MODULE"):
+        find_sources("python:kangaroo_jax.demo.corpus")
     for held_out, text in ((False, "training"), (True, "held out")):
         (entry,) = read_records(find_sources("python:kangaroo_jax.demo.corpus.standard_library", held_out))
         assert entry.content == Text(text)

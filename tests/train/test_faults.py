@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from kangaroo_jax.checkpoint.adapter import adapter_metadata, load_adapter, named_leaves
+from kangaroo_jax.checkpoint.huggingface import load_target
 from kangaroo_jax.data.input import load_rows, training_batches
 from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.train import checkpoints
@@ -240,15 +241,16 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error_and_leaves_the_others_
     assert checkpoints.newest(output, parameters, stored["optimizer"], lambda *_: None).step == 10
 
 
-def test_a_loss_that_is_not_finite_names_step_and_records_and_saves_nothing(settings, tmp_path, target):
+def test_a_loss_that_is_not_finite_names_step_and_records_and_saves_nothing(settings, tmp_path, small_target_folder):
     output = tmp_path / "run"
-    config = configured(settings, **{"output": str(output), "save_every": 1, "optimizer.learning_rate": 1e38})
+    small = settings | {"target": str(small_target_folder), "exit_layer": 1}
+    config = configured(small, **{"output": str(output), "save_every": 1, "optimizer.learning_rate": 1e38})
     with pytest.raises(InputError, match=r"not finite .*lower optimizer\.learning_rate") as error:
         train(config)
     step = int(re.match(r"step (\d+): ", str(error.value)).group(1))
     assert step > 1
     assert max(int(x.name) for x in output.iterdir() if x.is_dir()) == step - 1
-    rows, _ = load_rows(config.data, target, 64, 0, quiet=True)
+    rows, _ = load_rows(config.data, load_target(small_target_folder, "float32"), 64, 0, quiet=True)
     batch = next(itertools.islice(training_batches(rows, 4, 0), step - 1, None))
     assert str(error.value).endswith(": " + ", ".join(rows.record_ids(batch["row_ids"])))
     assert "argparse.py" in str(error.value) or "ast.py" in str(error.value)

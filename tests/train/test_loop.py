@@ -102,12 +102,14 @@ def test_other_text_or_another_target_does_not_go_on_with_a_run(run, settings, t
         train(configured(settings, output=str(unfinished), target=other))
 
 
-def test_conversations_are_trained_on_in_their_template(settings, tmp_path):
+def test_conversations_are_trained_on_in_their_template(settings, small_target_folder, tmp_path):
     turns = [("human", "why?"), ("gpt", "because"), ("human", "and?"), ("gpt", "so " * 40)]
     record = {"conversations": [{"from": role, "value": text} for role, text in turns]}
     (tmp_path / "chats.json").write_text(json.dumps([record] * 40))
     output = tmp_path / "run"
     overrides = {
+        "target": str(small_target_folder),
+        "exit_layer": 1,
         "output": str(output),
         "steps": 2,
         "save_every": 2,
@@ -159,10 +161,14 @@ def test_a_zero_output_starts_as_the_exit_layer_itself_and_random_parameters_are
     hidden = jax.random.normal(jax.random.key(0), (1, 5, target.config.hidden_size))
     positions = jnp.arange(5)[None]
 
+    # The target is an argument, not a constant that is compiled into the program.
     @functools.partial(jax.jit, static_argnums=0)
-    def adapted(initialization, seed=0):
-        parameters = initial_parameters(target.model, 3, initialization, seed)
+    def compiled(initialization, seed, model):
+        parameters = initial_parameters(model, 3, initialization, seed)
         return parameters, adapter_apply(adapter_from_parameters(target.config, parameters), hidden, positions)[0]
+
+    def adapted(initialization, seed=0):
+        return compiled(initialization, seed, target.model)
 
     parameters, output = adapted("zero_output")
     np.testing.assert_array_equal(output, target.model.norm(hidden))
