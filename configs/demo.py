@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
         steps=800,
         sequence_length=256,
         loss_chunk=64,
-        loss="total_variation",  # a higher expected acceptance than the authors' cross_entropy: see docs/adapter.md
+        loss="total_variation",  # accepted more than cross_entropy (docs/dev/adapter-ablations.md)
         optimizer={"learning_rate": 1e-3, "warmup_steps": 100, "schedule": "cosine"},
         evaluate_every=100,
         save_every=100,
