@@ -270,7 +270,8 @@ def decoding(
     one = array((1,))
     first = jax.jit(functools.partial(prefill_and_admit, sampled=False, **static), donate_argnums=2, out_shardings=kept)
     inputs = (*weights, state, prompts, array((1, plan.width)), one, one, one, admission)
-    programs = [_compile("prefill, its last piece", first, inputs, machine)]
+    name = "prefill" if prompts is None else "prefill, its last piece"
+    programs = [_compile(name, first, inputs, machine)]
     if programs[0].outputs is not None:
         rounds = jax.jit(
             functools.partial(run_rounds, shape=shape, sampled=False, max_tokens=CHUNK),

@@ -64,8 +64,8 @@ TUNED = {"max_draft_len": 3, "threshold": 0.125, "tree_topk": 2, "tree_budget": 
 BAD_LINE = '{"id": "x", "prompt": 7}'
 MISTAKES = [
     (["--input={input}"], "--output is missing"),
-    (["--output=x"], "--output and --batch_size belong to --input"),
-    (["--batch_size=2", "--prompt=x"], "--output and --batch_size belong to --input"),
+    (["--output=x"], "--output, --batch_size and --data_parallel belong to --input"),
+    (["--batch_size=2", "--prompt=x"], "--output, --batch_size and --data_parallel belong to --input"),
     (["--input={input}", "--output={folder}/o", "--prompt=x"], "--prompt and --input do not go together"),
     (["--input={input}", "--output={folder}/o", "--prompt="], "--prompt and --input do not go together"),
     (["--input={input}", "--output={folder}/o", "--prompt_file=x"], "--prompt_file and --input do not go"),

@@ -80,6 +80,16 @@ class _Launched:
 
 
 @dataclasses.dataclass
+class _LongPrompt:
+    """A prompt that is prefilled in more than one step: a long one, or one whose beginning a slot holds."""
+
+    run: _Run
+    slot: int
+    prompts: Prompts  # the caches it is prefilled in
+    done: int  # tokens that are in them
+
+
+@dataclasses.dataclass
 class _Slot:
     """A row of the running batch."""
 
@@ -135,7 +145,7 @@ class Engine:
         self._waiting: collections.deque[_Run] = collections.deque()
         self._runs: dict[int, _Run] = {}  # that have not ended, by id
         self._launched: collections.deque[_Launched] = collections.deque()
-        self._partial: tuple[_Run, int, Prompts, int] | None = None  # a long prompt: its slot, and tokens done
+        self._long_prompt: _LongPrompt | None = None
         self._next_id = 0
         self.compile_seconds = 0.0
 
@@ -182,8 +192,8 @@ class Engine:
         run.ended = True
         if run in self._waiting:
             self._waiting.remove(run)
-        if self._partial is not None and self._partial[0] is run:
-            self._partial = None
+        if self._long_prompt is not None and self._long_prompt.run is run:
+            self._long_prompt = None
         for slot in self._slots:
             if slot.run is run:
                 self._free(slot)
@@ -209,17 +219,17 @@ class Engine:
 
     def _running(self) -> list[_Run]:
         """The requests that rounds go on with, which are not still being prefilled."""
-        partial = None if self._partial is None else self._partial[0]
-        return [slot.run for slot in self._slots if slot.run not in (None, partial)]
+        begun = None if self._long_prompt is None else self._long_prompt.run
+        return [slot.run for slot in self._slots if slot.run not in (None, begun)]
 
     # --- Prompts into slots.
 
     def _admit(self) -> None:
         """Prefills prompts that wait, as far as there are free slots: those of one width together; of a long one, a
         piece per step, so that others go on meanwhile."""
-        if self._partial is not None:
-            self._prefill_more()
-        while self._waiting and self._partial is None:
+        if self._long_prompt is not None:
+            self._prefill_piece()
+        while self._waiting and self._long_prompt is None:
             free = [i for i, slot in enumerate(self._slots) if slot.run is None]
             if not free:
                 return
@@ -259,12 +269,12 @@ class Engine:
         else:
             prompts = self._empty_prompts(run.plan.prompt_capacity)
         self._slots[slot].run, self._slots[slot].held = run, []
-        self._partial = (run, slot, prompts, reused)
-        self._prefill_more()
+        self._long_prompt = _LongPrompt(run, slot, prompts, reused)
+        self._prefill_piece()
 
-    def _prefill_more(self) -> None:
+    def _prefill_piece(self) -> None:
         """The next piece of the long prompt."""
-        run, slot, prompts, done = self._partial
+        run, prompts, done = self._long_prompt.run, self._long_prompt.prompts, self._long_prompt.done
         capacity = prompts.deep.capacity
         rest = len(run.ids) - done
         if rest > PIECE:
@@ -272,12 +282,12 @@ class Engine:
             inputs = (*self._weights, prompts, tokens, np.asarray([done], np.int32), np.asarray([PIECE], np.int32))
             exit_layer = self.shapes.round.exit_layer
             program = self._program("piece", (capacity,), prefill_piece, (2,), None, *inputs, exit_layer=exit_layer)
-            prompts, _ = program(*inputs)
-            self._partial = (run, slot, prompts, done + PIECE)
+            self._long_prompt.prompts, _ = program(*inputs)
+            self._long_prompt.done += PIECE
             return
         # The padded piece has to lie within the caches: where it would not, it begins earlier and does some again.
         done = min(done, max(0, capacity - prompt_width(rest)))
-        self._partial = None
+        slot, self._long_prompt = self._long_prompt.slot, None
         self._prefill_last([run], [slot], prompts, [done])
 
     def _prefill_last(self, runs: list[_Run], slots: list[int], prompts: Prompts | None, done: list[int]) -> None:
@@ -350,7 +360,7 @@ class Engine:
     def _reserve(self, new: Sequence[_Run]) -> None:
         """Sees to it that the caches hold what the sequences and `new` ones come to fill by the next chunk's end."""
         # A long prompt on its way goes into a row of these caches.
-        needed = 0 if self._partial is None else self._partial[2].deep.capacity
+        needed = 0 if self._long_prompt is None else self._long_prompt.prompts.deep.capacity
         for run in [*(slot.run for slot in self._slots if slot.run is not None), *new]:
             filled = len(run.ids) + len(run.tokens) + self.shapes.chunk_positions(run.chunks_ahead + 1)
             filled += self.shapes.round.positions

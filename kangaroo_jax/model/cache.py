@@ -43,7 +43,7 @@ class KVCache:
             backend.init_cache(batch, config.num_key_value_heads, capacity, config.head_dim, dtype)
             for _ in range(num_layers)
         ]
-        keys, values = zip(*layers, strict=True)
+        keys, values = (tuple(pair[i] for pair in layers) for i in range(2))
         return cls(keys, values, jnp.zeros((batch,), jnp.int32), backend)
 
     @property

@@ -62,7 +62,7 @@ def test_help_shows_the_flags_of_the_command_and_how_to_use_it(commands):
     shown = set(re.findall(r"^  --(?:\[no\])?(\w+)", out, re.MULTILINE))
     assert shown == {
         *("model", "adapter", "prompts", "dtype", "max_new_tokens", "max_draft_len"),
-        *("tree_topk", "tree_budget", "threshold", "runs"),
+        *("tree_topk", "tree_budget", "threshold", "runs", "profile"),
     }
 
 

@@ -199,14 +199,14 @@ def p_value(tokens, batch, distribution, places=slice(0, NEW)):
 SETTINGS = [
     # temperature, top_p, top_k, gamma, eta, batch
     (1.0, 0.8, 9, 1, 0.0, 1),
-    (0.7, 0.95, 9, 1, 1.0, 1),
-    (1.0, 1.0, 0, 2, 0.0, 4),
+    pytest.param(0.7, 0.95, 9, 1, 1.0, 1, marks=pytest.mark.long),
+    pytest.param(1.0, 1.0, 0, 2, 0.0, 4, marks=pytest.mark.long),
     (1.3, 1.0, 0, 2, 0.6, 4),
-    (1.3, 0.9, 0, 3, 1.0, 4000),
-    (0.7, 0.8, 0, 3, 0.0, 4000),
-    (1.3, 1.0, 4, 4, 0.0, 4000),
-    (0.7, 1.0, 4, 4, 0.6, 4000),
-    (1.0, 1.0, 0, 5, 1.0, 4000),
+    pytest.param(1.3, 0.9, 0, 3, 1.0, 4000, marks=pytest.mark.long),
+    pytest.param(0.7, 0.8, 0, 3, 0.0, 4000, marks=pytest.mark.long),
+    pytest.param(1.3, 1.0, 4, 4, 0.0, 4000, marks=pytest.mark.long),
+    pytest.param(0.7, 1.0, 4, 4, 0.6, 4000, marks=pytest.mark.long),
+    pytest.param(1.0, 1.0, 0, 5, 1.0, 4000, marks=pytest.mark.long),
     (1.0, 1.0, 0, 5, 0.6, 4000),
     (1.0, 0.9, 9, 0, 0.0, 4),  # plain decoding
 ]
@@ -229,6 +229,7 @@ def test_tokens_are_distributed_as_the_target_s(temperature, top_p, top_k, gamma
         assert set(drafted) == {0.0: {gamma}, 0.6: set(range(1, gamma + 1)), 1.0: {1}}[eta]
 
 
+@pytest.mark.long
 def test_a_draft_vocabulary_leaves_the_distribution_alone():
     config = SamplingConfig(1.0)
     # In an order of its own, so that a probability left at its place in the list would show.
@@ -246,7 +247,9 @@ def target_itself(p, q):
     return p
 
 
-@pytest.mark.parametrize(("name", "rule"), [("accepts", accept_always), ("residual", target_itself)])
+@pytest.mark.parametrize(
+    ("name", "rule"), [("accepts", accept_always), pytest.param("residual", target_itself, marks=pytest.mark.long)]
+)
 def test_a_wrong_rule_is_found(monkeypatch, name, rule):
     monkeypatch.setattr(sampling, name, rule)
     config = SamplingConfig(1.0)
@@ -257,7 +260,7 @@ def test_a_wrong_rule_is_found(monkeypatch, name, rule):
 TREES = [
     # temperature, top_p, top_k, gamma, eta, batch, K, budget
     (1.0, 1.0, 0, 2, 0.0, 1, 3, 7),
-    (1.3, 0.9, 9, 3, 0.6, 4, 2, 5),
+    pytest.param(1.3, 0.9, 9, 3, 0.6, 4, 2, 5, marks=pytest.mark.long),
 ]
 
 
@@ -270,6 +273,7 @@ def test_tokens_of_trees_are_distributed_as_the_target_s(temperature, top_p, top
     assert set(levels) == ({gamma} if eta == 0 else set(range(1, gamma + 1)))
 
 
+@pytest.mark.long
 def test_a_tree_that_is_accepted_always_is_found(monkeypatch):
     walk = pick.walk
 

@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kangaroo_jax import DraftConfig, Request, TreeConfig, generate, generate_many, generate_plain
+from kangaroo_jax import (
+    DraftConfig,
+    Engine,
+    EngineConfig,
+    Finished,
+    Request,
+    TreeConfig,
+    generate,
+    generate_many,
+    generate_plain,
+)
 from kangaroo_jax.model.drafts.kangaroo import DraftVocabulary
 from tests.decode.models import VOCABULARY, tiny_adapter, tiny_target
 
@@ -25,7 +35,12 @@ DRAFTS = {
     "tree of three levels": (DraftConfig(2, 3, 0.0, TreeConfig(3, 32)), 22),
 }
 _RANDOM = np.random.default_rng(0)
-PROMPTS = [_RANDOM.integers(0, VOCABULARY, 41).tolist() for _ in range(6)]
+PROMPTS = [_RANDOM.integers(0, VOCABULARY, 41).tolist() for _ in range(4)]
+
+
+QUICK_AND_LONG = [
+    pytest.param(kind, marks=[] if kind == "tree of two levels" else [pytest.mark.long]) for kind in DRAFTS
+]
 
 
 @functools.cache
@@ -34,9 +49,8 @@ def plain():
 
 
 def limits(reserve):
-    """Most new tokens, so that a round at the answer's end fills the caches exactly, one and two fewer and more; and so
-    that the answer itself does."""
-    return [end + extra - len(PROMPTS[0]) for end in (CAPACITY - reserve, CAPACITY) for extra in (-2, -1, 0, 1, 2)]
+    """Maximum new tokens, so that a round at the answer's end fills the caches exactly, and one fewer and more."""
+    return [CAPACITY - reserve - len(PROMPTS[0]) + extra for extra in (-1, 0, 1)]
 
 
 @pytest.mark.parametrize("kind", DRAFTS)
@@ -47,7 +61,7 @@ def test_answers_that_end_at_the_caches_end(kind):
         assert out.tokens == [tokens[:limit] for tokens in plain()], limit
 
 
-@pytest.mark.parametrize("kind", DRAFTS)
+@pytest.mark.parametrize("kind", QUICK_AND_LONG)
 def test_slots_that_are_refilled_end_at_the_caches_end(kind):
     draft, reserve = DRAFTS[kind]
     for longest in limits(reserve):
@@ -58,16 +72,32 @@ def test_slots_that_are_refilled_end_at_the_caches_end(kind):
             assert answer.tokens == plain()[answer.id][: most[answer.id]], (longest, answer.id)
 
 
-@pytest.mark.parametrize("kind", ["sequence", "tree of two levels"])
+@pytest.mark.parametrize("kind", ["sequence", pytest.param("tree of two levels", marks=pytest.mark.long)])
 def test_drafts_from_a_vocabulary_end_at_the_caches_end(kind):
     target, adapter = tiny_target(), tiny_adapter(2)
     model = nnx.clone(adapter.model)
     model.draft_vocabulary = DraftVocabulary(target.model, jnp.arange(0, VOCABULARY, 2))
     some = dataclasses.replace(adapter, model=model)
     draft, reserve = DRAFTS[kind]
-    for limit in limits(reserve)[1:4]:
+    for limit in limits(reserve):
         out = generate(target, some, PROMPTS, limit, draft)
         assert out.tokens == [tokens[:limit] for tokens in plain()], limit
+
+
+@pytest.mark.parametrize("kind", QUICK_AND_LONG)
+def test_a_second_turn_ends_at_the_caches_end(kind):
+    """A slot that holds the beginning of the prompt: the rest is prefilled behind it."""
+    draft, reserve = DRAFTS[kind]
+    for limit in limits(reserve):
+        engine = Engine(tiny_target(), tiny_adapter(2), EngineConfig(2), draft)
+        for start, end in ((0, 20), (20, limit)):
+            prompt = PROMPTS[0] + plain()[0][:start]
+            id = engine.add(Request(prompt, end - start, eos_token_ids=(), stream=False))
+            answers = {}
+            while engine.busy:
+                answers |= {event.id: event.answer for event in engine.step() if isinstance(event, Finished)}
+        assert answers[id].reused_tokens > 0
+        assert answers[id].tokens == plain()[0][20:limit], limit
 
 
 def test_a_budget_beyond_what_one_level_holds_is_no_error():

@@ -132,15 +132,15 @@ def check_mix(seed, tree=False):
     return {answer.finish_reason for answer in answers.values()}, bool(aborted)
 
 
-@pytest.mark.parametrize("tree", [False, True], ids=["sequence", "tree"])
+@pytest.mark.parametrize("tree", [False, pytest.param(True, marks=pytest.mark.long)], ids=["sequence", "tree"])
 def test_mixed_requests_equal_each_alone(tree):
-    results = [check_mix(seed, tree) for seed in range(12)]
+    results = [check_mix(seed, tree) for seed in range(8)]
     assert set().union(*(reasons for reasons, _ in results)) == {"eos", "stop", "length"}
     assert any(aborted for _, aborted in results)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("first", range(12, 212, 50))
+@pytest.mark.parametrize("first", range(8, 208, 50))
 def test_200_mixes_equal_each_alone(first):
     for seed in range(first, first + 50):
         check_mix(seed)
@@ -158,7 +158,6 @@ def test_a_conversation_prefills_only_what_is_new():
         id = engine.add(Request(prompt, 30, stream=False))
         answer = run(engine)[0][id]
         assert (answer.reused_tokens > 0) == (turn > 0)
-        assert answer.reused_tokens in (0, before := len(prompt) - 7 - 2) or before > 0
         if turn:
             # All but the question and the last two tokens, which the caches may lack.
             assert answer.reused_tokens == len(prompt) - len("ABCDEFG") - 2
@@ -183,8 +182,10 @@ def test_a_slot_that_holds_more_than_the_prompt_is_no_shorter_prompt():
 # --- Shapes.
 
 
-@pytest.mark.parametrize("extra", [-1, 0, 1])
-@pytest.mark.parametrize("tree", [False, True], ids=["sequence", "tree"])
+@pytest.mark.parametrize(
+    ("tree", "extra"),
+    [(False, 1), (True, 0), *(pytest.param(*x, marks=pytest.mark.long) for x in ((False, -1), (False, 0), (True, 1)))],
+)
 def test_long_prompts_in_pieces_equal_plain_decoding(tree, extra):
     target = long_target()
     prompt = np.random.default_rng(1).integers(0, VOCABULARY, 2 * PIECE + extra).tolist()
