@@ -8,7 +8,7 @@ import tempfile
 import jax
 import pytest
 
-from kangaroo_jax.engine.programs import STORE
+from kangaroo_jax.engine.programs import SHARED
 from tests.train.runs import LESS_OPTIMIZATION
 
 pytest_plugins = ["tests.targets"]
@@ -21,6 +21,7 @@ _SETTINGS = {"jax_compilation_cache_dir": _CACHE, "jax_persistent_cache_min_comp
 def pytest_configure():
     # Half of the time goes into compiling. Commands in processes of their own are compiled as users have them, unless
     # their test says otherwise.
+    SHARED.limit = 64  # tests go back and forth between more shapes than calls do
     before = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{before} {LESS_OPTIMIZATION}"
     jax.devices()  # reads it
@@ -39,6 +40,6 @@ def _forget_programs():
     """Compiled programs of one module are of no use to the next, and each holds memory mappings, of which a process
     may have 65,530: beyond that, compiling crashes."""
     yield
-    STORE.clear()
+    SHARED.clear()
     jax.clear_caches()
     gc.collect()

@@ -29,7 +29,7 @@ from kangaroo_jax.decode.prefill import (
 from kangaroo_jax.decode.rounds import RoundShape, run_rounds
 from kangaroo_jax.decode.sampling import Sampling
 from kangaroo_jax.decode.state import Chunk, DecodeState
-from kangaroo_jax.engine.programs import STORE, compile_program, signature
+from kangaroo_jax.engine.programs import SHARED, ProgramStore, compile_program, signature
 from kangaroo_jax.engine.prompts import encode_prompt
 from kangaroo_jax.engine.requests import Answer, Event, Finished, Request, TextDelta
 from kangaroo_jax.engine.shapes import CHUNK, MAX_EOS, PIECE, Plan, Shapes, capacity_class, group_size, prompt_width
@@ -39,6 +39,7 @@ from kangaroo_jax.model.attention.backend import choose_backend
 from kangaroo_jax.model.cache import batch_shardings
 
 _MAX_NEW_TOKENS = 128  # of a request that does not say
+_MAX_PROGRAMS = 64
 
 
 @dataclasses.dataclass(eq=False)
@@ -139,6 +140,7 @@ class Engine:
         self._weights = (target.model, None if adapter is None else adapter.model)
         self._threshold = np.float32(draft.threshold if adapter is not None else 0.0)
         self._signature = (signature(self._weights), self.shapes, self._backend, config.max_batch)
+        self._programs = ProgramStore(_MAX_PROGRAMS)
         self._state: DecodeState | None = None
         self._capacity = 0
         self._slots = [_Slot() for _ in range(config.max_batch)]
@@ -484,12 +486,15 @@ class Engine:
     ) -> Callable[..., Any]:
         """`function` with `static` settings, compiled for arguments like `args`; `name` and `key` say which it is, of
         the programs for these weights."""
-        program, seconds = STORE.get(
-            (name, key, self._signature),
-            lambda: compile_program(function, donated, out_shardings, *args, **static),
-        )
-        self.compile_seconds += seconds
-        return program
+        key = (name, key, self._signature)
+
+        def build() -> Callable[..., Any]:
+            start = time.perf_counter()
+            program = compile_program(function, donated, out_shardings, *args, **static)
+            self.compile_seconds += time.perf_counter() - start
+            return program
+
+        return self._programs.get(key, lambda: SHARED.get(key, build))
 
     def _empty_state(self, capacity: int) -> DecodeState:
         static = {
@@ -499,17 +504,14 @@ class Engine:
             "capacity": capacity,
             "backend": self._backend,
         }
-        where = None
-        if self.target.mesh is not None:
-            abstract = jax.eval_shape(functools.partial(empty_slots, **static), *self._weights)
-            where = batch_shardings(abstract, self.target.mesh)
-        return self._program("empty", (capacity,), empty_slots, (), where, *self._weights, **static)(*self._weights)
+        empty = functools.partial(empty_slots, *self._weights, **static)
+        if self.target.mesh is None:
+            return empty()
+        return jax.jit(empty, out_shardings=batch_shardings(jax.eval_shape(empty), self.target.mesh))()
 
     def _empty_prompts(self, capacity: int) -> Prompts:
         exit_layer = self.shapes.round.exit_layer
-        static = {"rows": 1, "exit_layer": exit_layer, "capacity": capacity, "backend": self._backend}
-        program = self._program("empty prompt", (capacity,), empty_prompts, (), None, *self._weights, **static)
-        return program(*self._weights)
+        return empty_prompts(*self._weights, 1, exit_layer=exit_layer, capacity=capacity, backend=self._backend)
 
     def _kept(self) -> PyTree:
         """Where a program's results go: the state stays where it is, so that a program takes its own result."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -16,30 +15,30 @@ class ProgramStore:
     """The programs used last.
 
     Args:
-      limit: how many are kept. One of a small model takes a few MB of memory.
+      limit: how many are kept. One of a small model takes about 10 MB of memory on a CPU.
     """
 
     def __init__(self, limit: int):
-        self._limit = limit
+        self.limit = limit
         self._programs: collections.OrderedDict[Hashable, Callable[..., Any]] = collections.OrderedDict()
 
-    def get(self, key: Hashable, build: Callable[[], Callable[..., Any]]) -> tuple[Callable[..., Any], float]:
-        """The program of `key`, and the seconds that compiling it took: 0 where it is here."""
-        if key in self._programs:
-            self._programs.move_to_end(key)
-            return self._programs[key], 0.0
-        start = time.perf_counter()
-        self._programs[key] = build()
-        while len(self._programs) > self._limit:
-            self._programs.popitem(last=False)
-        return self._programs[key], time.perf_counter() - start
+    def get(self, key: Hashable, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        """The program of `key`, built where it is not here."""
+        if key not in self._programs:
+            self._programs[key] = build()
+            while len(self._programs) > self.limit:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(key)
+        return self._programs[key]
 
     def clear(self) -> None:
         self._programs.clear()
 
 
-# One for the process: engines for the same weights' shapes share programs.
-STORE = ProgramStore(limit=32)
+# Each engine keeps its own. This one, for the process, serves calls that make an engine for one list of prompts, as
+# `generate` does: the next call finds the programs of the last few. More would fill the memory of a process that goes
+# through many shapes.
+SHARED = ProgramStore(limit=4)
 
 
 def signature(tree: PyTree) -> Hashable:
