@@ -274,7 +274,7 @@ def decoding(
     programs = [_compile(name, first, inputs, machine)]
     if programs[0].outputs is not None:
         rounds = jax.jit(
-            functools.partial(run_rounds, shape=shape, sampled=False, max_tokens=CHUNK),
+            functools.partial(run_rounds, shape=shape, sampled=False, tokens=CHUNK),
             donate_argnums=2,
             out_shardings=(kept[0], None),
         )

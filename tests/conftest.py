@@ -8,6 +8,7 @@ import tempfile
 import jax
 import pytest
 
+from kangaroo_jax.decode import rounds
 from kangaroo_jax.engine.programs import SHARED
 from tests.train.runs import LESS_OPTIMIZATION
 
@@ -22,6 +23,7 @@ def pytest_configure():
     # Half of the time goes into compiling. Commands in processes of their own are compiled as users have them, unless
     # their test says otherwise.
     SHARED.limit = 64  # tests go back and forth between more shapes than calls do
+    rounds._MAX_WIDTHS = 2  # less to compile; tests/decode/test_lossless.py has all of them where it is long
     before = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{before} {LESS_OPTIMIZATION}"
     jax.devices()  # reads it

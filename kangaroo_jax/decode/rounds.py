@@ -6,6 +6,7 @@ Plain decoding, the baseline, is made of the same pieces, so that a comparison c
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from kangaroo_jax.model.target import TargetModel, shallow_apply
 
 # Where plain decoding splits the layers; the result does not depend on it.
 _PLAIN_EXIT_LAYER = 1
+# Each width of a verification pass is compiled: the deep layers once more.
+_MAX_WIDTHS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +72,8 @@ class RoundShape:
             # What a tree of each depth holds.
             *fewer, full = sorted({1 + tree.drafted(levels) for levels in range(1, gamma + 1)})
         # Beside reading the weights, positions are free on accelerators; on CPU they are not.
-        widths = (*(w for w in fewer if w < full), full) if platform == "cpu" else (full,)
-        return cls(exit_layer, gamma, tree, widths)
+        fewer = [width for width in fewer if width < full] if platform == "cpu" else []
+        return cls(exit_layer, gamma, tree, (*_spread(fewer, _MAX_WIDTHS - 1), full))
 
     @property
     def max_commit(self) -> int:
@@ -95,9 +98,10 @@ def run_rounds(
     *,
     shape: RoundShape,
     sampled: bool,
-    max_tokens: int,
+    tokens: int,
 ) -> tuple[DecodeState, Chunk]:
-    """Rounds until a sequence has `max_tokens` new tokens, all have finished, or fewer than `at_least` go on.
+    """Rounds until every sequence that goes on has `tokens` new tokens, one has twice as many, all have finished, or
+    fewer than `at_least` go on.
 
     Args:
       target: the model.
@@ -108,21 +112,27 @@ def run_rounds(
       at_least: sequences that must go on for another round; 0 runs on with any.
       shape: of a round, static.
       sampled: whether any sequence may sample, static: where none does, no random number is in the program.
-      max_tokens: static.
+      tokens: static.
     """
     state = state.replace(finished=state.finished | ~running)
-    chunk = Chunk.empty(state.finished, max_tokens - 1 + shape.max_commit, max_tokens)
+    chunk = Chunk.empty(state.finished, max_chunk_tokens(tokens, shape), tokens)
 
     def goes_on(loop: tuple[DecodeState, Chunk]) -> Bool[Array, ""]:
         state, chunk = loop
         count = jnp.sum(~state.finished)
-        return (count > 0) & (count >= at_least) & (jnp.max(chunk.num_tokens) < max_tokens)
+        behind = jnp.any(~state.finished & (chunk.num_tokens < tokens))
+        return behind & (count >= at_least) & (jnp.max(chunk.num_tokens) < 2 * tokens)
 
     return jax.lax.while_loop(
         goes_on,
         lambda loop: one_round(target, draft_model, *loop, threshold, shape=shape, sampled=sampled),
         (state, chunk),
     )
+
+
+def max_chunk_tokens(tokens: int, shape: RoundShape) -> int:
+    """The most tokens that `run_rounds` commits per sequence."""
+    return 2 * tokens - 1 + shape.max_commit
 
 
 def one_round(
@@ -163,3 +173,9 @@ def _nothing_drafted(target: TargetModel, state: DecodeState, sampling: Sampling
         carry=None,
         probs=None if sampling is None else jnp.zeros((batch, 0, target.config.vocab_size)),
     )
+
+
+def _spread(widths: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the widths, from the first on, evenly."""
+    step = max(1, -(-len(widths) // count))
+    return list(widths)[::step]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -139,7 +140,7 @@ class Engine:
             )
         self._weights = (target.model, None if adapter is None else adapter.model)
         self._threshold = np.float32(draft.threshold if adapter is not None else 0.0)
-        self._signature = (signature(self._weights), self.shapes, self._backend, config.max_batch)
+        self._signature = signature(self._weights, self.shapes, self._backend, config.max_batch)
         self._programs = ProgramStore(_MAX_PROGRAMS)
         self._state: DecodeState | None = None
         self._capacity = 0
@@ -235,6 +236,7 @@ class Engine:
             free = [i for i, slot in enumerate(self._slots) if slot.run is None]
             if not free:
                 return
+            self._reserve(list(itertools.islice(self._waiting, len(free))))
             run = self._waiting[0]
             slot, reused = self._best_slot(run, free)
             if reused or len(run.ids) > PIECE:
@@ -250,7 +252,6 @@ class Engine:
             runs = [self._waiting.popleft() for _ in range(count)]
             # Slots that hold the least are overwritten first.
             free.sort(key=lambda i: len(self._slots[i].held))
-            self._reserve(runs)
             self._prefill_last(runs, free[:count], None, [0] * count)
 
     def _best_slot(self, run: _Run, free: Sequence[int]) -> tuple[int, int]:
@@ -263,7 +264,6 @@ class Engine:
 
     def _begin_long(self, run: _Run, slot: int, reused: int) -> None:
         """Begins a prompt that is not one fresh piece: it is long, or its slot holds its beginning."""
-        self._reserve([run])
         run.start, run.reused = self._clock(), reused
         if reused:
             take = self._program("take a prompt", (self._capacity,), take_prompt, (), None, self._state, np.int32(0))
@@ -351,7 +351,7 @@ class Engine:
             *inputs,
             shape=self.shapes.round,
             sampled=sampled,
-            max_tokens=CHUNK,
+            tokens=CHUNK,
         )
         self._state, chunk = program(*inputs)
         for run in runs:
@@ -504,10 +504,11 @@ class Engine:
             "capacity": capacity,
             "backend": self._backend,
         }
-        empty = functools.partial(empty_slots, *self._weights, **static)
-        if self.target.mesh is None:
-            return empty()
-        return jax.jit(empty, out_shardings=batch_shardings(jax.eval_shape(empty), self.target.mesh))()
+        where = None
+        if self.target.mesh is not None:
+            abstract = jax.eval_shape(functools.partial(empty_slots, **static), *self._weights)
+            where = batch_shardings(abstract, self.target.mesh)
+        return self._program("empty", (capacity,), empty_slots, (), where, *self._weights, **static)(*self._weights)
 
     def _empty_prompts(self, capacity: int) -> Prompts:
         exit_layer = self.shapes.round.exit_layer

@@ -38,13 +38,18 @@ class ProgramStore:
 # Each engine keeps its own. This one, for the process, serves calls that make an engine for one list of prompts, as
 # `generate` does: the next call finds the programs of the last few. More would fill the memory of a process that goes
 # through many shapes.
-SHARED = ProgramStore(limit=4)
+SHARED = ProgramStore(limit=16)
 
 
-def signature(tree: PyTree) -> Hashable:
-    """What a program depends on of the arrays it takes: structure, shapes, dtypes, and where and how they lie."""
+_signatures: dict[Hashable, int] = {}
+
+
+def signature(tree: PyTree, *static: Hashable) -> int:
+    """A number for what programs depend on of the arrays they take (structure, shapes, dtypes, where and how they lie)
+    and of `static` settings: equal for equal ones. A number, as hashing all of that takes a millisecond."""
     leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((x.shape, str(x.dtype), getattr(x, "format", None)) for x in leaves)
+    arrays = tuple((x.shape, x.dtype, getattr(x, "format", None)) for x in leaves)
+    return _signatures.setdefault((structure, arrays, *static), len(_signatures))
 
 
 def compile_program(

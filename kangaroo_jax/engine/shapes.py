@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from kangaroo_jax.decode.rounds import RoundShape
+from kangaroo_jax.decode.rounds import RoundShape, max_chunk_tokens
 
-# The device works alone until a sequence has this many new tokens; then the host streams and checks stop strings.
+# The device works alone until every sequence has this many new tokens; then the host streams and checks stop strings.
 CHUNK = 32
 PIECE = 512  # tokens of a prompt that are processed at a time
 MAX_EOS = 16  # tokens that may end a sequence
@@ -54,7 +54,7 @@ class Shapes:
 
     def chunk_positions(self, chunks: int) -> int:
         """The most positions that a sequence goes on by in so many chunks."""
-        return chunks * (CHUNK - 1 + self.round.max_commit)
+        return chunks * max_chunk_tokens(CHUNK, self.round)
 
 
 def prompt_width(length: int) -> int:

@@ -25,7 +25,7 @@ def demo_pair():
     return target, load_adapter(str(demo.ADAPTER), target)
 
 
-@pytest.mark.parametrize("index", range(len(STORED)))
+@pytest.mark.parametrize("index", [0, *(pytest.param(i, marks=pytest.mark.long) for i in range(1, len(STORED)))])
 def test_demo_equals_transformers(demo_pair, index):
     record = STORED[index]
     target, adapter = demo_pair

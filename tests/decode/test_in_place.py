@@ -26,7 +26,7 @@ def compiled_text(shape, adapter, donate, batch=1):
         empty_slots, batch=batch, max_eos=4, exit_layer=shape.exit_layer, capacity=CAPACITY, backend=CpuBackend()
     )
     state = jax.eval_shape(empty, model, adapter)
-    rounds = functools.partial(run_rounds, shape=shape, sampled=False, max_tokens=32)
+    rounds = functools.partial(run_rounds, shape=shape, sampled=False, tokens=32)
     program = jax.jit(rounds, donate_argnums=(2,) if donate else ())
     return program.lower(model, adapter, state, np.ones(batch, bool), np.float32(0.5), 0).compile().as_text()
 

@@ -4,6 +4,7 @@ The reference below knows no cache: it runs the whole sequence through the model
 """
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kangaroo_jax import DraftConfig, generate, generate_plain
+from kangaroo_jax.decode import rounds
 from kangaroo_jax.model.drafts.kangaroo import adapter_apply
 from kangaroo_jax.model.target import deep_apply, lm_head, shallow_apply
 from tests.decode.models import LAYERS, VOCABULARY, tiny_adapter, tiny_target
@@ -38,7 +40,8 @@ def test_tokens_equal_plain_decoding(max_draft_len, exit_layer, prompt, threshol
     target, adapter = tiny_target(), tiny_adapter(exit_layer)
     eos = [*sorted(eos), -1, -1, -1][:3]  # one shape: -1 is no token
     draft = DraftConfig(exit_layer, max_draft_len, threshold)
-    out = generate(target, adapter, [prompt], max_new_tokens, draft, eos_token_ids=eos)
+    with mock.patch.object(rounds, "_MAX_WIDTHS", 2 if max_draft_len in QUICK else 8):
+        out = generate(target, adapter, [prompt], max_new_tokens, draft, eos_token_ids=eos)
     plain = generate_plain(target, [prompt], max_new_tokens, eos_token_ids=eos)
     assert out.tokens == plain.tokens
     tokens = out.tokens[0]

@@ -125,9 +125,7 @@ def program(gamma, batch, widths, new, accepts, residual, tree, walk):
             target, adapter, tokens, lengths, Admission(np.full(batch, new, np.int32), eos, settings), **static
         )
         first = state.token
-        _, chunk = run_rounds(
-            target, adapter, state, ~state.finished, eta, 0, shape=shape, sampled=True, max_tokens=new
-        )
+        _, chunk = run_rounds(target, adapter, state, ~state.finished, eta, 0, shape=shape, sampled=True, tokens=new)
         # A chunk ends with the first sequence that has so many tokens: rounds go on until all have.
         return jnp.concatenate([first[:, None], chunk.tokens[:, : new - 1]], axis=1), chunk
 
@@ -207,7 +205,7 @@ SETTINGS = [
     pytest.param(1.3, 1.0, 4, 4, 0.0, 4000, marks=pytest.mark.long),
     pytest.param(0.7, 1.0, 4, 4, 0.6, 4000, marks=pytest.mark.long),
     pytest.param(1.0, 1.0, 0, 5, 1.0, 4000, marks=pytest.mark.long),
-    (1.0, 1.0, 0, 5, 0.6, 4000),
+    pytest.param(1.0, 1.0, 0, 5, 0.6, 4000, marks=pytest.mark.long),
     (1.0, 0.9, 9, 0, 0.0, 4),  # plain decoding
 ]
 

@@ -210,7 +210,7 @@ for data, model in json.loads(sys.argv[2]):
     engine.step()
     state = engine._state
     parts = [cache.keys[0] for cache in (state.shallow, state.deep, state.draft.cache)] + [state.token]
-    rounds = functools.partial(run_rounds, shape=engine.shapes.round, sampled=False, max_tokens=32)
+    rounds = functools.partial(run_rounds, shape=engine.shapes.round, sampled=False, tokens=32)
     gathered = 0
     if data * model > 1:
         inputs = (*engine._weights, state, np.ones(4, bool), np.float32(0), 0)

@@ -210,8 +210,8 @@ def test_an_explicit_mask_replaces_the_causal_one(
 ) -> None:
     """Two continuations of one prefix side by side, each blind to the other, as in a tree of drafts."""
     prefix, first, second = tokens[:1, :5], tokens[:1, 5:7], (tokens[:1, 5:7] + 11) % 61
-    shallow, deep = empty_caches(target, 1, 3, backend)
-    _, shallow, _ = step(target, prefix, shallow, deep, 3)
+    shallow, _ = empty_caches(target, 1, 3, backend)
+    _, shallow = shallow_apply(target, prefix, jnp.arange(5)[None], shallow, exit_layer=3)
     mask = np.zeros((1, 4, CAPACITY), bool)
     mask[:, :, :5] = True
     mask[0, 0, [5]] = mask[0, 1, [5, 6]] = mask[0, 2, [7]] = True

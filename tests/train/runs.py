@@ -11,7 +11,7 @@ from kangaroo_jax.train.settings import check_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 # How the tests' own process compiles, and others whose results are compared with its bit for bit.
-LESS_OPTIMIZATION = "--xla_backend_optimization_level=1"
+LESS_OPTIMIZATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def demo_config():

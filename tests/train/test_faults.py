@@ -15,9 +15,9 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kangaroo_jax.checkpoint.huggingface import load_target
 
 from kangaroo_jax.checkpoint.adapter import adapter_metadata, load_adapter, named_leaves
+from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.data.input import load_rows, training_batches
 from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.train import checkpoints
