@@ -16,6 +16,18 @@ pytest_plugins = ["tests.targets"]
 
 # One for the whole session: many tests compile the same programs, some in processes of their own.
 _CACHE = tempfile.mkdtemp(prefix="kangaroo_jax-tests-")
+_SLOW_FILES = tuple(
+    f"tests/{name}.py"
+    for name in (
+        "test_decode_input",
+        "test_decode_command",
+        "decode/test_sampling",
+        "engine/test_boundaries",
+        "decode/test_tree",
+        "model/test_sharding",
+        "engine/test_engine",
+    )
+)
 _SETTINGS = {"jax_compilation_cache_dir": _CACHE, "jax_persistent_cache_min_compile_time_secs": 0.5}
 
 
@@ -35,6 +47,11 @@ def pytest_configure():
 
 def pytest_unconfigure():
     shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long go first, so that neither of the two processes is left alone with one."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_SLOW_FILES))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,7 +10,13 @@ from kangaroo_jax.bench import parts, tuning
 from kangaroo_jax.bench.acceptance import NOT_IN_TREE, Chains, Trees
 from kangaroo_jax.bench.tuning import Costs, Effort, Recording, best_of, measure_costs, predict, settings_of_trees
 from kangaroo_jax.checkpoint.adapter import read_draft_settings, save_adapter, write_draft_settings
+from kangaroo_jax.decode import rounds
 from tests.bench.models import EXIT_LAYER, small_adapter, small_target
+
+
+@pytest.fixture(autouse=True)
+def _all_widths(monkeypatch):
+    monkeypatch.setattr(rounds, "_MAX_WIDTHS", 8)  # as users have them: costs are sums over them
 
 
 def test_prediction_by_hand():

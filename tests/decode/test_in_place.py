@@ -41,10 +41,10 @@ def cache_copies(text, batch=1):
 @pytest.mark.parametrize(
     ("widths", "batch", "tree"),
     [
-        ((7,), 1, None),
+        pytest.param((7,), 1, None, marks=pytest.mark.long),
         ((2, 4, 7), 1, None),
-        ((7,), 2, None),
-        ((4, 9), 1, _TREE),
+        pytest.param((7,), 2, None, marks=pytest.mark.long),
+        pytest.param((4, 9), 1, _TREE, marks=pytest.mark.long),
         ((9,), 2, _TREE),
     ],
 )

@@ -257,7 +257,7 @@ def test_a_wrong_rule_is_found(monkeypatch, name, rule):
 
 TREES = [
     # temperature, top_p, top_k, gamma, eta, batch, K, budget
-    (1.0, 1.0, 0, 2, 0.0, 1, 3, 7),
+    pytest.param(1.0, 1.0, 0, 2, 0.0, 1, 3, 7, marks=pytest.mark.long),
     pytest.param(1.3, 0.9, 9, 3, 0.6, 4, 2, 5, marks=pytest.mark.long),
 ]
 

@@ -22,7 +22,8 @@ from tests.decode.test_lossless import full_forward
 
 TOKEN = st.integers(0, VOCABULARY - 1)
 # exit layer, gamma, K, budget: narrow and wide, budgets that cut and that do not, one level, one path.
-SHAPES = [(1, 4, 3, 7), (2, 6, 4, 20), (3, 1, 5, 3), (4, 3, 1, 3)]
+_LONG = [pytest.param(*shape, marks=pytest.mark.long) for shape in ((2, 6, 4, 20), (4, 3, 1, 3))]
+SHAPES = [(1, 4, 3, 7), (3, 1, 5, 3), *_LONG]
 
 
 @pytest.mark.parametrize(("exit_layer", "gamma", "topk", "budget"), SHAPES)
@@ -86,7 +87,7 @@ def reference(target, adapter, prompt, max_new_tokens, draft, length=128):
 
 @pytest.mark.parametrize(
     ("exit_layer", "gamma", "topk", "budget", "threshold"),
-    [(1, 4, 3, 7, 0.0), (2, 6, 4, 20, 0.05), (4, 3, 1, 3, 0.2)],
+    [(1, 4, 3, 7, 0.0), *(pytest.param(*x, marks=pytest.mark.long) for x in ((2, 6, 4, 20, 0.05), (4, 3, 1, 3, 0.2)))],
 )
 def test_rounds_equal_the_definition(exit_layer, gamma, topk, budget, threshold):
     target, adapter = tiny_target(), tiny_adapter(exit_layer)

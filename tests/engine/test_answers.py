@@ -262,6 +262,7 @@ print(done.prompts, done.before, done.errors)
 """
 
 
+@pytest.mark.long
 def test_two_processes_share_a_file_and_merge(whole, tmp_path):
     """The first run's answers are spread over the output and parts of three processes, one torn: a killed run."""
     source, output = whole

@@ -53,7 +53,7 @@ def limits(reserve):
     return [CAPACITY - reserve - len(PROMPTS[0]) + extra for extra in (-1, 0, 1)]
 
 
-@pytest.mark.parametrize("kind", DRAFTS)
+@pytest.mark.parametrize("kind", ["sequence", *QUICK_AND_LONG[1:]])
 def test_answers_that_end_at_the_caches_end(kind):
     draft, reserve = DRAFTS[kind]
     for limit in limits(reserve):

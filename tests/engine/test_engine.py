@@ -134,13 +134,13 @@ def check_mix(seed, tree=False):
 
 @pytest.mark.parametrize("tree", [False, pytest.param(True, marks=pytest.mark.long)], ids=["sequence", "tree"])
 def test_mixed_requests_equal_each_alone(tree):
-    results = [check_mix(seed, tree) for seed in range(6)]
+    results = [check_mix(seed, tree) for seed in range(4)]
     assert set().union(*(reasons for reasons, _ in results)) == {"eos", "stop", "length"}
     assert any(aborted for _, aborted in results)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("first", range(6, 206, 50))
+@pytest.mark.parametrize("first", range(4, 204, 50))
 def test_200_mixes_equal_each_alone(first):
     for seed in range(first, first + 50):
         check_mix(seed)

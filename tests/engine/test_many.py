@@ -91,6 +91,7 @@ def test_stop_strings_free_a_slot():
     assert not all(stop in text for text in whole)
 
 
+@pytest.mark.long
 def test_a_seed_and_a_prompt_give_the_same_text_in_every_slot():
     target, adapter, draft = tiny_target(), tiny_adapter(2), DraftConfig(2, 1, 0.1)
     sampling = SamplingConfig(temperature=1.0, seed=5)
