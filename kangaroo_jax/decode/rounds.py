@@ -25,7 +25,7 @@ from kangaroo_jax.model.target import TargetModel, shallow_apply
 # Where plain decoding splits the layers; the result does not depend on it.
 _PLAIN_EXIT_LAYER = 1
 # Each width of a verification pass is compiled: the deep layers once more.
-_MAX_WIDTHS = 8
+_MAX_WIDTHS = 16
 
 
 @dataclasses.dataclass(frozen=True)

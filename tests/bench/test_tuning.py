@@ -16,7 +16,7 @@ from tests.bench.models import EXIT_LAYER, small_adapter, small_target
 
 @pytest.fixture(autouse=True)
 def _all_widths(monkeypatch):
-    monkeypatch.setattr(rounds, "_MAX_WIDTHS", 8)  # as users have them: costs are sums over them
+    monkeypatch.setattr(rounds, "_MAX_WIDTHS", 16)  # as users have them: costs are sums over them
 
 
 def test_prediction_by_hand():

@@ -40,7 +40,7 @@ def test_tokens_equal_plain_decoding(max_draft_len, exit_layer, prompt, threshol
     target, adapter = tiny_target(), tiny_adapter(exit_layer)
     eos = [*sorted(eos), -1, -1, -1][:3]  # one shape: -1 is no token
     draft = DraftConfig(exit_layer, max_draft_len, threshold)
-    with mock.patch.object(rounds, "_MAX_WIDTHS", 2 if max_draft_len in QUICK else 8):
+    with mock.patch.object(rounds, "_MAX_WIDTHS", 2 if max_draft_len in QUICK else 16):
         out = generate(target, adapter, [prompt], max_new_tokens, draft, eos_token_ids=eos)
     plain = generate_plain(target, [prompt], max_new_tokens, eos_token_ids=eos)
     assert out.tokens == plain.tokens
