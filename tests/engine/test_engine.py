@@ -293,6 +293,19 @@ def test_aborting_what_is_unknown_or_has_ended_is_no_error():
     assert engine.step() == []
 
 
+def test_a_request_that_is_aborted_or_stopped_by_a_string_does_not_run_on():
+    engine = engine_of(3)
+    kept = engine.add(Request("abc", 200, eos_token_ids=()))
+    gone = engine.add(Request("xyz", 200, eos_token_ids=()))
+    engine.add(Request("abc", 200, stop=[plain_text("abc")[3:6]], eos_token_ids=()))
+    engine.step()
+    engine.abort(gone)
+    for _ in range(3):  # the string is in the first chunk, which is read while the second runs
+        engine.step()
+    assert engine._state.finished.tolist() == [False, True, True]
+    assert run(engine)[0][kept].text[:60] == plain_text("abc")
+
+
 def test_a_batch_below_one_is_refused():
     with pytest.raises(InputError, match="max_batch must be a positive integer, found 0"):
         EngineConfig(0)
