@@ -165,6 +165,48 @@ def _check_settings(config: Any, section: str, *, zero: Sequence[str] = (), rest
 
 
 @dataclasses.dataclass(frozen=True)
+class SynthesisConfig:
+    """Conversations that the target writes itself (data/synthesize/).
+
+    Attributes:
+      conversations: how many; more can be added to those that are there.
+      seed: a conversation depends on it and on its own number alone; 0 to 2**32 - 1.
+      turns: most questions of a conversation.
+      several_turns: share of the conversations that have more than one; each number up to `turns` is as frequent.
+      greedy: share of the conversations whose answers are greedy; the others' are sampled.
+      temperature: of the questions.
+      top_p: of the questions.
+      answer_temperature: of the sampled answers.
+      question_tokens: at most so many in a question; a question that is cut there is left out.
+      answer_tokens: at most so many in an answer; a conversation ends with an answer that is cut there.
+      batch_size: sequences decoded together; nothing that is written depends on it.
+
+    Raises:
+      InputError: for a value of the wrong type or out of range.
+    """
+
+    conversations: int = 10_000
+    seed: int = 0
+    turns: int = 3
+    several_turns: float = 0.25
+    greedy: float = 0.5
+    temperature: float = 1.0
+    top_p: float = 1.0
+    answer_temperature: float = 0.7
+    question_tokens: int = 256
+    answer_tokens: int = 512
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        _check_settings(self, "data.synthesis.", zero=("seed", "several_turns", "greedy"))
+        for name in ("several_turns", "greedy", "top_p"):
+            if getattr(self, name) > 1:
+                raise InputError(f"data.synthesis.{name}: expected a share of at most 1, found {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise InputError(f"data.synthesis.seed: expected less than 2**32, found {self.seed}")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What a training run reads.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from kangaroo_jax.errors import InputError
@@ -67,6 +70,33 @@ def replace(path: pathlib.Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, answers: pathlib.Path, flag: str) -> Iterator[None]:
+    """Keeps a second run from writing the same answers: the lock is on their file of settings, and ends with the
+    process.
+
+    Args:
+      path: the file of settings, made if it is missing and removed if it is empty in the end.
+      answers: the file or folder of answers, for messages.
+      flag: the flag that names the answers, for messages.
+
+    Raises:
+      InputError: if another process has it.
+    """
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{answers}: another run is writing it; wait for its end, or give another {flag}"
+            ) from None
+        try:
+            yield
+        finally:
+            if not path.stat().st_size:  # nothing was begun
+                path.unlink()
 
 
 def check_settings(

@@ -7,12 +7,11 @@ run has left count as answers, whatever the number of processes then and now.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from kangaroo_jax import resumable
@@ -108,26 +107,9 @@ def settle(output: pathlib.Path, settings: dict[str, Any], answers: Mapping[Id, 
         path.unlink()
 
 
-@contextlib.contextmanager
-def locked(output: pathlib.Path) -> Iterator[None]:
-    """Keeps a second run from writing the same answers: the lock is on the settings' file, and ends with the process.
-
-    Raises:
-      InputError: if another process has it.
-    """
-    path = _settings(output)
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{output}: another run is writing it; wait for its end, or give another --output"
-            ) from None
-        try:
-            yield
-        finally:
-            if not path.stat().st_size:  # nothing was begun
-                path.unlink()
+def locked(output: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps a second run from writing the same answers; raises `InputError` if there is one."""
+    return resumable.locked(_settings(output), output, "--output")
 
 
 def _settings(output: pathlib.Path) -> pathlib.Path:

@@ -1,0 +1,1 @@
+"""Data that the target writes itself."""
