@@ -25,9 +25,7 @@ _TURNS = flags.DEFINE_integer("turns", _DEFAULT.turns, "Most questions of a conv
 _SEVERAL_TURNS = flags.DEFINE_float(
     "several_turns", _DEFAULT.several_turns, "Share of the conversations that have more than one question."
 )
-_GREEDY = flags.DEFINE_float(
-    "greedy", _DEFAULT.greedy, "Share of the records that are greedy; the others are sampled."
-)
+_GREEDY = flags.DEFINE_float("greedy", _DEFAULT.greedy, "Share of the records that are greedy; the others are sampled.")
 _TEMPERATURE = flags.DEFINE_float("temperature", _DEFAULT.temperature, "Of the questions.")
 _TOP_P = flags.DEFINE_float("top_p", _DEFAULT.top_p, "Of the questions.")
 _ANSWER_TEMPERATURE = flags.DEFINE_float(
@@ -91,9 +89,9 @@ def _synthesize() -> None:
             on_progress=progress.show,
         )
     print(
-        f"{output}: {done.records} records, {done.before} of them before; {done.tokens} tokens in {done.seconds:.1f} s, "
-        f"{done.tokens_per_second:.1f} tokens/s; left out: {progress.dropped(done)}; compilation, not counted: "
-        f"{done.compile_seconds:.1f} s"
+        f"{output}: {done.records} records, {done.before} of them before; left out: {progress.dropped(done)}; "
+        f"{done.tokens} tokens in {done.seconds:.1f} s, {done.tokens_per_second:.1f} tokens/s; compilation, not "
+        f"counted: {done.compile_seconds:.1f} s"
     )
     if _JSON.value:
         print(json.dumps(done.as_json()))

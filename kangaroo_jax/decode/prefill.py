@@ -218,8 +218,7 @@ def prefill_and_admit(
     prompts, last = prefill_piece(target, draft_model, prompts, tokens, start, lengths, exit_layer=exit_layer)
     with jax.named_scope("admit"):
         new = first_tokens(target, prompts, last, admission, sampled=sampled)
-        for i in range(rows):
-            state = jax.tree.map(lambda old, new, i=i: _put(old, new, i, slots[i]), state, new, is_leaf=_is_cache)
+        state = jax.tree.map(lambda old, new: _put(old, new, slots), state, new, is_leaf=_is_cache)
         return state, new.token
 
 
@@ -242,8 +241,7 @@ def _is_cache(x: object) -> bool:
     return isinstance(x, KVCache)
 
 
-def _put(old: Array | KVCache, new: Array | KVCache, source: int, slot: Int[Array, ""]) -> Array | KVCache:
+def _put(old: Array | KVCache, new: Array | KVCache, slots: Int[Array, " rows"]) -> Array | KVCache:
     if isinstance(old, KVCache):
-        return old.with_row(slot, new, source)
-    row = new[source : source + 1].astype(old.dtype)
-    return jax.lax.dynamic_update_slice(old, row, (slot, *[0] * (old.ndim - 1)))
+        return old.with_rows(slots, new)
+    return old.at[slots].set(new.astype(old.dtype), mode="promise_in_bounds", unique_indices=True)

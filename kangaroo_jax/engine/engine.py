@@ -131,7 +131,8 @@ class Engine:
     ):
         self.target, self.adapter, self.config = target, adapter, config
         devices = sorted(target.model.embed_tokens[...].devices(), key=lambda device: device.id)
-        self.shapes = Shapes(round_shape(target, adapter, draft, devices[0].platform))
+        self._platform = devices[0].platform
+        self.shapes = Shapes(round_shape(target, adapter, draft, self._platform))
         self._backend = choose_backend(target.mesh, devices)
         if target.mesh is not None and config.max_batch % target.mesh.shape["data"]:
             raise InputError(
@@ -236,23 +237,25 @@ class Engine:
             free = [i for i, slot in enumerate(self._slots) if slot.run is None]
             if not free:
                 return
-            self._reserve(list(itertools.islice(self._waiting, len(free))))
-            run = self._waiting[0]
+            # All of these begin now, in any order.
+            first = list(itertools.islice(self._waiting, len(free)))
+            self._reserve(first)
+            run = first[0]
+            alike = [other for other in first if other.plan.width == run.plan.width and len(other.ids) <= PIECE]
+            runs = alike[: group_size(len(alike))] if len(run.ids) <= PIECE else []
             slot, reused = self._best_slot(run, free)
+            saves = prompt_width(len(run.ids) - reused) < run.plan.width
+            if len(runs) > 1 and (not saves or self._platform != "cpu"):
+                reused = 0  # one by one, prompts that are this short would take longer
             if reused or len(run.ids) > PIECE:
                 self._waiting.popleft()
                 self._begin_long(run, slot, reused)
                 continue
-            alike = 0
-            for other in self._waiting:
-                if alike == len(free) or len(other.ids) > PIECE or other.plan.width != run.plan.width:
-                    break
-                alike += 1
-            count = group_size(alike)
-            runs = [self._waiting.popleft() for _ in range(count)]
+            taken = set(map(id, runs))
+            self._waiting = collections.deque(other for other in self._waiting if id(other) not in taken)
             # Slots that hold the least are overwritten first.
             free.sort(key=lambda i: len(self._slots[i].held))
-            self._prefill_last(runs, free[:count], None, [0] * count)
+            self._prefill_last(runs, free[: len(runs)], None, [0] * len(runs))
 
     def _best_slot(self, run: _Run, free: Sequence[int]) -> tuple[int, int]:
         """The free slot that holds the longest beginning of a prompt, and how many tokens of it; without any, the one
@@ -339,8 +342,8 @@ class Engine:
         self._reserve([])
         sampled = any(run.sampling.temperature > 0 for run in runs if run is not None)
         running = np.asarray([run is not None for run in runs])
-        # A chunk ends with a sequence whose place another can take.
-        at_least = np.int32(running.sum() if self._waiting else 0)
+        # A chunk ends with sequences whose places others can take.
+        at_least = np.int32(running.sum() + 1 - self.shapes.refill(self.config.max_batch) if self._waiting else 0)
         inputs = (*self._weights, self._state, running, self._threshold, at_least)
         program = self._program(
             "rounds",

@@ -52,6 +52,11 @@ class Shapes:
         doubling, so that long limits cost nothing before they are used."""
         return capacity_class(min(positions, max(_AT_ONCE, 2 * filled)))
 
+    def refill(self, slots: int) -> int:
+        """How many of so many slots have to be free before a chunk of rounds ends early for prompts that wait: one of
+        a small batch; of a large one, in which sequences end all the time, as many as are worth an interruption."""
+        return max(1, slots // 32)
+
     def chunk_positions(self, chunks: int) -> int:
         """The most positions that a sequence goes on by in so many chunks."""
         return chunks * max_chunk_tokens(CHUNK, self.round)

@@ -66,18 +66,17 @@ class KVCache:
         taken = self._mapped(lambda keys, values: self.backend.take_row(keys, values, row, batch))
         return taken.replace(length=jax.lax.dynamic_slice_in_dim(self.length, row, 1))
 
-    def with_row(self, row: Int[Array, ""], rows: KVCache, source: int) -> KVCache:
-        """With sequence `source` of `rows` in place of sequence `row`. What lies beyond the capacity of `rows` stays:
-        it is masked, and overwritten later."""
-        batch, others = len(self.length), len(rows.length)
+    def with_rows(self, rows: Int[Array, " new"], new: KVCache) -> KVCache:
+        """With the sequences of `new` in place of the sequences `rows`, no two of them equal. What lies beyond the
+        capacity of `new` stays: it is masked, and overwritten later."""
         pairs = [
-            self.backend.put_row(*old, *new, source, row, batch, others)
-            for old, new in zip(
-                zip(self.keys, self.values, strict=True), zip(rows.keys, rows.values, strict=True), strict=True
+            self.backend.put_rows(*old, *fresh, rows, len(self.length))
+            for old, fresh in zip(
+                zip(self.keys, self.values, strict=True), zip(new.keys, new.values, strict=True), strict=True
             )
         ]
         keys, values = zip(*pairs, strict=True)
-        length = jax.lax.dynamic_update_slice(self.length, rows.length[source : source + 1], (row,))
+        length = self.length.at[rows].set(new.length, mode="promise_in_bounds", unique_indices=True)
         return self.replace(keys=keys, values=values, length=length)
 
     def _mapped(self, change: Callable[[Array, Array], tuple[Array, Array]]) -> KVCache:

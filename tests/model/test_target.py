@@ -198,7 +198,7 @@ def test_a_row_of_another_cache_takes_the_place_of_one(
     shallow, deep = empty_caches(target, 2, 1, backend)
     _, shallow, deep = step(target, tokens[:, :5], shallow, deep, 1)
     row = jnp.int32(0)
-    moved = [cache.with_row(row, cache.resized(7), 1) for cache in (shallow, deep)]
+    moved = [cache.with_rows(row[None], cache.row(jnp.int32(1)).resized(7)) for cache in (shallow, deep)]
     logits, _, _ = step(target, tokens[[1, 1], 5:9], *moved, 1)
     alone, _, _ = step(target, tokens[1:, 5:9], *(cache.row(row) for cache in moved), 1)
     for found in (logits[0], logits[1], alone[0]):

@@ -62,7 +62,9 @@ class Conversation:
         self._turns: list[Turn] = []
         self._keys: set[str] = set()
         self._ids: list[int] = []  # from the first token to the end of the last answer
-        self._answers: list[tuple[int, int, int]] = []  # in `_ids`: an answer's start, its end token's place, that token
+        self._answers: list[
+            tuple[int, int, int]
+        ] = []  # in `_ids`: an answer's start, its end token's place, that token
         self._end = ""  # why the last answer ended
         self._asking = True  # the next text is the user's
         self._prompt = encode(target.tokenizer, frame.opening.rstrip(" "), frame.bare)
@@ -152,4 +154,3 @@ class Conversation:
 def normalised(text: str) -> str:
     """A text as duplicates are told by: without case, white space and the forms of a character."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-

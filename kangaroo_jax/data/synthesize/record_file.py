@@ -45,9 +45,7 @@ class RecordFile:
       InputError: on entry, for records of other settings, or a file that is not one of records; nothing is changed.
     """
 
-    def __init__(
-        self, output: pathlib.Path, settings: dict[str, Any], key: Callable[[Record], Hashable], flag: str
-    ):
+    def __init__(self, output: pathlib.Path, settings: dict[str, Any], key: Callable[[Record], Hashable], flag: str):
         self.output, self._settings, self._key, self._flag = output, settings, key, flag
         self._part = output.with_name(output.name + ".part")
         self._about = output.with_name(output.name + ".settings.json")

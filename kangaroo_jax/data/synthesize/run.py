@@ -165,6 +165,8 @@ class _Run:
         self.target, self.source, self.file, self.tally = target, source, file, tally
         self.engine = Engine(target, adapter, EngineConfig(batch_size), draft)
         self.batch_size, self.on_progress = batch_size, on_progress
+        # So that a slot that gets free finds a request that waits.
+        self.most = batch_size + max(1, batch_size // 8)
         self.jobs: dict[int, tuple[int, Job]] = {}  # by the id of its request
         self.next = 0  # the smallest index that was not begun
         # A killed run can leave gaps before what it has: they are filled even if there are records enough.
@@ -190,7 +192,7 @@ class _Run:
         limit = self.limit
         if not len(self.file) and self.source.count is None:
             limit = min(limit, _TRIED + self.batch_size)
-        while len(self.jobs) < self.batch_size and self.next < limit:
+        while len(self.jobs) < self.most and self.next < limit:
             if len(self.file) + len(self.jobs) >= self.tally.wanted and self.next >= self.gaps_to:
                 return
             index, self.next = self.next, self.next + 1

@@ -59,18 +59,17 @@ class AttentionBackend(Protocol):
     def take_row(self, keys: Array, values: Array, row: Int[Array, ""], batch: int) -> tuple[Array, Array]:
         """One sequence of `batch`, as keys and values of a batch of one."""
 
-    def put_row(
+    def put_rows(
         self,
         keys: Array,
         values: Array,
         new_keys: Array,
         new_values: Array,
-        source: int,
-        row: Int[Array, ""],
+        rows: Int[Array, " new"],
         batch: int,
-        source_batch: int,
     ) -> tuple[Array, Array]:
-        """Writes sequence `source` of a cache of `source_batch` sequences over sequence `row` of one of `batch`."""
+        """Writes the sequences of another cache, whose capacity is no larger, over the sequences `rows` of one of
+        `batch`; no two rows are equal."""
 
     def partition(self, shape: Sequence[int]) -> PartitionSpec:
         """How keys or values of `shape` are split over the mesh's devices along the axes that divide. Of backends for

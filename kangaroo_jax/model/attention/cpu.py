@@ -72,23 +72,21 @@ class CpuBackend:
         heads = keys.shape[0] // batch
         return tuple(jax.lax.dynamic_slice_in_dim(x, row * heads, heads) for x in (keys, values))
 
-    def put_row(
+    def put_rows(
         self,
         keys: Keys,
         values: Values,
         new_keys: Keys,
         new_values: Values,
-        source: int,
-        row: Int[Array, ""],
+        rows: Int[Array, " new"],
         batch: int,
-        source_batch: int,
     ) -> tuple[Keys, Values]:
         heads = keys.shape[0] // batch
-        rows = slice(source * heads, (source + 1) * heads)
-        return tuple(
-            jax.lax.dynamic_update_slice(x, new[rows], (row * heads, 0, 0))
-            for x, new in ((keys, new_keys), (values, new_values))
-        )
+        for i in range(len(rows)):
+            source = slice(i * heads, (i + 1) * heads)
+            keys = jax.lax.dynamic_update_slice(keys, new_keys[source], (rows[i] * heads, 0, 0))
+            values = jax.lax.dynamic_update_slice(values, new_values[source], (rows[i] * heads, 0, 0))
+        return keys, values
 
 
 def _move(

@@ -77,19 +77,18 @@ class DenseBackend:
     def take_row(self, keys: Entries, values: Entries, row: Int[Array, ""], batch: int) -> tuple[Entries, Entries]:
         return tuple(jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (keys, values))
 
-    def put_row(
+    def put_rows(
         self,
         keys: Entries,
         values: Entries,
         new_keys: Entries,
         new_values: Entries,
-        source: int,
-        row: Int[Array, ""],
+        rows: Int[Array, " new"],
         batch: int,
-        source_batch: int,
     ) -> tuple[Entries, Entries]:
+        # One scatter for all rows: an update for each would be thousands of kernels for a large batch.
         return tuple(
-            self._placed(jax.lax.dynamic_update_slice(x, new[source : source + 1], (row, 0, 0, 0)))
+            self._placed(x.at[rows, :, : new.shape[2]].set(new, mode="promise_in_bounds", unique_indices=True))
             for x, new in ((keys, new_keys), (values, new_values))
         )
 
