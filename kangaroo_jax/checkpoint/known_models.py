@@ -7,6 +7,8 @@ import pathlib
 
 import huggingface_hub
 
+from kangaroo_jax.checkpoint import hub
+from kangaroo_jax.checkpoint.gguf_source import gguf_shape
 from kangaroo_jax.checkpoint.json_file import read_json
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ModelConfig, RopeScaling
@@ -80,15 +82,21 @@ def model_config(name: str) -> ModelConfig:
     """A model's shape without its weights.
 
     Args:
-      name: a folder with config.json, such a file, one of `SHAPES`, or a hub id; those of `_KNOWN` need no network.
+      name: a folder with config.json or a GGUF file, such a file, one of `SHAPES` or of `hub.CHECKPOINTS`, or a hub
+        id; those of `_KNOWN` need no network.
 
     Raises:
-      InputError: for a name that is none of these, or a config.json that is wrong.
+      InputError: for a name that is none of these, or a file that is wrong.
     """
-    path = pathlib.Path(name).expanduser()
-    file = path / "config.json" if path.is_dir() else path
-    if file.is_file() or path.is_dir():
+    file = pathlib.Path(name).expanduser()
+    if file.suffix != ".json" or not file.is_file():
+        file = hub.local_checkpoint(name)
+    if file is not None:
+        if file.suffix == ".gguf":
+            return gguf_shape(file)
+        file = file / "config.json" if file.is_dir() else file
         return read_config(read_json(file, "give a folder that has one"), str(file))
+    name = hub.hub_id(name)
     known = _KNOWN.get(name, name)
     if known in SHAPES:
         return SHAPES[known]

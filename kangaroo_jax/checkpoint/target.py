@@ -1,4 +1,4 @@
-"""Targets in Hugging Face format: config.json and weights in, `TargetModel` out, and back."""
+"""Targets: a checkpoint in, `TargetModel` and what belongs to it out, and back."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from jax.sharding import Mesh
 
 from kangaroo_jax import demo
 from kangaroo_jax.checkpoint import fingerprint
-from kangaroo_jax.checkpoint.hub import local_folder
-from kangaroo_jax.checkpoint.json_file import read_json
+from kangaroo_jax.checkpoint.folder_source import folder_source
+from kangaroo_jax.checkpoint.gguf_source import gguf_source
+from kangaroo_jax.checkpoint.hub import find_checkpoint
 from kangaroo_jax.checkpoint.mapping import check_tensors, fill_module, parameter_rule
-from kangaroo_jax.checkpoint.tokenizer import load_tokenizer
-from kangaroo_jax.checkpoint.weights import DTYPES, Pieces, open_weights
+from kangaroo_jax.checkpoint.weights import DTYPES, Pieces
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ModelConfig
-from kangaroo_jax.model.families import family_of, read_config
-from kangaroo_jax.model.families.config_json import token_ids
+from kangaroo_jax.model.families import family_of
 from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel
 
@@ -36,12 +35,12 @@ class Target:
 
     Attributes:
       model: the weights.
-      tokenizer: a transformers tokenizer, or None if the folder has none.
-      name: the folder or hub id it came from.
+      tokenizer: a transformers tokenizer, or None if the checkpoint has none.
+      name: the folder, file or hub id it came from.
       fingerprint: identifies the weights whatever dtype they were loaded in; adapters record it.
-      eos_token_ids: from generation_config.json where there is one, else config.json.
+      eos_token_ids: from generation_config.json where there is one, else config.json; or from a GGUF file's metadata.
       mesh: what the weights are split over; None where they are on one device.
-      bytes_read: of weights, from files, by this process.
+      bytes_read: of weights, by this process, as the files' values are: blocks of a GGUF file after dequantising.
       earlier_fingerprints: what earlier versions of this package recorded for the same weights.
     """
 
@@ -76,30 +75,34 @@ def default_dtype(name: str | os.PathLike[str] | None = None, mesh: Mesh | None 
     return "float32" if platform == "cpu" or is_demo else "bfloat16"
 
 
-def load_target(name: str | os.PathLike[str], dtype: str | jnp.dtype | None = None, mesh: Mesh | None = None) -> Target:
-    """Loads a target from a local folder or a Hugging Face hub id.
+def load_target(
+    name: str | os.PathLike[str],
+    dtype: str | jnp.dtype | None = None,
+    mesh: Mesh | None = None,
+    compute_dtype: str | jnp.dtype | None = None,
+) -> Target:
+    """Loads a target from a local folder, a GGUF file or the Hugging Face hub.
 
     Args:
-      name: a folder with config.json and weights (*.safetensors, or pytorch_model*.bin where torch is installed),
-        or a hub id.
+      name: a folder with config.json and weights (*.safetensors, or pytorch_model*.bin where torch is installed);
+        a GGUF file, or a folder with one and no config.json; one of `known_models.CHECKPOINTS`; or a hub id.
       dtype: of the weights on the device: float32, bfloat16 or float16; None means `default_dtype`. One parameter at
         a time is on the host.
       mesh: splits the weights over its devices (model/sharding.py says how). Each process reads only the parts of
         its own devices, from safetensors; None keeps all on the default device.
+      compute_dtype: of activations and caches, as `dtype`; None means that of the weights.
 
     Raises:
       InputError: for a missing or corrupt file, an unknown architecture, or tensors that do not fit the config.
     """
     name = os.fspath(name)
-    dtype = _weights_dtype(default_dtype(name, mesh) if dtype is None else dtype)
-    folder = local_folder(name)
-    config_file = folder / "config.json"
-    raw = read_json(config_file, "a folder in Hugging Face format has one")
-    config = read_config(raw, str(config_file))
-    eos = _eos_token_ids(folder, config)
+    dtype = _supported_dtype("dtype", default_dtype(name, mesh) if dtype is None else dtype)
+    compute_dtype = None if compute_dtype is None else _supported_dtype("compute_dtype", compute_dtype)
+    path = find_checkpoint(name)
+    source = folder_source(path) if path.is_dir() else gguf_source(path)
+    config, weights = source.config, source.weights
     tensor_name = family_of(config).tensor_name
-    abstract = nnx.eval_shape(lambda: TargetModel(config, rngs=nnx.Rngs(0), dtype=dtype))
-    weights = open_weights(folder)
+    abstract = nnx.eval_shape(lambda: TargetModel(config, rngs=nnx.Rngs(0), dtype=dtype, compute_dtype=compute_dtype))
     check_tensors(abstract, weights.found, weights.files, tensor_name)
     bytes_read = 0
 
@@ -119,35 +122,25 @@ def load_target(name: str | os.PathLike[str], dtype: str | jnp.dtype | None = No
     model = fill_module(abstract, read, dtype, tensor_name, weights.files, mesh=mesh)
     return Target(
         model=model,
-        tokenizer=load_tokenizer(folder, config.vocab_size),
+        tokenizer=source.read_tokenizer(),
         name=name,
         fingerprint=current,
-        eos_token_ids=eos,
+        eos_token_ids=source.eos_token_ids,
         mesh=mesh,
         bytes_read=bytes_read,
         earlier_fingerprints=tuple(earlier),
     )
 
 
-def _weights_dtype(dtype: str | jnp.dtype) -> jnp.dtype:
+def _supported_dtype(name: str, dtype: str | jnp.dtype) -> jnp.dtype:
     supported = [np.dtype(x) for x in DTYPES.values()]
     try:
         found = jnp.dtype(dtype)
     except TypeError:
         found = None
     if found not in supported:
-        raise InputError(f"dtype must be one of {', '.join(x.name for x in supported)}, found {dtype!r}")
+        raise InputError(f"{name} must be one of {', '.join(x.name for x in supported)}, found {dtype!r}")
     return found
-
-
-def _eos_token_ids(folder: pathlib.Path, config: ModelConfig) -> tuple[int, ...]:
-    file = folder / "generation_config.json"
-    if not file.exists():
-        return config.eos_token_ids
-    try:
-        return token_ids(read_json(file, "remove it if it is not needed"), "eos_token_id") or config.eos_token_ids
-    except InputError as error:
-        raise InputError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
 
 
 def save_target(model: TargetModel, folder: str | pathlib.Path, dtype: jnp.dtype) -> None:

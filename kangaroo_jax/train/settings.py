@@ -61,10 +61,12 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 
 
 def check_target_folder(config: TrainConfig) -> None:
-    """Raises `InputError` for a target that is a path (not a hub id) to no folder."""
+    """Raises `InputError` for a target that is a path (not a hub id) to no checkpoint."""
     path = pathlib.Path(config.target).expanduser()
-    if (path.is_absolute() or config.target.startswith(".")) and not path.is_dir():
-        raise InputError(f"{config.target}: no such folder; expected a target in Hugging Face format or a hub id")
+    if (path.is_absolute() or config.target.startswith(".")) and not (path.is_dir() or path.suffix == ".gguf"):
+        raise InputError(
+            f"{config.target}: no such folder; expected a target in Hugging Face format, a GGUF file or a hub id"
+        )
 
 
 def check_context(config: TrainConfig, model: ModelConfig, name: str) -> None:

@@ -30,28 +30,13 @@ from kangaroo_jax.checkpoint.target import default_dtype, load_target, save_targ
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.families import all_families
 from kangaroo_jax.model.sharding import make_mesh
-from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
+from tests.checkpoint.forward import assert_same_logits, forward
 
 ROOT = pathlib.Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "hf_logits"
 VARIANTS = sorted(folder.name for folder in FIXTURES.iterdir())
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-
-
-@jax.jit
-def forward(target: TargetModel, tokens: jax.Array) -> jax.Array:
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = shallow_apply(target, tokens, positions, exit_layer=1)
-    hidden, _ = deep_apply(target, hidden, positions, exit_layer=1)
-    return lm_head(target, hidden)
-
-
-def assert_same_logits(found: jax.Array, expected: np.ndarray, tolerance: float) -> None:
-    """The largest difference, relative to the logits' scale."""
-    assert found.shape == expected.shape
-    error = np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()
-    assert error <= tolerance, f"logits differ by {error:.2e} of their scale"
 
 
 @pytest.fixture
@@ -605,7 +590,7 @@ def test_tokenizer_of_another_model(folder: pathlib.Path) -> None:
 
 
 def test_file_where_a_folder_is_expected(folder: pathlib.Path) -> None:
-    refused(folder / "config.json", str(folder / "config.json"), "expected a folder", "found a file")
+    refused(folder / "config.json", str(folder / "config.json"), "expected a folder", "GGUF", "found a file")
 
 
 def test_no_such_folder(folder: pathlib.Path) -> None:

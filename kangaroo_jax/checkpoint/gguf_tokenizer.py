@@ -1,0 +1,216 @@
+"""The tokenizer in a GGUF file's metadata, as one of transformers.
+
+transformers' own conversion needs torch, and knows fewer of the ways in which llama.cpp splits text (not SmolLM's).
+What is built here is what llama.cpp does (its src/llama-vocab.cpp), in the parts that the models' own tokenizer.json
+files use.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from kangaroo_jax.checkpoint.gguf_file import GGUFFile
+from kangaroo_jax.errors import InputError, one_line
+
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+_OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN2 = rf"{_CONTRACTIONS}{_WORDS}|\p{{N}}{_OTHERS}"
+_LLAMA3 = rf"{_CONTRACTIONS}{_WORDS}|\p{{N}}{{1,3}}{_OTHERS}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEEPSEEK3 = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+def _bytes(gpt2_words: bool) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2_words)
+
+
+# How text is split before merges, by tokenizer.ggml.pre; names that llama.cpp treats alike stand together.
+_SPLITS = {
+    ("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"): [_split(_LLAMA3), _bytes(False)],
+    ("tekken",): [_split(_TEKKEN), _bytes(False)],
+    ("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2"): [_split(_QWEN2), _bytes(False)],
+    ("smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b"): [
+        pre_tokenizers.Digits(individual_digits=True),
+        _bytes(True),
+    ],
+    ("gpt-2", "olmo", "mpt", "phi-2"): [_bytes(True)],
+    ("deepseek-v3",): [
+        _split(r"\p{N}{1,3}"),
+        _split(r"[\x{4E00}-\x{9FA5}\x{3040}-\x{30FF}]+"),
+        _split(_DEEPSEEK3),
+        _bytes(False),
+    ],
+}
+# A word that is a token is taken as it is, whatever the merges would make of it.
+_IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "tekken")
+_BEGIN_WITH_BOS = ("llama-bpe", "llama3", "llama-v3", "tekken")  # where the file does not say
+
+
+def gguf_tokenizer(file: GGUFFile) -> Any:
+    """The tokenizer and chat template in a GGUF file; None where there is none.
+
+    Raises:
+      InputError: for a kind of tokenizer that is not supported, or metadata that do not fit together.
+    """
+    kind = _get(file, "model")
+    if kind in (None, "none", "no_vocab"):
+        return None
+    if kind not in ("llama", "gpt2"):
+        raise InputError(
+            f"{file.path}: a tokenizer of the kind {kind!r} is not supported; supported: llama (SentencePiece), "
+            "gpt2 (byte-level BPE)"
+        )
+    tokens = _get(file, "tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise InputError(f"{file.path}: tokenizer.ggml.tokens must be a list of tokens, found {tokens!r}")
+    types = _get(file, "token_type") or [1] * len(tokens)
+    if len(types) != len(tokens):
+        raise InputError(
+            f"{file.path}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens; damaged"
+        )
+    try:
+        tokenizer = _sentencepiece(file, tokens, types) if kind == "llama" else _byte_level(file, tokens)
+        # Control tokens in a text of the user are found too, as with the tokenizer.json of the same model.
+        added = [
+            AddedToken(token, special=kind == _CONTROL, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in (_CONTROL, _USER_DEFINED) and token
+        ]
+        tokenizer.add_tokens(added)
+        return _for_transformers(file, tokenizer, tokens)
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise InputError(f"{file.path}: its tokenizer could not be read ({one_line(error)})") from None
+
+
+def _get(file: GGUFFile, key: str, default: Any = None) -> Any:
+    return file.metadata.get(f"tokenizer.ggml.{key}", default)
+
+
+def _special(file: GGUFFile, key: str, tokens: Sequence[str]) -> str | None:
+    number = _get(file, f"{key}_token_id")
+    if number is None:
+        return None
+    if not isinstance(number, int) or not 0 <= number < len(tokens):
+        raise InputError(
+            f"{file.path}: tokenizer.ggml.{key}_token_id must be one of {len(tokens)} tokens, found {number!r}"
+        )
+    return tokens[number]
+
+
+def _byte_level(file: GGUFFile, tokens: Sequence[str]) -> Tokenizer:
+    """BPE on bytes, after the text is split into words."""
+    pre = _get(file, "pre")
+    split = next((steps for names, steps in _SPLITS.items() if pre in names), None)
+    if split is None:
+        supported = ", ".join(name for names in _SPLITS for name in names)
+        raise InputError(
+            f"{file.path}: tokenizer.ggml.pre {pre!r} is not supported; supported: {supported}; "
+            "a file from before it was written must be converted again"
+        )
+    merges = _get(file, "merges")
+    if merges is None:
+        raise InputError(f"{file.path}: tokenizer.ggml.merges is missing; convert the model again")
+    tokenizer = Tokenizer(
+        models.BPE(
+            {token: i for i, token in enumerate(tokens)},
+            [_merge(merge) for merge in merges],
+            ignore_merges=pre in _IGNORE_MERGES,
+        )
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _merge(line: str) -> tuple[str, str]:
+    left, _, right = line[1:].partition(" ")  # the first character is the left token's, even where it is a space
+    return line[0] + left, right
+
+
+def _sentencepiece(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
+    """SentencePiece's BPE: the pair with the best score first, and bytes for what is in no token."""
+    scores = _get(file, "scores")
+    if scores is None or len(scores) != len(tokens):
+        raise InputError(
+            f"{file.path}: tokenizer.ggml.scores must have an entry for each of {len(tokens)} tokens, found "
+            f"{'none' if scores is None else len(scores)}"
+        )
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    pairs = []
+    for i, token in enumerate(tokens):
+        if types[i] in (_UNKNOWN, _CONTROL, _BYTE):
+            continue
+        for cut in range(1, len(token)):
+            left, right = vocabulary.get(token[:cut]), vocabulary.get(token[cut:])
+            if left is not None and right is not None:
+                pairs.append((-scores[i], left, right, (token[:cut], token[cut:])))
+    pairs.sort()
+    unknown = _special(file, "unknown", tokens) or next(
+        (t for t, k in zip(tokens, types, strict=True) if k == _UNKNOWN), None
+    )
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocabulary,
+            [pair for *_, pair in pairs],
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=_BYTE in types,
+        )
+    )
+    prefix = _get(file, "add_space_prefix", True)
+    spaces = [normalizers.Replace(" ", "▁")]
+    # Before each text between special tokens, as in llama.cpp.
+    tokenizer.normalizer = normalizers.Sequence(([normalizers.Prepend("▁")] if prefix else []) + spaces)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if prefix else []))
+    return tokenizer
+
+
+def _for_transformers(file: GGUFFile, tokenizer: Tokenizer, tokens: Sequence[str]) -> Any:
+    named = {f"{name}_token": _special(file, name, tokens) for name in ("bos", "eos")}
+    named |= {"unk_token": _special(file, "unknown", tokens), "pad_token": _special(file, "padding", tokens)}
+    sentencepiece = _get(file, "model") == "llama"
+    begin = _get(file, "add_bos_token", sentencepiece or _get(file, "pre") in _BEGIN_WITH_BOS)
+    end = _get(file, "add_eos_token", False)
+    before = [named["bos_token"]] if begin and named["bos_token"] else []
+    after = [named["eos_token"]] if end and named["eos_token"] else []
+    if before or after:
+        around = dict.fromkeys(before + after)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *(f"{t}:1" for t in after)],
+            special_tokens=[(token, tokens.index(token)) for token in around],
+        )
+    else:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    # transformers would say at import that torch is missing, which its tokenizers do not need.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=file.metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        name_or_path=str(file.path),
+        **named,
+    )
