@@ -180,6 +180,8 @@ class SynthesisConfig:
       question_tokens: at most so many in a question; a question that is cut there is left out.
       answer_tokens: at most so many in an answer; a conversation ends with an answer that is cut there.
       batch_size: sequences decoded together; nothing that is written depends on it.
+      texts: for a base model, which has no chat template: texts that it continues, as `data.files` names them. A record
+        is then a text: it begins with up to `question_tokens` tokens of one, and has up to `answer_tokens` new ones.
 
     Raises:
       InputError: for a value of the wrong type or out of range.
@@ -196,6 +198,7 @@ class SynthesisConfig:
     question_tokens: int = 256
     answer_tokens: int = 512
     batch_size: int = 16
+    texts: str = ""
 
     def __post_init__(self) -> None:
         _check_settings(self, "data.synthesis.", zero=("seed", "several_turns", "greedy"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
@@ -47,6 +48,12 @@ def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> Any:
             f"{vocab_size - 1}; use the tokenizer the weights were trained with"
         )
     return tokenizer
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """Identifies what a tokenizer's ids stand for, however it makes them of a text."""
+    vocabulary = sorted((id, token) for token, id in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
 def _is_generic(folder: pathlib.Path) -> bool:

@@ -2,8 +2,12 @@
 
     python -m kangaroo_jax.data.synthesize --model=FOLDER_OR_HUB_ID --output=FILE.jsonl --conversations=10000
 
-A chat model asks and answers: it continues its chat template's empty user turn, then answers what it wrote. Run again,
-it goes on; with more --conversations, it adds to those that are there.
+A chat model asks and answers: it continues its chat template's empty user turn, then answers what it wrote.
+
+    ... --texts='books/*.txt'      a base model, which has no chat template, continues texts
+    ... --prompts=prompts.jsonl    answers the prompts, or the users' turns, of files
+
+Run again, it goes on; with more --conversations, it adds to those that are there.
 """
 
 from __future__ import annotations
@@ -14,12 +18,25 @@ from absl import flags
 
 from kangaroo_jax.cli import command_line
 from kangaroo_jax.config import SynthesisConfig
+from kangaroo_jax.errors import InputError
+
+try:
+    from kangaroo_jax.data import chat
+except ModuleNotFoundError:
+    message = "training's packages are not installed; install the project with its extra: pip install '.[train]'"
+    command_line.fail("synthesize", message, code=1)
 
 _DEFAULT = SynthesisConfig()
 
 _MODEL = flags.DEFINE_string("model", None, "Target: a folder in Hugging Face format, or a hub id.")
 _OUTPUT = flags.DEFINE_string("output", None, "File of records to write, ending in .jsonl.")
-_CONVERSATIONS = flags.DEFINE_integer("conversations", _DEFAULT.conversations, "How many records there are to be.")
+_CONVERSATIONS = flags.DEFINE_integer(
+    "conversations", None, f"Records to write. Default: {_DEFAULT.conversations}; with --prompts, one for each."
+)
+_TEXTS = flags.DEFINE_string("texts", "", "Texts to continue: paths and globs, separated by commas.")
+_PROMPTS = flags.DEFINE_string(
+    "prompts", None, 'Files of {"prompt": ...}, {"messages": [...]} or {"conversations": [...]}: answer these.'
+)
 _TEMPLATE = flags.DEFINE_string("template", "", "Chat template, as data.template in a configuration.")
 _TURNS = flags.DEFINE_integer("turns", _DEFAULT.turns, "Most questions of a conversation.")
 _SEVERAL_TURNS = flags.DEFINE_float(
@@ -61,13 +78,17 @@ def main(argv: list[str] | None = None) -> None:
 def _synthesize() -> None:
     command_line.require(_MODEL, _OUTPUT)
     settings = _settings()
+    if _TEMPLATE.value not in ("", *chat.NAMED):
+        raise InputError(f"--template: expected {', '.join(chat.NAMED)} or none, found {_TEMPLATE.value!r}")
+    if _PROMPTS.value is not None and _TEXTS.value:
+        raise InputError("--prompts and --texts were both given; give one")
     import jax
 
     from kangaroo_jax import DraftConfig, compilation_cache, load_adapter, load_target
     from kangaroo_jax.cli.synthesis_progress import SynthesisProgress
-    from kangaroo_jax.data.synthesize.chat import SelfAsked
     from kangaroo_jax.data.synthesize.record_file import check_place
     from kangaroo_jax.data.synthesize.run import write_records
+    from kangaroo_jax.data.synthesize.sources import Regenerated, choose_source
     from kangaroo_jax.model import sharding
 
     output = check_place(_OUTPUT.value, "--output")
@@ -76,14 +97,18 @@ def _synthesize() -> None:
     mesh = None if split == (1, 1) else sharding.decoding_mesh(split[0], jax.local_devices(), split[1])
     target = load_target(_MODEL.value, _DTYPE.value, mesh)
     adapter = None if _ADAPTER.value is None else load_adapter(_ADAPTER.value, target)
-    source = SelfAsked(target, settings, _TEMPLATE.value)
+    if _PROMPTS.value is not None:
+        source = Regenerated(target, settings, _PROMPTS.value, _TEMPLATE.value)
+        wanted = min(source.count, _CONVERSATIONS.value or source.count)
+    else:
+        source, wanted = choose_source(target, settings, _TEMPLATE.value), settings.conversations
     with SynthesisProgress(str(output)) as progress:
         done = write_records(
             target,
             adapter,
             source,
             output,
-            settings.conversations,
+            wanted,
             batch_size=settings.batch_size,
             draft=DraftConfig() if adapter is None else adapter.draft,
             on_progress=progress.show,
@@ -99,7 +124,7 @@ def _synthesize() -> None:
 
 def _settings() -> SynthesisConfig:
     return SynthesisConfig(
-        conversations=_CONVERSATIONS.value,
+        conversations=_DEFAULT.conversations if _CONVERSATIONS.value is None else _CONVERSATIONS.value,
         seed=_SEED.value,
         turns=_TURNS.value,
         several_turns=_SEVERAL_TURNS.value,
@@ -110,6 +135,7 @@ def _settings() -> SynthesisConfig:
         question_tokens=_QUESTION_TOKENS.value,
         answer_tokens=_ANSWER_TOKENS.value,
         batch_size=_BATCH_SIZE.value,
+        texts=_TEXTS.value,
     )
 
 

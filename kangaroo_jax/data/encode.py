@@ -3,7 +3,9 @@
 At each position, teacher and draft model are compared over the next token. A position counts where that next token is
 the assistant's: from the last token of the turn's header to the last token of the answer. So the answer is learned, and
 the token that ends the turn (`</s>`, `<|eot_id|>`), which drafts have to predict as well. In a text, every position
-counts.
+counts, and of a completion, those that predict it.
+
+A record that says with which tokens of this tokenizer a target wrote it is taken at its word.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.checkpoint.tokenizer import vocabulary_digest
 from kangaroo_jax.data import chat
-from kangaroo_jax.data.records import BadRecord, Conversation, Place, Source, Text
+from kangaroo_jax.data.records import BadRecord, Conversation, Place, Source, Spelling, Text, Turn
 from kangaroo_jax.errors import InputError
 
 # Increase when encode.py, chat.py or records.py change how a record is tokenised: it invalidates token caches.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Encoder:
                 f"{target.name}: neither the tokenizer nor config.json names an EOS token; set eos_token_id"
             )
         self._target, self._tokenizer, self._template, self._end = target, tokenizer, template, ends[0]
+        self._spelled_by = (vocabulary_digest(tokenizer), template)
         special = (id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
         self._turn_ends = {*ends, *special}
 
@@ -98,18 +102,25 @@ class Encoder:
         batches: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
         spans: dict[int, list[chat.Span]] = {}
         for i, content in enumerate(contents):
+            spelling = content.spelling
+            if spelling is not None and (spelling.tokenizer, spelling.template) == self._spelled_by:
+                made[i] = _spelled(spelling)
+                continue
             if isinstance(content, Text):
+                if content.prompt:
+                    self._check_offsets(places[i], sources)
                 batches[content.begins].append((i, content.text))
                 continue
             self._check_chat(places[i], sources)
             try:
                 if self._marked:
                     ids, mask = chat.tokens_and_mask(content.turns, self._tokenizer)
-                    made[i] = self._chat_tokens(ids, np.asarray(mask, bool))
+                    made[i] = self._chat_tokens(ids, _learned_runs(np.asarray(mask, bool), content.turns))
                 else:
                     rendered = chat.render(content.turns, self._tokenizer, self._template)
                     batches[rendered.bare].append((i, rendered.text))
-                    spans[i] = rendered.spans
+                    answers = [turn for turn in content.turns if turn.role == "assistant"]
+                    spans[i] = [span for span, turn in zip(rendered.spans, answers, strict=True) if turn.learned]
             except BadRecord as error:
                 made[i] = error
         for special, texts in batches.items():
@@ -120,7 +131,11 @@ class Encoder:
             for row, (i, text) in enumerate(texts):
                 ids = out["input_ids"][row]
                 if i not in spans:
-                    made[i] = self._text_tokens(ids, contents[i].ends)
+                    prompt = contents[i].prompt
+                    learned = (
+                        _covering(out.encodings[row].offsets, [(prompt, len(text))], len(text)) if prompt else None
+                    )
+                    made[i] = self._text_tokens(ids, contents[i].ends, learned)
                     continue
                 try:
                     made[i] = self._chat_tokens(ids, _covering(out.encodings[row].offsets, spans[i], len(text)))
@@ -144,22 +159,26 @@ class Encoder:
                 f"{place.describe(sources)}: a conversation, but the tokenizer of {self._target.name} has no chat "
                 f"template; set data.template to the one that the target was tuned with ({names})"
             )
+        self._check_offsets(place, sources)
+
+    def _check_offsets(self, place: Place, sources: Sequence[Source]) -> None:
         if not self._tokenizer.is_fast:
             raise InputError(
-                f"{place.describe(sources)}: a conversation, but the tokenizer of {self._target.name} is not a fast "
-                "one and cannot say which tokens the assistant's are; expected tokenizer.json beside its config.json"
+                f"{place.describe(sources)}: only a part of it is to be learned, but the tokenizer of "
+                f"{self._target.name} is not a fast one and cannot say which tokens that is; expected tokenizer.json "
+                "beside its config.json"
             )
 
     @functools.cached_property
     def _marked(self) -> bool:
         return not self._template and chat.marks_generation(self._tokenizer)
 
-    def _text_tokens(self, ids: list[int], ends: bool) -> Tokens:
-        """All positions count but the last one of a text that ends (EOS), after which nothing comes."""
+    def _text_tokens(self, ids: list[int], ends: bool, learned: Bool[np.ndarray, " tokens"] | None) -> Tokens:
+        """Tokens of a text, with EOS where it ends, after which nothing comes. `learned` says which are, if not all."""
         ids = np.asarray([*ids, self._end] if ends else ids, np.int32)
-        counts = np.ones(ids.shape, bool)
-        counts[len(ids) - ends :] = False
-        return Tokens(ids, counts)
+        if learned is None:
+            learned = np.ones(len(ids) - ends, bool)
+        return Tokens(ids, np.append(np.append(learned[1:], True)[: len(learned)], [False] * ends))
 
     def _chat_tokens(self, ids: list[int], written: Bool[np.ndarray, " tokens"]) -> Tokens:
         """Tokens of a conversation. `written` marks those that hold any of the assistant's text; raises `BadRecord` if
@@ -175,6 +194,29 @@ class Encoder:
             if stop < len(ids) and ids[stop] in self._turn_ends:
                 written[end : stop + 1] = True
         return Tokens(np.asarray(ids, np.int32), np.append(written[1:], False))
+
+
+def _spelled(spelling: Spelling) -> Tokens:
+    """The tokens that a record was written with."""
+    learned = np.zeros(len(spelling.ids), bool)
+    for start, end in spelling.learned:
+        learned[start:end] = True
+    return Tokens(np.asarray(spelling.ids, np.int32), np.append(learned[1:], False))
+
+
+def _learned_runs(mask: Bool[np.ndarray, " tokens"], turns: Sequence[Turn]) -> Bool[np.ndarray, " tokens"]:
+    """The assistant's tokens without those of turns that are not to be learned; raises `BadRecord` where the template
+    does not show each answer as one run."""
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    if all(turn.learned for turn in answers):
+        return mask
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
+    if len(edges) != len(answers):
+        raise BadRecord("the chat template does not mark each answer, and not all are to be learned")
+    mask = mask.copy()
+    for (start, end), turn in zip(edges, answers, strict=True):
+        mask[start:end] &= turn.learned
+    return mask
 
 
 def _covering(offsets: Sequence[chat.Span], spans: Sequence[chat.Span], length: int) -> Bool[np.ndarray, " tokens"]:

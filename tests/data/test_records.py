@@ -90,7 +90,7 @@ def test_turns_in_the_shape_that_templates_expect(turns, expected):
         (b'{"text": "\xff"}', "not UTF-8 text (invalid start byte at byte 10 of the line)"),
         (
             b'{"txt": "y", "id": 1}',
-            'expected an object with "conversations", "messages" or a string under "text", found keys',
+            'expected an object with "conversations", "messages", "prompt" and "completion", or a string under "text"',
         ),
         (b'{"text": 3}', "found keys text"),
         (b'"text"', "found str"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -19,13 +20,14 @@ _STANDIN = "\ue0f4\ue0f5{}\ue0f6"
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """The text around the turns.
+    """The text around the turns, without spaces at its ends: a tokenizer joins them with what follows.
 
     Attributes:
       opening: before the first user's text.
       to_answer: from the end of a user's text to where the answer begins.
       to_next: from the end of an answer to where the next user's text begins; None where the template takes one turn.
-      bare: whether the tokenizer still has to add its special tokens (BOS).
+      spaced_answer: whether a space was left off before the answer.
+      spaced_next: whether a space was left off before the next user's text.
       turn_ends: token ids that end a user's turn.
       turn_stop: strings that do.
       special: all ids of special tokens: one within a user's turn is none of its text.
@@ -34,81 +36,100 @@ class Frame:
     opening: str
     to_answer: str
     to_next: str | None
-    bare: bool
+    spaced_answer: bool
+    spaced_next: bool
     turn_ends: tuple[int, ...]
     turn_stop: tuple[str, ...]
     special: frozenset[int]
 
 
-def find_frame(target: Target, template: str = "") -> Frame:
-    """The frame that a target's template, or one of `chat.NAMED`, gives.
+class Template:
+    """A target's chat template, or one of `chat.NAMED`: the one place here that applies it.
+
+    Args:
+      target: with a tokenizer.
+      name: as `data.template` names it; empty for the tokenizer's own.
 
     Raises:
-      InputError: for a target without a tokenizer or a template, or a template that does not show the user's text.
+      InputError: for a target without a tokenizer or a template.
     """
-    tokenizer = target.tokenizer
-    if tokenizer is None:
-        raise InputError(f"{target.name}: has no tokenizer; put its tokenizer files beside it")
-    if not template and not tokenizer.chat_template:
-        raise InputError(
-            f"{target.name}: has no chat template, so it is not known how a user's turn begins; name the one that it "
-            f"was tuned with ({', '.join(chat.NAMED)}), or let it continue texts"
-        )
-    user, answer, more = (_STANDIN.format(i) for i in range(3))
-    try:
-        opening, to_answer = _between(target, template, [Turn("user", user)], [user])
+
+    def __init__(self, target: Target, name: str):
+        self.target, self.name = target, name
+        if target.tokenizer is None:
+            raise InputError(f"{target.name}: has no tokenizer; put its tokenizer files beside it")
+        if not name and not target.tokenizer.chat_template:
+            raise InputError(
+                f"{target.name}: has no chat template, so it is not known how a user's turn begins; name the one that "
+                f"it was tuned with (template: {', '.join(chat.NAMED)}), or give texts for it to continue"
+            )
+
+    def ids(self, turns: Sequence[Turn]) -> list[int]:
+        """Token ids of a conversation, up to where the answer begins. Raises `BadRecord` if the template refuses it."""
+        return self._encode(self._text(turns).rstrip(" "))
+
+    def opening_ids(self, frame: Frame) -> list[int]:
+        """Token ids of what stands before the first user's text."""
+        return self._encode(frame.opening)
+
+    def frame(self) -> Frame:
+        """What it puts around the turns.
+
+        Raises:
+          InputError: for a template that does not show what the user says.
+        """
+        user, answer, more = (_STANDIN.format(i) for i in range(3))
         try:
-            turns = [Turn("user", user), Turn("assistant", answer), Turn("user", more)]
-            _, _, to_next, _ = _between(target, template, turns, [user, answer, more])
+            opening, to_answer = self._around([Turn("user", user)])
+        except BadRecord as error:
+            raise InputError(f"{self.target.name}: {error}; name another template") from None
+        try:
+            _, _, to_next, _ = self._around([Turn("user", user), Turn("assistant", answer), Turn("user", more)])
         except BadRecord:
             to_next = None
-    except BadRecord as error:
-        raise InputError(f"{target.name}: {error}; name another with a template of chat.NAMED") from None
-    special = frozenset(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
-    first = encode(tokenizer, to_answer.lstrip())[:1]
-    ends = dict.fromkeys([*target.eos_token_ids, *(id for id in first if id in special)])
-    stop = () if first and first[0] in special else (to_answer.strip(),)
-    if not to_answer.strip():
-        stop = ()
-    return Frame(
-        opening=opening,
-        to_answer=to_answer,
-        to_next=to_next,
-        bare=bool(template),
-        turn_ends=tuple(ends)[:MAX_EOS],
-        turn_stop=stop,
-        special=special,
-    )
+        tokenizer = self.target.tokenizer
+        special = frozenset(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+        mark = to_answer.strip()
+        first = encode(tokenizer, mark)[:1]
+        marked = bool(first) and first[0] in special
+        ends = dict.fromkeys([*self.target.eos_token_ids, *(first if marked else [])])
+        return Frame(
+            opening=opening.rstrip(" "),
+            to_answer=to_answer.rstrip(" "),
+            to_next=None if to_next is None else to_next.rstrip(" "),
+            spaced_answer=to_answer.endswith(" "),
+            spaced_next=to_next is not None and to_next.endswith(" "),
+            turn_ends=tuple(ends)[:MAX_EOS],
+            turn_stop=(mark,) if mark and not marked else (),
+            special=special,
+        )
+
+    def _text(self, turns: Sequence[Turn]) -> str:
+        tokenizer = self.target.tokenizer
+        if self.name:
+            answer = _STANDIN.format("answer")
+            return chat.render([*turns, Turn("assistant", answer)], tokenizer, self.name).text.partition(answer)[0]
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise BadRecord(f"the chat template refuses a conversation ({error})") from None
+
+    def _encode(self, text: str) -> list[int]:
+        """A beginning as token ids: with a named template, the tokenizer has to add BOS."""
+        return encode(self.target.tokenizer, text, special=bool(self.name))
+
+    def _around(self, turns: list[Turn]) -> list[str]:
+        """What is before, between and after what the turns say."""
+        rest, pieces = self._text(turns), []
+        for turn in turns:
+            before, found, rest = rest.partition(turn.text)
+            if not found:
+                raise BadRecord("the chat template leaves out or changes what the user says")
+            pieces.append(before)
+        return [*pieces, rest]
 
 
-def encode(tokenizer: Any, text: str, bare: bool = False) -> list[int]:
-    """Token ids of a piece of a conversation. `bare`: the tokenizer adds its special tokens."""
-    return tokenizer.encode(text, add_special_tokens=bare, verbose=False) if text else []
-
-
-def render(target: Target, template: str, turns: list[Turn]) -> str:
-    """The conversation up to where the assistant's next turn begins. The one place here that applies a template.
-
-    Raises:
-      BadRecord: for a conversation that the template refuses.
-    """
-    if template:
-        answer = _STANDIN.format("answer")
-        text = chat.render([*turns, Turn("assistant", answer)], target.tokenizer, template).text
-        return text.partition(answer)[0]
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    try:
-        return target.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise BadRecord(f"the chat template refuses a conversation ({error})") from None
-
-
-def _between(target: Target, template: str, turns: list[Turn], texts: list[str]) -> list[str]:
-    """What is before, between and after `texts`."""
-    rest, pieces = render(target, template, turns), []
-    for text in texts:
-        before, found, rest = rest.partition(text)
-        if not found:
-            raise BadRecord("the chat template leaves out or changes what the user says")
-        pieces.append(before)
-    return [*pieces, rest]
+def encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+    """Token ids of a piece of text. `special`: with the tokenizer's special tokens around."""
+    return tokenizer.encode(text, add_special_tokens=special, verbose=False) if text else []

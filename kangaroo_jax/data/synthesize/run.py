@@ -17,9 +17,9 @@ from kangaroo_jax.engine.engine import Engine
 from kangaroo_jax.engine.requests import Answer, Finished, Request
 from kangaroo_jax.errors import InputError
 
-DUPLICATE = "duplicate"
-_TRIED = 64  # numbers without any record after which the next are not tried
-_PER_RECORD = 4  # numbers tried for each record that is wanted, at most
+_DUPLICATE = "duplicate"
+_TRIED = 64  # indices without any record after which the next are not tried
+_PER_RECORD = 4  # indices tried for each record that is wanted, at most
 
 
 class Job(Protocol):
@@ -31,12 +31,14 @@ class Job(Protocol):
 
     key: Hashable | None
 
+    def start(self) -> Record | str | None:
+        """To be called first; returns what `take` does."""
+
     def request(self) -> Request:
         """What is to be decoded next."""
 
     def take(self, answer: Answer) -> Record | str | None:
-        """Takes what was decoded: None where `request` has more to decode, else the record (without its index), or why
-        there is none."""
+        """Takes what was decoded: None where `request` has more to decode, else the record, or why there is none."""
 
 
 class Source(Protocol):
@@ -44,11 +46,13 @@ class Source(Protocol):
 
     Attributes:
       settings: what its records depend on, JSON values.
-      count: how many numbers it has; None: any.
+      every: what all of its records have in common, besides what their jobs give and their indices.
+      count: how many indices it has; None: any.
       advice: the end of a message about too few records, what to do.
     """
 
     settings: dict[str, Any]
+    every: Record
     count: int | None
     advice: str
 
@@ -197,25 +201,26 @@ class _Run:
                 return
             index, self.next = self.next, self.next + 1
             if index not in self.file:
-                self._add(index, self.source.job(index))
-
-    def _add(self, index: int, job: Job) -> None:
-        self.jobs[self.engine.add(job.request())] = (index, job)
+                job = self.source.job(index)
+                self._go_on(index, job, job.start())
 
     def _take(self, answer: Answer) -> None:
         index, job = self.jobs.pop(answer.id)
         self.tally.tokens += len(answer.tokens)
-        outcome = job.take(answer)
+        self._go_on(index, job, job.take(answer))
+
+    def _go_on(self, index: int, job: Job, outcome: Record | str | None) -> None:
+        """With a job that has an outcome, or is to decode more."""
         if job.key is not None and self.file.is_duplicate(index, job.key):
-            outcome = DUPLICATE
+            outcome = _DUPLICATE
         if outcome is None:
-            self._add(index, job)
+            self.jobs[self.engine.add(job.request())] = (index, job)
             return
         if isinstance(outcome, str):
             self.tally.dropped[outcome] += 1
             self.file.add({"index": index, "dropped": outcome})
         else:
-            self.file.add({"index": index, **outcome})
+            self.file.add({"index": index, **outcome, **self.source.every})
             self.tally.records = len(self.file)
         self.on_progress(self.tally)
 
