@@ -2,7 +2,7 @@
 
 A checkpoint is a folder with the items `adapter` (dotted parameter path -> array) and `metadata` (JSON). Each step of
 a training run is such a folder with more items beside them, `optimizer`, `position` and `metrics`, which loading an
-adapter never touches. The target's weights are in none of them.
+adapter never touches. The target's weights are in none of them: of a draft vocabulary, the token ids alone are stored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import Adapter, DraftVocabulary, abstract_adapter
 from kangaroo_jax.model.naming import parameter_paths
 
-# Beside an adapter: how to draft with it, and what tokens its drafts are made of.
+# Among the parameters of an adapter that was trained with a draft vocabulary: the tokens that its drafts are made of.
+TOKEN_IDS = "draft_vocabulary.token_ids"
+# Beside an adapter: how to draft with it, and a draft vocabulary in place of the one it was trained with.
 DRAFT_SETTINGS = "decode.json"
 DRAFT_VOCABULARY = "draft_vocabulary.npy"
 # The held-out figure by which one step of a run is better than another.
@@ -56,7 +58,8 @@ class TrainedAdapter:
     """A loaded adapter.
 
     Attributes:
-      model: the weights, in the target's dtype, with the draft vocabulary that lies beside them.
+      model: the weights, in the target's dtype, with the draft vocabulary that lies beside them, or else the one that
+        they were trained with.
       exit_layer: number of shallow layers it was trained for; None where the checkpoint does not say (the authors').
       name: the folder it came from.
       target_fingerprint: of the target it was trained for; None where the checkpoint does not say.
@@ -81,6 +84,12 @@ def adapter_from_parameters(config: ModelConfig, parameters: dict[str, Array]) -
     return jax.tree.unflatten(jax.tree.structure(abstract), [parameters[path] for path in parameter_paths(abstract)])
 
 
+def drafted_tokens(metadata: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """`TOKEN_IDS` and its shape, where the checkpoint with this `metadata` item has it among its parameters."""
+    shape = metadata["parameters"].get(TOKEN_IDS)
+    return {} if shape is None else {TOKEN_IDS: jax.ShapeDtypeStruct(tuple(shape), jnp.int32)}
+
+
 def adapter_metadata(
     parameters: dict[str, Array], target: Target, exit_layer: int, training: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -90,7 +99,7 @@ def adapter_metadata(
         "version": _VERSION,
         "kind": _KIND,
         "exit_layer": exit_layer,
-        "dtype": next(iter(parameters.values())).dtype.name,
+        "dtype": parameters["norm.weight"].dtype.name,
         "parameters": {path: list(x.shape) for path, x in parameters.items()},
         "target": {
             "name": target.name,
@@ -133,6 +142,8 @@ def save_adapter(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists already; remove it or name another output folder")
     parameters = named_leaves(adapter)
+    if adapter.draft_vocabulary is not None:
+        del parameters["draft_vocabulary.weight"]  # the target's
     items = ocp.args.Composite(
         adapter=ocp.args.PyTreeSave({path: np.asarray(x) for path, x in parameters.items()}),
         metadata=ocp.args.JsonSave(adapter_metadata(parameters, target, exit_layer, training)),
@@ -219,15 +230,19 @@ def read_draft_vocabulary(folder: pathlib.Path, config: ModelConfig) -> np.ndarr
         token_ids = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: not a NumPy array ({error}); {fix}") from None
+    return _checked_tokens(token_ids, config, str(path), fix)
+
+
+def _checked_tokens(token_ids: np.ndarray, config: ModelConfig, place: str, fix: str) -> np.ndarray:
     if token_ids.ndim != 1 or not len(token_ids) or not np.issubdtype(token_ids.dtype, np.integer):
         raise InputError(
-            f"{path}: expected a list of token ids, found shape {list(token_ids.shape)} of {token_ids.dtype}; {fix}"
+            f"{place}: expected a list of token ids, found shape {list(token_ids.shape)} of {token_ids.dtype}; {fix}"
         )
     wrong = token_ids[(token_ids < 0) | (token_ids >= config.vocab_size)]
     if len(wrong):
-        raise InputError(f"{path}: token id {wrong[0]} is outside the vocabulary of {config.vocab_size}; {fix}")
+        raise InputError(f"{place}: token id {wrong[0]} is outside the vocabulary of {config.vocab_size}; {fix}")
     if len(np.unique(token_ids)) < len(token_ids):
-        raise InputError(f"{path}: a token id is in it twice; {fix}")
+        raise InputError(f"{place}: a token id is in it twice; {fix}")
     return token_ids.astype(np.int32)
 
 
@@ -380,9 +395,10 @@ def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     expected = named_leaves(abstract_adapter(target.config, target.model.dtype))
+    tokens = drafted_tokens(metadata)
     # The list first: it names a mismatch where the arrays themselves would only fail to be read.
-    check_parameters(metadata["parameters"], expected, folder)
-    found = read_arrays(folder, "adapter", expected)
+    check_parameters(metadata["parameters"], expected | tokens, folder)
+    found = read_arrays(folder, "adapter", expected | tokens)
     parameters = {path: found[path].astype(leaf.dtype) for path, leaf in expected.items()}
     if target.mesh is None:
         parameters = jax.tree.map(jnp.asarray, parameters)
@@ -390,6 +406,10 @@ def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
         parameters = sharding.put(parameters, sharding.shardings(parameters, target.mesh))
     parameters = {path: sharding.arranged(path, x) for path, x in parameters.items()}
     model = adapter_from_parameters(target.config, parameters)
+    if tokens:
+        place = f"{folder}: parameter {TOKEN_IDS}"
+        token_ids = _checked_tokens(found[TOKEN_IDS], target.config, place, "copy or train it again")
+        model.draft_vocabulary = DraftVocabulary(target.model, jnp.asarray(token_ids))
     return TrainedAdapter(model, metadata["exit_layer"], name, target.fingerprint)
 
 
