@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
+from kangaroo_jax.checkpoint import fingerprint
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.checkpoint.upstream import load_upstream
 from kangaroo_jax.config import DraftConfig, TreeConfig
@@ -39,14 +40,6 @@ _FORMAT = "kangaroo_jax adapter"
 _VERSION = 1
 # What drafts. Checkpoints from before it was recorded hold the paper's adapter too.
 _KIND = "kangaroo"
-_TARGET_SHAPE = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-)
 
 
 class DamagedError(InputError):
@@ -62,7 +55,10 @@ class TrainedAdapter:
         they were trained with.
       exit_layer: number of shallow layers it was trained for; None where the checkpoint does not say (the authors').
       name: the folder it came from.
-      target_fingerprint: of the target it was trained for; None where the checkpoint does not say.
+      target_fingerprint: of the target it was loaded for; None where the checkpoint does not say what it was trained
+        for.
+      other_target: the name of the target it was trained for, where that has the same shapes and other weights (a
+        fine-tune, or the original of a quantised one). Fewer of its drafts may be accepted.
       draft: how to draft with it: what its decode.json says, else the paper's settings.
     """
 
@@ -70,6 +66,7 @@ class TrainedAdapter:
     exit_layer: int | None
     name: str
     target_fingerprint: str | None
+    other_target: str | None = None
     draft: DraftConfig = DraftConfig()  # noqa: RUF009 - frozen
 
 
@@ -104,7 +101,7 @@ def adapter_metadata(
         "target": {
             "name": target.name,
             "fingerprint": target.fingerprint,
-            **{key: getattr(target.config, key) for key in _TARGET_SHAPE},
+            **fingerprint.constants(target.config),
         },
         "training": training,
     }
@@ -161,7 +158,8 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
       target: what the adapter is for.
 
     Raises:
-      InputError: for a path that is missing, not an adapter checkpoint, corrupt, or trained for another target.
+      InputError: for a path that is missing, not an adapter checkpoint, corrupt, or trained for another target, unless
+        that differs in weights alone (`TrainedAdapter.other_target`).
     """
     folder = pathlib.Path(path).expanduser().resolve()
     if not folder.is_dir():
@@ -323,10 +321,22 @@ def check_format(metadata: Any, folder: pathlib.Path) -> None:
         )
 
 
+def is_for(metadata: dict[str, Any], target: Target) -> bool:
+    """Whether a checkpoint's adapter was trained for this very target."""
+    return target.has_fingerprint(metadata["target"]["fingerprint"])
+
+
+def is_for_shapes_of(metadata: dict[str, Any], target: Target) -> bool:
+    """Whether a checkpoint's adapter was trained for a target that differs from this one in weights alone. False where
+    the checkpoint is from before all constants were recorded."""
+    trained_for = {name: value for name, value in metadata["target"].items() if name not in ("name", "fingerprint")}
+    return fingerprint.same_constants(trained_for, target.config)
+
+
 def check_target(metadata: dict[str, Any], target: Target, folder: pathlib.Path) -> None:
     """Raises `InputError` where a checkpoint's adapter was trained for another target."""
     trained_for = metadata["target"]
-    if not target.has_fingerprint(trained_for["fingerprint"]):
+    if not is_for(metadata, target):
         raise InputError(
             f"{folder}: trained for another target; expected {target.name} (fingerprint {target.fingerprint}), found "
             f"{trained_for['name']} (fingerprint {trained_for['fingerprint']}); train an adapter for this target, or "
@@ -389,7 +399,9 @@ def check_parameters(found: dict[str, tuple[int, ...]], expected: dict[str, Any]
 
 def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
     metadata = read_metadata(folder)
-    check_target(metadata, target, folder)
+    near = not is_for(metadata, target) and is_for_shapes_of(metadata, target)
+    if not near:
+        check_target(metadata, target, folder)
     try:
         check_exit_layer(metadata["exit_layer"], target.config)
     except InputError as error:
@@ -410,7 +422,8 @@ def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
         place = f"{folder}: parameter {TOKEN_IDS}"
         token_ids = _checked_tokens(found[TOKEN_IDS], target.config, place, "copy or train it again")
         model.draft_vocabulary = DraftVocabulary(target.model, jnp.asarray(token_ids))
-    return TrainedAdapter(model, metadata["exit_layer"], name, target.fingerprint)
+    other_target = metadata["target"]["name"] if near else None
+    return TrainedAdapter(model, metadata["exit_layer"], name, target.fingerprint, other_target)
 
 
 def _read(folder: pathlib.Path, **items: Any) -> dict[str, Any]:
