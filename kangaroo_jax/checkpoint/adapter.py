@@ -21,7 +21,7 @@ from jaxtyping import Array, PyTree
 
 from kangaroo_jax.checkpoint import fingerprint
 from kangaroo_jax.checkpoint.target import Target
-from kangaroo_jax.checkpoint.upstream import load_upstream
+from kangaroo_jax.checkpoint.upstream import is_upstream, load_upstream
 from kangaroo_jax.config import DraftConfig, TreeConfig
 from kangaroo_jax.errors import InputError, one_line
 from kangaroo_jax.model import sharding
@@ -154,7 +154,7 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
 
     Args:
       path: a folder that `save_adapter` wrote, a training run (its best step by held-out expected acceptance), one
-        step of a run, or the authors' PyTorch folder (config.json and pytorch_model.bin).
+        step of a run, or the authors' folder (config.json, and pytorch_model.bin or model.safetensors).
       target: what the adapter is for.
 
     Raises:
@@ -168,7 +168,7 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
             f"{path}: {what}; train one with: python train.py --config=configs/demo.py "
             f"--config.target={target.name} --config.output={path}"
         )
-    if (folder / "pytorch_model.bin").exists():
+    if is_upstream(folder):
         model = load_upstream(folder, target, target.model.dtype)
         return _with_companions(TrainedAdapter(model, None, str(path), None), folder, target)
     step = folder if (folder / "adapter").is_dir() else best_step(folder)
@@ -176,7 +176,7 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
         found = ", ".join(sorted(x.name for x in folder.iterdir())[:5]) or "an empty folder"
         raise InputError(
             f"{folder}: not an adapter checkpoint; expected 'adapter' and 'metadata', numbered steps of a run, "
-            f"or the authors' config.json and pytorch_model.bin; found {found}"
+            f"or the authors' config.json and weights (pytorch_model.bin or model.safetensors); found {found}"
         )
     return _with_companions(_load(step, target, str(path)), folder, target)
 
