@@ -312,6 +312,11 @@ class TrainConfig:
       sequence_length: tokens of a row, at most the target's context. Short records share a row, long ones are cut.
       loss_chunk: positions of each row whose logits exist at once: less takes less memory and more time.
       loss: cross_entropy, as the authors; total_variation, which is 1 - expected acceptance; or both, their sum.
+      cross_entropy_steps: the first so many steps train on cross entropy, whatever `loss` says; less than the run's
+        steps. Total variation has next to no gradient where the two distributions hardly overlap yet. 0: none.
+      draft_vocabulary: the tokens that drafts are made of, stored with the adapter: so many of those that the training
+        data has most often; "0": all; or "auto": the number with which decoding is predicted to be fastest
+        (train/draft_vocabulary.py says how).
       initialization: where the adapter starts: layer, the target's attention of layer `exit_layer`; zero_output, an
         attention that adds nothing; or random.
       optimizer: how it is trained.
@@ -338,6 +343,8 @@ class TrainConfig:
     sequence_length: int = 2048
     loss_chunk: int = 128
     loss: Literal["cross_entropy", "total_variation", "both"] = "cross_entropy"
+    cross_entropy_steps: int = 0
+    draft_vocabulary: str = "0"
     initialization: Literal["layer", "zero_output", "random"] = "layer"
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
@@ -348,7 +355,14 @@ class TrainConfig:
     keep_checkpoints: int = 3
 
     def __post_init__(self) -> None:
-        _check_settings(self, "", zero=("seed",))
+        if isinstance(self.draft_vocabulary, int) and not isinstance(self.draft_vocabulary, bool):
+            # A string, so that a flag can say auto: absl reads a flag as the type that the setting has.
+            object.__setattr__(self, "draft_vocabulary", str(self.draft_vocabulary))
+        _check_settings(self, "", zero=("seed", "cross_entropy_steps"))
+        if self.draft_vocabulary != "auto" and not self.draft_vocabulary.isdecimal():
+            raise InputError(
+                f'draft_vocabulary: expected a number of tokens, 0 or "auto", found {self.draft_vocabulary!r}'
+            )
         for name in ("target", "output"):
             if not getattr(self, name).strip():
                 raise InputError(f"{name}: empty; give one with --config.{name}=...")
@@ -361,4 +375,8 @@ class TrainConfig:
         if self.optimizer.warmup_steps >= self.steps:
             raise InputError(
                 f"optimizer.warmup_steps: expected less than steps ({self.steps}), found {self.optimizer.warmup_steps}"
+            )
+        if self.cross_entropy_steps >= self.steps:
+            raise InputError(
+                f"cross_entropy_steps: expected less than steps ({self.steps}), found {self.cross_entropy_steps}"
             )

@@ -25,6 +25,8 @@ def initialize(
     *,
     timeout: float = 300.0,
     on_timeout: Callable[[str], NoReturn] | None = None,
+    patience: float = 10.0,
+    on_wait: Callable[[str], None] | None = None,
 ) -> None:
     """Joins the processes of a run: those that the arguments describe, or, without arguments, those of the cluster that
     JAX detects (TPU pod, Slurm, GKE, Open MPI). Does nothing where no cluster is detected. Must be called before JAX is
@@ -38,6 +40,8 @@ def initialize(
       timeout: seconds to wait for the other processes.
       on_timeout: called from another thread with one line about who is missing; must end the process. JAX itself aborts
         the process with a C++ stack trace and raises nothing, which is what happens where this is None.
+      patience: seconds after which `on_wait` is called.
+      on_wait: called from another thread with one line about what is waited for.
 
     Raises:
       InputError: for arguments that are incomplete or out of range.
@@ -47,7 +51,11 @@ def initialize(
         if any(os.environ.get(name) == "1" for name in _TASK_COUNTS):
             return
         missing = f"the cluster's other processes could not be reached within {timeout:.0f} s; look at their logs"
-        watch = _Watch(timeout, on_timeout, missing)
+        waiting = (
+            f"waiting up to {timeout:.0f} s for the other processes of {_detected()}; to run this process alone, give "
+            "num_processes 1"
+        )
+        watch = _Watch(timeout, on_timeout, missing, patience, on_wait, waiting)
         try:
             with watch:
                 jax.distributed.initialize(initialization_timeout=watch.jax_timeout, **_LIMITS)
@@ -71,7 +79,8 @@ def initialize(
             f"process 0 was not reached at the coordinator's address {coordinator} within {timeout:.0f} s; "
             "check that it runs, the address, and the firewall"
         )
-    watch = _Watch(timeout, on_timeout, missing)
+    waiting = f"waiting up to {timeout:.0f} s for all {num_processes} processes to meet at {coordinator}"
+    watch = _Watch(timeout, on_timeout, missing, patience, on_wait, waiting)
     try:
         with watch:
             jax.distributed.initialize(
@@ -109,6 +118,14 @@ def _check_port_is_free(coordinator: str) -> None:
         raise MachineError(f"coordinator: port {port} cannot be used here ({error.strerror}); name another") from None
 
 
+def _detected() -> str:
+    """The cluster that JAX looks for the processes of, in words."""
+    for name in _TASK_COUNTS:
+        if name in os.environ:
+            return f"a job of {os.environ[name]} tasks ({name})"
+    return "the cluster that JAX detected"
+
+
 def _detection_failed(error: Exception) -> MachineError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return MachineError(
@@ -118,20 +135,29 @@ def _detection_failed(error: Exception) -> MachineError:
 
 
 class _Watch:
-    """Calls `on_timeout` from another thread unless left in time: the main thread is inside JAX, which does not come
-    back. JAX's own limit is then twice as long, so that it does not abort the process first."""
+    """Calls `on_wait` and then `on_timeout` from another thread unless left in time: the main thread is inside JAX,
+    which does not come back. JAX's own limit is then twice as long, so that it does not abort the process first."""
 
-    def __init__(self, timeout: float, on_timeout: Callable[[str], NoReturn] | None, message: str):
+    def __init__(
+        self,
+        timeout: float,
+        on_timeout: Callable[[str], NoReturn] | None,
+        missing: str,
+        patience: float,
+        on_wait: Callable[[str], None] | None,
+        waiting: str,
+    ):
         self.jax_timeout = int(timeout if on_timeout is None else 2 * timeout)
-        self._timer = None
-        if on_timeout is not None:
-            self._timer = threading.Timer(timeout, on_timeout, [message])
-            self._timer.daemon = True
+        self._timers = []
+        for seconds, function, message in ((patience, on_wait, waiting), (timeout, on_timeout, missing)):
+            if function is not None:
+                self._timers.append(threading.Timer(seconds, function, [message]))
+                self._timers[-1].daemon = True
 
     def __enter__(self) -> None:
-        if self._timer is not None:
-            self._timer.start()
+        for timer in self._timers:
+            timer.start()
 
     def __exit__(self, *_: object) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in self._timers:
+            timer.cancel()

@@ -185,20 +185,23 @@ def training(config: TrainConfig, machine: Machine) -> Report:
     # Decoding does not need the packages that training needs.
     from kangaroo_jax.checkpoint.adapter import check_exit_layer
     from kangaroo_jax.checkpoint.known_models import model_config
+    from kangaroo_jax.train import draft_vocabulary, teacher
     from kangaroo_jax.train import settings as training_settings
     from kangaroo_jax.train import step as training_step
-    from kangaroo_jax.train import teacher
 
     shape = model_config(config.target)
     check_exit_layer(config.exit_layer, shape)
     training_settings.check_context(config, shape, config.target)
+    size = draft_vocabulary.check_setting(config.draft_vocabulary, shape)
     mesh = training_settings.make_mesh(config, machine.devices)
     target = abstract_target(shape, config.dtype, mesh)
     optimizer = training_step.make_optimizer(config)
     state = training_step.abstract_state(optimizer, shape, mesh)
     batch = training_step.abstract_batch(config, shape, mesh)
     step, _ = training_step.compiled(optimizer, shape, config, mesh)
-    programs = [_compile("training step", step, (*state, target, batch), machine)]
+    # The data decides what "auto" is; nothing takes more than the complete vocabulary.
+    drafted = _placed(jax.ShapeDtypeStruct((size,), jnp.int32), NamedSharding(mesh, PartitionSpec())) if size else None
+    programs = [_compile("training step", step, (*state, target, batch, drafted, config.loss), machine)]
     if config.teacher == "cached":
         inputs = target, {name: x for name, x in batch.items() if name != "teacher"}
         programs.append(_compile("teacher's pass", teacher.program(config, mesh), inputs, machine))

@@ -101,8 +101,9 @@ def test_profile_holds_the_named_scopes(tmp_path):
 MISTAKES = [
     (["--profile=/dev/null/x", "--prompt=x"], "profile /dev/null/x: cannot be made a folder"),
     (["--model=/no/such/folder", "--adapter=x", "--prompt=x"], "/no/such/folder: no such folder"),
-    (["--model=some-model", "--prompt=x"], "python train.py --config="),
-    (["--model=some-model", "--prompt=x"], "or decode without one: --plain"),
+    (["--model={target}", "--prompt=x"], "--adapter is missing, and none comes with the package for"),
+    (["--model={target}", "--prompt=x"], "python train.py --config="),
+    (["--model={target}", "--prompt=x"], "or decode without one: decode.py --plain"),
     (["--prompt="], "prompt 0 is empty"),
     (["--prompt_file=/no/such/file"], "/no/such/file: No such file"),
     (["--prompt_file={latin1}"], "not UTF-8"),
@@ -133,7 +134,8 @@ MISTAKES = [
 def results(tmp_path_factory):
     latin1 = tmp_path_factory.mktemp("prompt") / "latin1.txt"
     latin1.write_bytes("café".encode("latin-1"))
-    commands = [[flag.format(latin1=latin1) for flag in flags] for flags, _ in MISTAKES]
+    target = ROOT / "tests" / "fixtures" / "golden" / "tiny-gqa"
+    commands = [[flag.format(latin1=latin1, target=target) for flag in flags] for flags, _ in MISTAKES]
     return decode_in_one_process(commands, dict(os.environ))
 
 

@@ -11,7 +11,7 @@ from absl import app
 from kangaroo_jax.cli import command_line, process_flags
 
 def main():
-    process_flags.join("join", timeout={timeout})
+    process_flags.join("join", timeout={timeout}, patience={patience})
     import jax
     print(jax.process_index(), jax.process_count(), len(jax.local_devices()), jax.device_count())
 
@@ -25,11 +25,11 @@ def _port() -> int:
         return server.getsockname()[1]
 
 
-def _start(*flags: str, timeout: float = 60, **environment: str) -> subprocess.Popen:
+def _start(*flags: str, timeout: float = 60, patience: float = 60, **environment: str) -> subprocess.Popen:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(_CLUSTER_VARIABLES)}
     clean |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     return subprocess.Popen(
-        [sys.executable, "-c", _JOIN.format(timeout=timeout), *flags],
+        [sys.executable, "-c", _JOIN.format(timeout=timeout, patience=patience), *flags],
         env=clean | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -74,7 +74,18 @@ def test_what_cannot_be_reached_is_one_line_after_the_timeout():
         alone = _start(f"--coordinator=localhost:{port}", "--process_id=0", "--num_processes=2", timeout=2)
         nobody = _start(f"--coordinator=localhost:{_port()}", "--process_id=1", "--num_processes=2", timeout=2)
         in_use = _start(f"--coordinator=localhost:{taken}", "--process_id=0", "--num_processes=2")
+        # As in the shell of an allocation, whose tasks are not started.
+        slurm = {"JAX_COORDINATOR_PORT": str(_port()), **_slurm(0, 4)}
+        waiting = _start(timeout=3, patience=1, **slurm)
         outcomes = [_outcome(run) for run in (alone, nobody, in_use)]
+    code, out, err = _outcome(waiting)
+    said, last = err.splitlines()
+    assert (code, out) == (1, "")
+    assert said == (
+        "join: waiting up to 3 s for the other processes of a job of 4 tasks (SLURM_NTASKS); to run this process "
+        "alone, give num_processes 1"
+    )
+    assert "the cluster's other processes could not be reached within 3 s" in last
     expected = [
         f"not all 2 processes reached the coordinator localhost:{port} within 2 s",
         "process 0 was not reached at the coordinator's address localhost:",

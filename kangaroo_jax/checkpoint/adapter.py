@@ -2,7 +2,7 @@
 
 A checkpoint is a folder with the items `adapter` (dotted parameter path -> array) and `metadata` (JSON). Each step of
 a training run is such a folder with more items beside them, `optimizer`, `position` and `metrics`, which loading an
-adapter never touches. The target's weights are in none of them.
+adapter never touches. The target's weights are in none of them: of a draft vocabulary, the token ids alone are stored.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
+from kangaroo_jax.checkpoint import fingerprint
 from kangaroo_jax.checkpoint.target import Target
-from kangaroo_jax.checkpoint.upstream import load_upstream
+from kangaroo_jax.checkpoint.upstream import is_upstream, load_upstream
 from kangaroo_jax.config import DraftConfig, TreeConfig
 from kangaroo_jax.errors import InputError, one_line
 from kangaroo_jax.model import sharding
@@ -28,7 +29,9 @@ from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import Adapter, DraftVocabulary, abstract_adapter
 from kangaroo_jax.model.naming import parameter_paths
 
-# Beside an adapter: how to draft with it, and what tokens its drafts are made of.
+# Among the parameters of an adapter that was trained with a draft vocabulary: the tokens that its drafts are made of.
+TOKEN_IDS = "draft_vocabulary.token_ids"
+# Beside an adapter: how to draft with it, and a draft vocabulary in place of the one it was trained with.
 DRAFT_SETTINGS = "decode.json"
 DRAFT_VOCABULARY = "draft_vocabulary.npy"
 # The held-out figure by which one step of a run is better than another.
@@ -37,14 +40,6 @@ _FORMAT = "kangaroo_jax adapter"
 _VERSION = 1
 # What drafts. Checkpoints from before it was recorded hold the paper's adapter too.
 _KIND = "kangaroo"
-_TARGET_SHAPE = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-)
 
 
 class DamagedError(InputError):
@@ -56,10 +51,14 @@ class TrainedAdapter:
     """A loaded adapter.
 
     Attributes:
-      model: the weights, in the target's dtype, with the draft vocabulary that lies beside them.
+      model: the weights, in the target's dtype, with the draft vocabulary that lies beside them, or else the one that
+        they were trained with.
       exit_layer: number of shallow layers it was trained for; None where the checkpoint does not say (the authors').
       name: the folder it came from.
-      target_fingerprint: of the target it was trained for; None where the checkpoint does not say.
+      target_fingerprint: of the target it was loaded for; None where the checkpoint does not say what it was trained
+        for.
+      other_target: the name of the target it was trained for, where that has the same shapes and other weights (a
+        fine-tune, or the original of a quantised one). Fewer of its drafts may be accepted.
       draft: how to draft with it: what its decode.json says, else the paper's settings.
     """
 
@@ -67,6 +66,7 @@ class TrainedAdapter:
     exit_layer: int | None
     name: str
     target_fingerprint: str | None
+    other_target: str | None = None
     draft: DraftConfig = DraftConfig()  # noqa: RUF009 - frozen
 
 
@@ -81,6 +81,12 @@ def adapter_from_parameters(config: ModelConfig, parameters: dict[str, Array]) -
     return jax.tree.unflatten(jax.tree.structure(abstract), [parameters[path] for path in parameter_paths(abstract)])
 
 
+def drafted_tokens(metadata: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """`TOKEN_IDS` and its shape, where the checkpoint with this `metadata` item has it among its parameters."""
+    shape = metadata["parameters"].get(TOKEN_IDS)
+    return {} if shape is None else {TOKEN_IDS: jax.ShapeDtypeStruct(tuple(shape), jnp.int32)}
+
+
 def adapter_metadata(
     parameters: dict[str, Array], target: Target, exit_layer: int, training: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -90,12 +96,12 @@ def adapter_metadata(
         "version": _VERSION,
         "kind": _KIND,
         "exit_layer": exit_layer,
-        "dtype": next(iter(parameters.values())).dtype.name,
+        "dtype": parameters["norm.weight"].dtype.name,
         "parameters": {path: list(x.shape) for path, x in parameters.items()},
         "target": {
             "name": target.name,
             "fingerprint": target.fingerprint,
-            **{key: getattr(target.config, key) for key in _TARGET_SHAPE},
+            **fingerprint.constants(target.config),
         },
         "training": training,
     }
@@ -133,6 +139,8 @@ def save_adapter(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists already; remove it or name another output folder")
     parameters = named_leaves(adapter)
+    if adapter.draft_vocabulary is not None:
+        del parameters["draft_vocabulary.weight"]  # the target's
     items = ocp.args.Composite(
         adapter=ocp.args.PyTreeSave({path: np.asarray(x) for path, x in parameters.items()}),
         metadata=ocp.args.JsonSave(adapter_metadata(parameters, target, exit_layer, training)),
@@ -146,11 +154,12 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
 
     Args:
       path: a folder that `save_adapter` wrote, a training run (its best step by held-out expected acceptance), one
-        step of a run, or the authors' PyTorch folder (config.json and pytorch_model.bin).
+        step of a run, or the authors' folder (config.json, and pytorch_model.bin or model.safetensors).
       target: what the adapter is for.
 
     Raises:
-      InputError: for a path that is missing, not an adapter checkpoint, corrupt, or trained for another target.
+      InputError: for a path that is missing, not an adapter checkpoint, corrupt, or trained for another target, unless
+        that differs in weights alone (`TrainedAdapter.other_target`).
     """
     folder = pathlib.Path(path).expanduser().resolve()
     if not folder.is_dir():
@@ -159,7 +168,7 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
             f"{path}: {what}; train one with: python train.py --config=configs/demo.py "
             f"--config.target={target.name} --config.output={path}"
         )
-    if (folder / "pytorch_model.bin").exists():
+    if is_upstream(folder):
         model = load_upstream(folder, target, target.model.dtype)
         return _with_companions(TrainedAdapter(model, None, str(path), None), folder, target)
     step = folder if (folder / "adapter").is_dir() else best_step(folder)
@@ -167,7 +176,7 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
         found = ", ".join(sorted(x.name for x in folder.iterdir())[:5]) or "an empty folder"
         raise InputError(
             f"{folder}: not an adapter checkpoint; expected 'adapter' and 'metadata', numbered steps of a run, "
-            f"or the authors' config.json and pytorch_model.bin; found {found}"
+            f"or the authors' config.json and weights (pytorch_model.bin or model.safetensors); found {found}"
         )
     return _with_companions(_load(step, target, str(path)), folder, target)
 
@@ -219,15 +228,19 @@ def read_draft_vocabulary(folder: pathlib.Path, config: ModelConfig) -> np.ndarr
         token_ids = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: not a NumPy array ({error}); {fix}") from None
+    return _checked_tokens(token_ids, config, str(path), fix)
+
+
+def _checked_tokens(token_ids: np.ndarray, config: ModelConfig, place: str, fix: str) -> np.ndarray:
     if token_ids.ndim != 1 or not len(token_ids) or not np.issubdtype(token_ids.dtype, np.integer):
         raise InputError(
-            f"{path}: expected a list of token ids, found shape {list(token_ids.shape)} of {token_ids.dtype}; {fix}"
+            f"{place}: expected a list of token ids, found shape {list(token_ids.shape)} of {token_ids.dtype}; {fix}"
         )
     wrong = token_ids[(token_ids < 0) | (token_ids >= config.vocab_size)]
     if len(wrong):
-        raise InputError(f"{path}: token id {wrong[0]} is outside the vocabulary of {config.vocab_size}; {fix}")
+        raise InputError(f"{place}: token id {wrong[0]} is outside the vocabulary of {config.vocab_size}; {fix}")
     if len(np.unique(token_ids)) < len(token_ids):
-        raise InputError(f"{path}: a token id is in it twice; {fix}")
+        raise InputError(f"{place}: a token id is in it twice; {fix}")
     return token_ids.astype(np.int32)
 
 
@@ -308,10 +321,22 @@ def check_format(metadata: Any, folder: pathlib.Path) -> None:
         )
 
 
+def is_for(metadata: dict[str, Any], target: Target) -> bool:
+    """Whether a checkpoint's adapter was trained for this very target."""
+    return target.has_fingerprint(metadata["target"]["fingerprint"])
+
+
+def is_for_shapes_of(metadata: dict[str, Any], target: Target) -> bool:
+    """Whether a checkpoint's adapter was trained for a target that differs from this one in weights alone. False where
+    the checkpoint is from before all constants were recorded."""
+    trained_for = {name: value for name, value in metadata["target"].items() if name not in ("name", "fingerprint")}
+    return fingerprint.same_constants(trained_for, target.config)
+
+
 def check_target(metadata: dict[str, Any], target: Target, folder: pathlib.Path) -> None:
     """Raises `InputError` where a checkpoint's adapter was trained for another target."""
     trained_for = metadata["target"]
-    if not target.has_fingerprint(trained_for["fingerprint"]):
+    if not is_for(metadata, target):
         raise InputError(
             f"{folder}: trained for another target; expected {target.name} (fingerprint {target.fingerprint}), found "
             f"{trained_for['name']} (fingerprint {trained_for['fingerprint']}); train an adapter for this target, or "
@@ -374,15 +399,18 @@ def check_parameters(found: dict[str, tuple[int, ...]], expected: dict[str, Any]
 
 def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
     metadata = read_metadata(folder)
-    check_target(metadata, target, folder)
+    near = not is_for(metadata, target) and is_for_shapes_of(metadata, target)
+    if not near:
+        check_target(metadata, target, folder)
     try:
         check_exit_layer(metadata["exit_layer"], target.config)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     expected = named_leaves(abstract_adapter(target.config, target.model.dtype))
+    tokens = drafted_tokens(metadata)
     # The list first: it names a mismatch where the arrays themselves would only fail to be read.
-    check_parameters(metadata["parameters"], expected, folder)
-    found = read_arrays(folder, "adapter", expected)
+    check_parameters(metadata["parameters"], expected | tokens, folder)
+    found = read_arrays(folder, "adapter", expected | tokens)
     parameters = {path: found[path].astype(leaf.dtype) for path, leaf in expected.items()}
     if target.mesh is None:
         parameters = jax.tree.map(jnp.asarray, parameters)
@@ -390,7 +418,12 @@ def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
         parameters = sharding.put(parameters, sharding.shardings(parameters, target.mesh))
     parameters = {path: sharding.arranged(path, x) for path, x in parameters.items()}
     model = adapter_from_parameters(target.config, parameters)
-    return TrainedAdapter(model, metadata["exit_layer"], name, target.fingerprint)
+    if tokens:
+        place = f"{folder}: parameter {TOKEN_IDS}"
+        token_ids = _checked_tokens(found[TOKEN_IDS], target.config, place, "copy or train it again")
+        model.draft_vocabulary = DraftVocabulary(target.model, jnp.asarray(token_ids))
+    other_target = metadata["target"]["name"] if near else None
+    return TrainedAdapter(model, metadata["exit_layer"], name, target.fingerprint, other_target)
 
 
 def _read(folder: pathlib.Path, **items: Any) -> dict[str, Any]:

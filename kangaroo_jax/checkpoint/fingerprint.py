@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,20 +64,40 @@ def fingerprints(config: ModelConfig, samples: Mapping[str, np.ndarray]) -> tupl
       samples: tensor name -> `sample` of it, in the order of the model's parameters.
     """
     later = _later(config, _VERSION_2 + _WITHOUT_EFFECT)
-    constants = _constants(config, _VERSION_2) | later
-    parts = [_json(constants)]
+    parts = [_json(constants(config))]
     for name in sorted(samples):
         parts += [name.encode(), samples[name].tobytes()]
     current = f"v2:{_digest(parts)}"
     if later:  # version 1 did not know these, so no adapter of its time is for this target
         return (current,)
     # Version 1 had no prefix, and counted max_position_embeddings.
-    constants = _constants(config, _VERSION_2) | {
+    version_1 = _constants(config, _VERSION_2) | {
         "max_position_embeddings": config.max_position_embeddings,
         "bos_token_id": None,
         "eos_token_ids": None,
     }
-    return current, _digest([_json(constants), *(x.tobytes() for x in samples.values())])
+    return current, _digest([_json(version_1), *(x.tobytes() for x in samples.values())])
+
+
+def constants(config: ModelConfig) -> dict[str, Any]:
+    """The constants of a target that its logits follow from, as JSON values: its shapes, and what its layers compute
+    with."""
+    found = _constants(config, _VERSION_2) | _later(config, _VERSION_2 + _WITHOUT_EFFECT)
+    return json.loads(_json(found))
+
+
+def same_constants(recorded: Mapping[str, Any], config: ModelConfig) -> bool:
+    """Whether a target with the `constants` that were recorded differs from one with `config` in weights alone. Numbers
+    may differ as much as float32 rounds, in which some file formats store them."""
+    return _alike(dict(recorded), constants(config))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_alike(a[name], b[name]) for name in a)
+    if isinstance(a, numbers.Real) and isinstance(b, numbers.Real):
+        return math.isclose(a, b, rel_tol=1e-6)
+    return a == b
 
 
 def _digest(parts: Sequence[bytes]) -> str:

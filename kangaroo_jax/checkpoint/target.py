@@ -15,7 +15,6 @@ import safetensors.numpy
 from flax import nnx
 from jax.sharding import Mesh
 
-from kangaroo_jax import demo
 from kangaroo_jax.checkpoint import fingerprint
 from kangaroo_jax.checkpoint.folder_source import folder_source
 from kangaroo_jax.checkpoint.gguf_source import gguf_source
@@ -62,17 +61,15 @@ class Target:
         return recorded == self.fingerprint or recorded in self.earlier_fingerprints
 
 
-def default_dtype(name: str | os.PathLike[str] | None = None, mesh: Mesh | None = None) -> str:
-    """The dtype of the weights where a user names none: float32 on CPU and for the demo, which makes drafted decoding's
-    tokens exactly those of plain decoding; bfloat16, which halves the memory, for other targets on accelerators.
+def default_dtype(mesh: Mesh | None = None) -> str:
+    """The dtype of the weights where a user names none: float32 on CPU, which makes drafted decoding's tokens exactly
+    those of plain decoding; bfloat16 on accelerators, which halves the memory.
 
     Args:
-      name: of the target, as for `load_target`; None where there are no weights to load, only a shape.
       mesh: what the weights are to be split over; None means the default device.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    is_demo = name is not None and pathlib.Path(name).expanduser().resolve() == demo.MODEL.resolve()
-    return "float32" if platform == "cpu" or is_demo else "bfloat16"
+    return "float32" if platform == "cpu" else "bfloat16"
 
 
 def load_target(
@@ -96,7 +93,7 @@ def load_target(
       InputError: for a missing or corrupt file, an unknown architecture, or tensors that do not fit the config.
     """
     name = os.fspath(name)
-    dtype = _supported_dtype("dtype", default_dtype(name, mesh) if dtype is None else dtype)
+    dtype = _supported_dtype("dtype", default_dtype(mesh) if dtype is None else dtype)
     compute_dtype = None if compute_dtype is None else _supported_dtype("compute_dtype", compute_dtype)
     path = find_checkpoint(name)
     source = folder_source(path) if path.is_dir() else gguf_source(path)

@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 _MODEL = flags.DEFINE_string("model", None, "Target: a folder in Hugging Face format, or a hub id. Default: the demo.")
 _ADAPTER = flags.DEFINE_string(
-    "adapter", None, "Adapter: a folder that train.py wrote, or the authors' PyTorch folder. Default: the demo's."
+    "adapter",
+    None,
+    "Adapter: a folder that train.py wrote, or the authors' PyTorch folder. Default: the one that comes with the "
+    "package for --model.",
 )
 _PLAIN = flags.DEFINE_bool("plain", False, "Decode plainly, without an adapter.")
 _PROMPT = flags.DEFINE_string("prompt", None, "The prompt.")
@@ -161,23 +164,17 @@ def _load(given: DraftOverrides) -> tuple[Target, TrainedAdapter | None, DraftCo
     is no adapter."""
     import jax
 
-    from kangaroo_jax import compilation_cache, load_adapter, load_target
+    from kangaroo_jax import compilation_cache
+    from kangaroo_jax.cli.models import load_adapter_of, load_target_of
     from kangaroo_jax.model import sharding
 
-    model, adapter_path = _MODEL.value, _ADAPTER.value
-    if model is not None and adapter_path is None and not _PLAIN.value:
-        raise InputError(
-            f"--adapter is missing; train one for this model with "
-            f"`python train.py --config=configs/llama7b.py --config.target={model}`, then give its output folder; "
-            "or decode without one: --plain"
-        )
     compilation_cache.enable()
     split = (_MODEL_PARALLEL.value, _DATA_PARALLEL.value)
     mesh = None if split == (1, 1) else sharding.decoding_mesh(split[0], jax.local_devices(), split[1])
-    target = load_target(model or str(demo.MODEL), _DTYPE.value, mesh)
+    target = load_target_of(_MODEL.value, _DTYPE.value, mesh)
     if _PLAIN.value:
         return target, None, DraftConfig()
-    adapter = load_adapter(adapter_path or str(demo.ADAPTER), target)
+    adapter = load_adapter_of(target, _ADAPTER.value)
     return target, adapter, given.over(adapter.draft)
 
 

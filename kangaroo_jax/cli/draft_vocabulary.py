@@ -1,4 +1,4 @@
-"""Chooses the tokens that drafts are made of, for an adapter of a target with a large vocabulary.
+"""Gives an adapter that is trained already a draft vocabulary (training does it with --config.draft_vocabulary).
 
     python -m kangaroo_jax.cli.draft_vocabulary --adapter=runs/llama3 --model=FOLDER_OR_HUB_ID \\
         --files='sharegpt/*.json' --size=32000

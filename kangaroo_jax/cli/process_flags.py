@@ -20,9 +20,10 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 )
 
 
-def join(command: str, timeout: float = 300.0) -> None:
+def join(command: str, timeout: float = 300.0, patience: float = 10.0) -> None:
     """Joins the processes that the flags name, or those of the cluster that JAX detects. Where the others are not
-    reached within `timeout` seconds, prints one line and ends the process with exit code 1.
+    reached within `patience` seconds, prints one line about it; within `timeout` seconds, another, and ends the process
+    with exit code 1.
 
     Raises:
       InputError, MachineError: as `distributed.initialize`.
@@ -33,4 +34,15 @@ def join(command: str, timeout: float = 300.0) -> None:
         print(f"{command}: error: {message}", file=sys.stderr, flush=True)
         os._exit(1)  # the main thread is inside JAX's C++ code: sys.exit would not reach it
 
-    distributed.initialize(_COORDINATOR.value, _PROCESS_ID.value, _NUM_PROCESSES.value, timeout=timeout, on_timeout=end)
+    def say(message: str) -> None:
+        print(f"{command}: {message}", file=sys.stderr, flush=True)
+
+    distributed.initialize(
+        _COORDINATOR.value,
+        _PROCESS_ID.value,
+        _NUM_PROCESSES.value,
+        timeout=timeout,
+        on_timeout=end,
+        patience=patience,
+        on_wait=say,
+    )

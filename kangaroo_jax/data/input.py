@@ -42,8 +42,8 @@ class Rows:
     """
 
     def __init__(self, cache: TokenCache, records: np.ndarray, sequence_length: int):
-        self.sequence_length = sequence_length
-        self._cache, self._starts = cache, cache.starts
+        self.cache, self.records, self.sequence_length = cache, records, sequence_length
+        self._starts = cache.starts
         self._packing = pack(records, cache.lengths[records], self._starts[records], cache.counted, sequence_length)
         digest = hashlib.sha256(f"{_VERSION} {sequence_length} {cache.fingerprint}".encode())
         digest.update(records.astype("<i8").tobytes())
@@ -56,7 +56,7 @@ class Rows:
     @property
     def counts(self) -> Int[np.ndarray, " rows"]:
         """The number of positions of each row that count in the loss."""
-        packing, runs = self._packing, self._cache.counted
+        packing, runs = self._packing, self.cache.counted
         starts, ends = np.append(runs[:, 0], np.iinfo(np.int64).max), runs[:, 1]
         in_runs = np.concatenate([[0], np.cumsum(ends - runs[:, 0])])
 
@@ -74,13 +74,13 @@ class Rows:
 
     def __getitem__(self, row: int) -> Batch:
         """One row, without the batch axis. Row -1 is padding only."""
-        packing, counted = self._packing, self._cache.counted
+        packing, counted = self._packing, self.cache.counted
         tokens, segment_ids, positions = np.zeros((3, self.sequence_length), np.int32)
         loss_mask = np.zeros(self.sequence_length, np.float32)
         at, pieces = 0, range(packing.row_starts[row], packing.row_starts[row + 1]) if row >= 0 else ()
         for segment, piece in enumerate(pieces, 1):
             record, offset, length = packing.records[piece], packing.offsets[piece], packing.lengths[piece]
-            tokens[at : at + length] = self._cache.tokens(record)[offset : offset + length]
+            tokens[at : at + length] = self.cache.tokens(record)[offset : offset + length]
             segment_ids[at : at + length] = segment
             positions[at : at + length] = np.arange(length)
             first = self._starts[record] + offset
@@ -107,7 +107,7 @@ class Rows:
         """File and line of each record in the given rows (a batch's `row_ids`), each once, in order."""
         starts = self._packing.row_starts
         pieces = (self._packing.records[starts[row] : starts[row + 1]] for row in row_ids if row >= 0)
-        return list(dict.fromkeys(self._cache.describe(record) for records in pieces for record in records))
+        return list(dict.fromkeys(self.cache.describe(record) for records in pieces for record in records))
 
 
 def check_files(data: DataConfig) -> None:

@@ -38,7 +38,7 @@ _TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r"gate_up_proj", (None, None, ("model", "fsdp"))),  # [hidden, 2, intermediate]
     (r"gate_up_bias", (None, "model")),
     (r"down_proj", ("model", "fsdp")),  # [intermediate, hidden]
-    (r"norm\.weight|layernorm\.weight|o_bias|down_bias", (None,)),
+    (r"norm\.weight|layernorm\.weight|o_bias|down_bias|token_ids", (None,)),
 )
 
 _LANES = 128  # of a TPU: elements along an array's fastest axis that lie and are worked on together

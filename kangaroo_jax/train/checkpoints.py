@@ -41,7 +41,7 @@ class Saved:
       folder: the checkpoint's folder.
       step: steps done.
       metadata: its `metadata` item.
-      parameters: of the adapter.
+      parameters: of the adapter, and the tokens of its draft vocabulary where it has one.
       optimizer: the optimizer's state.
       input: the state of the batches' iterator.
     """
@@ -109,7 +109,7 @@ def save(
     Args:
       manager: of `opened`.
       step: steps done, its name.
-      parameters: of the adapter.
+      parameters: of the adapter, and the tokens of its draft vocabulary where it has one.
       optimizer: the optimizer's state.
       metadata: the `metadata` item; its `training.held_out` are the held-out metrics at this step, or None.
       input_state: of the batches' iterator.
@@ -210,6 +210,7 @@ def _read(
     adapter_checkpoint.check_format(metadata, folder)
     check(metadata, folder)
     found = {}
+    parameters = parameters | adapter_checkpoint.drafted_tokens(metadata)
     for item, expected in (("adapter", parameters), ("optimizer", optimizer)):
         found[item] = adapter_checkpoint.read_arrays(folder, item, expected)
         for path, array in found[item].items():

@@ -38,9 +38,9 @@ from kangaroo_jax.data.input import (
 )
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
-from kangaroo_jax.train import checkpoints, preemption
+from kangaroo_jax.train import checkpoints, draft_vocabulary, preemption
 from kangaroo_jax.train.settings import check_context, check_same_run, check_target_folder, flat, make_mesh
-from kangaroo_jax.train.step import abstract_state, compiled, initial_parameters, make_optimizer
+from kangaroo_jax.train.step import abstract_state, compiled, initial_parameters, loss_of_step, make_optimizer
 from kangaroo_jax.train.teacher import TeacherCache
 
 # Steps that `profile` traces, counted from the first of this process, which compiles.
@@ -70,6 +70,7 @@ def train(config: TrainConfig, profile: str | None = None) -> dict[str, float] |
     target = load_target(config.target, config.dtype, mesh)
     adapter_checkpoint.check_exit_layer(config.exit_layer, target.config)
     check_context(config, target.config, target.name)
+    draft_vocabulary.check_setting(config.draft_vocabulary, target.config)
     output = pathlib.Path(config.output).expanduser().resolve()
     run = _Run(config, target)
 
@@ -94,6 +95,14 @@ def train(config: TrainConfig, profile: str | None = None) -> dict[str, float] |
         _say(f"{target.mesh.size} devices: " + ", ".join(f"{axis} {size}" for axis, size in target.mesh.shape.items()))
         for note in sharding.undivided(adapter_checkpoint.named_leaves(target.model), target.mesh):
             _say(f"note: {note}")
+    if saved is None:
+        chosen = draft_vocabulary.choose_for_run(config.draft_vocabulary, target, config.exit_layer, rows, held_out)
+        if chosen is not None:
+            run.draft_from(chosen.token_ids)
+            _say(
+                f"draft vocabulary: {len(chosen.token_ids)} of {target.config.vocab_size} tokens, "
+                f"{chosen.coverage:.2%} of the held-out ones; {chosen.speed:.2f} times the predicted speed with all"
+            )
     batches = training_batches(rows, config.batch_size, config.seed, **process)
     evaluation = evaluation_batches(held_out, config.batch_size, config.evaluation_windows, **process)
     if config.teacher == "cached":
@@ -134,14 +143,23 @@ class _Run:
         self.state = jax.jit(self.optimizer.init, out_shardings=self._where[1])(self.parameters)
         self._train_step, self._evaluate_batch = compiled(self.optimizer, target.config, config, target.mesh)
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+        self._drafted: dict[str, Array] = {}  # the tokens of the draft vocabulary, by their name in checkpoints
 
     def named_state(self) -> dict[str, Array]:
         """The optimizer's state by dotted path."""
         return adapter_checkpoint.named_leaves(self.state)
 
+    def draft_from(self, token_ids: np.ndarray) -> None:
+        """Sets the draft vocabulary, which is all tokens otherwise."""
+        drafted = {adapter_checkpoint.TOKEN_IDS: token_ids.astype(np.int32)}
+        self._drafted = sharding.put(drafted, sharding.shardings(drafted, self.target.mesh))
+
     def restore(self, saved: checkpoints.Saved) -> None:
-        """Sets parameters, optimizer state and step to those of a checkpoint."""
-        parameters = sharding.put(saved.parameters, self._where[0])
+        """Sets parameters, draft vocabulary, optimizer state and step to those of a checkpoint."""
+        parameters = dict(saved.parameters)
+        if (token_ids := parameters.pop(adapter_checkpoint.TOKEN_IDS, None)) is not None:
+            self.draft_from(token_ids)
+        parameters = sharding.put(parameters, self._where[0])
         state = [saved.optimizer[path] for path in self.named_state()]
         state = sharding.put(jax.tree.unflatten(jax.tree.structure(self.state), state), self._where[1])
         # Copies, because the step donates them: JAX must own the memory, not the checkpoint's reader.
@@ -185,7 +203,12 @@ class _Run:
                     tracing.enter_context(profiling.trace(profile))
                 batch = next(batches)
                 self.parameters, self.state, metrics = self._train_step(
-                    self.parameters, self.state, self.target.model, self._put(batch)
+                    self.parameters,
+                    self.state,
+                    self.target.model,
+                    self._put(batch),
+                    self._drafted.get(adapter_checkpoint.TOKEN_IDS),
+                    loss_of_step(config, self.step),
                 )
                 self.step += 1
                 bar.update()
@@ -239,8 +262,12 @@ class _Run:
         return {name: value if name == "tokens" else value / len(fetched) for name, value in sums.items()}
 
     def _evaluate(self, evaluation: list[Batch], writer: tensorboardX.SummaryWriter) -> dict[str, float]:
+        drafted = self._drafted.get(adapter_checkpoint.TOKEN_IDS)
         results = jax.device_get(
-            [self._evaluate_batch(self.parameters, self.target.model, self._put(batch)) for batch in evaluation]
+            [
+                self._evaluate_batch(self.parameters, self.target.model, self._put(batch), drafted)
+                for batch in evaluation
+            ]
         )
         weights = [float(batch.pop("positions")) for batch in results]
         held_out = {
@@ -255,7 +282,7 @@ class _Run:
 
     def _save(self, manager: Any, training: dict[str, Any], input_state: Any) -> None:
         # Copies, because a background thread writes them while the next steps donate the originals.
-        parameters, state = self._copy((self.parameters, self.named_state()))
+        parameters, state = self._copy((self.parameters | self._drafted, self.named_state()))
         metadata = adapter_checkpoint.adapter_metadata(parameters, self.target, self.config.exit_layer, training)
         checkpoints.save(manager, self.step, parameters, state, metadata, input_state)
 

@@ -3,6 +3,10 @@
 Teacher and draft model are compared at the same position, so there are no shifted labels. Logits exist for one chunk
 of positions at a time. The forward pass computes the gradient for a chunk's hidden states together with its logits, so
 the backward pass does not compute the logits again.
+
+With a draft vocabulary, the draft's distribution is over its tokens alone, and the teacher's over all. What the teacher
+gives to the others is neither renormalised away nor covered: cross entropy and expected acceptance are sums over the
+draft vocabulary of terms with the teacher's own probabilities, so a position counts by how much of it can be drafted.
 """
 
 from __future__ import annotations
@@ -16,8 +20,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from kangaroo_jax.model.drafts.kangaroo import Adapter, adapter_apply
-from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
+from kangaroo_jax.model.drafts.kangaroo import Adapter, DraftVocabulary, adapter_apply
+from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, logits, shallow_apply
 
 Sums = dict[str, Float[Array, ""]]
 
@@ -31,6 +35,7 @@ LOSSES = {
 
 def chunk_sums(
     target: TargetModel,
+    vocabulary: DraftVocabulary | None,
     teacher: Float[Array, "batch time hidden"],
     draft: Float[Array, "batch time hidden"],
     mask: Float[Array, "batch time"],
@@ -40,26 +45,35 @@ def chunk_sums(
 
     Args:
       target: the target; its LM head makes both sets of logits.
+      vocabulary: tokens that drafts are made of, and the head's rows for them; None for all.
       teacher: the target's normed hidden states.
       draft: the adapter's output.
       mask: weight of each position in the loss; 0 leaves it out.
       loss: a name in `LOSSES`.
 
     Returns:
-      The sums: `loss` (cross entropy between the two softmaxes, nats), `expected_acceptance` (sum over the vocabulary
-      of min(p_target, p_draft): the probability that speculative sampling accepts the draft, Leviathan et al. 2023),
-      `top1_agreement` (1 where both have the same likeliest token), `positions` (the mask itself), `objective` (the
-      loss of that name). And the gradient of the summed objective.
+      The sums: `loss` (cross entropy between the two softmaxes, nats; without the tokens that cannot be drafted),
+      `expected_acceptance` (sum over the tokens that can be drafted of min(p_target, p_draft): the probability that
+      speculative sampling accepts the draft, Leviathan et al. 2023), `top1_agreement` (1 where both have the same
+      likeliest token), `positions` (the mask itself), `objective` (the loss of that name). And the gradient of the
+      summed objective.
     """
     teacher_logits = lm_head(target, teacher)
-    draft_logits, pull_back = jax.vjp(functools.partial(lm_head, target), draft)
-    p = jax.nn.softmax(teacher_logits)
+    p, likeliest = jax.nn.softmax(teacher_logits), teacher_logits.argmax(-1)
+    if vocabulary is None:
+        head, token_ids = functools.partial(lm_head, target), None
+    else:
+        head, token_ids = functools.partial(logits, weight=vocabulary.weight[...]), vocabulary.token_ids[...]
+        p = p[..., token_ids]
+    draft_logits, pull_back = jax.vjp(head, draft)
 
     def objective(draft_logits: Array) -> tuple[Array, Sums]:
+        drafted = draft_logits.argmax(-1)
+        drafted = drafted if token_ids is None else token_ids[drafted]
         values = {
             "loss": optax.losses.softmax_cross_entropy(draft_logits, p),
             "expected_acceptance": jnp.minimum(p, jax.nn.softmax(draft_logits)).sum(-1),
-            "top1_agreement": (teacher_logits.argmax(-1) == draft_logits.argmax(-1)).astype(jnp.float32),
+            "top1_agreement": (likeliest == drafted).astype(jnp.float32),
             "positions": jnp.ones_like(mask),
         }
         values["objective"] = LOSSES[loss](values)
@@ -75,6 +89,7 @@ def distillation(
     teacher: Float[Array, "batch time hidden"],
     draft: Float[Array, "batch time hidden"],
     mask: Float[Array, "batch time"],
+    vocabulary: DraftVocabulary | None = None,
     *,
     chunk: int,
     loss: str = "cross_entropy",
@@ -89,32 +104,49 @@ def distillation(
       The mean of the loss of that name; and the means of `loss` (always the cross entropy), `expected_acceptance` and
       `top1_agreement`, with `positions`, the sum of the weights.
     """
-    sums = _sums(min(chunk, draft.shape[1]), loss, target, teacher, draft, mask.astype(jnp.float32))
+    sums = _sums(min(chunk, draft.shape[1]), loss, target, vocabulary, teacher, draft, mask.astype(jnp.float32))
     positions = sums.pop("positions")
     means = {name: value / jnp.maximum(positions, 1) for name, value in sums.items()}
     return means.pop("objective"), means | {"positions": positions}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums(chunk: int, loss: str, target: TargetModel, teacher: Array, draft: Array, mask: Array) -> Sums:
+def _sums(
+    chunk: int,
+    loss: str,
+    target: TargetModel,
+    vocabulary: DraftVocabulary | None,
+    teacher: Array,
+    draft: Array,
+    mask: Array,
+) -> Sums:
     """`chunk_sums` over all positions."""
 
     def without_gradient(*inputs: Array) -> tuple[Sums, None]:
-        return chunk_sums(target, *inputs, loss)[0], None
+        return chunk_sums(target, vocabulary, *inputs, loss)[0], None
 
     return _over_chunks(chunk, without_gradient, teacher, draft, mask)[0]
 
 
 def _sums_forward(
-    chunk: int, loss: str, target: TargetModel, teacher: Array, draft: Array, mask: Array
+    chunk: int,
+    loss: str,
+    target: TargetModel,
+    vocabulary: DraftVocabulary | None,
+    teacher: Array,
+    draft: Array,
+    mask: Array,
 ) -> tuple[Sums, Float[Array, "batch time hidden"]]:
-    sums, gradients = _over_chunks(chunk, lambda *inputs: chunk_sums(target, *inputs, loss), teacher, draft, mask)
+    def with_gradient(*inputs: Array) -> tuple[Sums, Array]:
+        return chunk_sums(target, vocabulary, *inputs, loss)
+
+    sums, gradients = _over_chunks(chunk, with_gradient, teacher, draft, mask)
     batch, time, hidden = draft.shape
     return sums, jnp.moveaxis(gradients, 0, 1).reshape(batch, -1, hidden)[:, :time]
 
 
-def _sums_backward(chunk: int, loss: str, gradient: Array, cotangents: Sums) -> tuple[None, None, Array, None]:
-    return None, None, (gradient * cotangents["objective"]).astype(gradient.dtype), None
+def _sums_backward(chunk: int, loss: str, gradient: Array, cotangents: Sums) -> tuple[None, None, None, Array, None]:
+    return None, None, None, (gradient * cotangents["objective"]).astype(gradient.dtype), None
 
 
 _sums.defvjp(_sums_forward, _sums_backward)
@@ -154,6 +186,7 @@ def adapter_loss(
     segment_ids: Int[Array, "batch time"],
     positions: Int[Array, "batch time"],
     teacher: Float[Array, "batch time hidden"] | None = None,
+    drafted: Int[Array, " drafted"] | None = None,
     *,
     exit_layer: int,
     chunk: int,
@@ -171,6 +204,7 @@ def adapter_loss(
       positions: of each token in its example.
       teacher: the target's normed hidden states where `loss_mask` is not 0, anything finite elsewhere; None to compute
         them here with the deep layers.
+      drafted: the tokens of the draft vocabulary; None for all tokens.
       exit_layer: number of shallow layers, static.
       chunk: positions of each sequence whose logits exist at once, static.
       loss: a name in `LOSSES`, static.
@@ -185,4 +219,5 @@ def adapter_loss(
     if teacher is None:
         teacher, _ = deep_apply(target, shallow, positions, exit_layer=exit_layer, mask=mask)
     draft, _ = adapter_apply(adapter, shallow, positions, mask=mask)
-    return distillation(target, teacher.astype(target.dtype), draft, loss_mask, chunk=chunk, loss=loss)
+    vocabulary = None if drafted is None else DraftVocabulary(target, drafted)
+    return distillation(target, teacher.astype(target.dtype), draft, loss_mask, vocabulary, chunk=chunk, loss=loss)

@@ -22,7 +22,18 @@ from kangaroo_jax.model import sharding
 from kangaroo_jax.model.config import ModelConfig
 
 # Settings that change a run's results, besides the target and the data, which have fingerprints.
-_FIXED = ("exit_layer", "teacher", "dtype", "seed", "batch_size", "sequence_length", "loss", "initialization")
+_FIXED = (
+    "exit_layer",
+    "teacher",
+    "dtype",
+    "seed",
+    "batch_size",
+    "sequence_length",
+    "loss",
+    "cross_entropy_steps",
+    "draft_vocabulary",
+    "initialization",
+)
 
 
 def config_dict(**settings: Any) -> ml_collections.ConfigDict:
@@ -90,6 +101,8 @@ def check_same_run(config: TrainConfig, stored: dict[str, Any], folder: pathlib.
     fixed = [name for name in settings if name in _FIXED or name.startswith("optimizer.")]
     if config.optimizer.schedule == "cosine":
         fixed.append("steps")  # the schedule depends on it
+    # A run from before a setting was added was trained as its default says.
+    stored = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | stored
     for name in fixed:
         if settings[name] != stored.get(name):
             raise InputError(

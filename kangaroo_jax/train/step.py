@@ -86,6 +86,12 @@ def initial_parameters(target: TargetModel, exit_layer: int, initialization: str
     return random
 
 
+def loss_of_step(config: TrainConfig, step: int) -> str:
+    """The name of the loss that the step after `step` steps trains on. It depends on the step alone, so a run that goes
+    on from a checkpoint trains as if it had never stopped."""
+    return "cross_entropy" if step < config.cross_entropy_steps else config.loss
+
+
 def abstract_state(
     optimizer: optax.GradientTransformation, shape: ModelConfig, mesh: Mesh
 ) -> tuple[Parameters, optax.OptState]:
@@ -116,12 +122,19 @@ def abstract_batch(config: TrainConfig, shape: ModelConfig, mesh: Mesh) -> dict[
 def compiled(
     optimizer: optax.GradientTransformation, shape: ModelConfig, config: TrainConfig, mesh: Mesh
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The training step and the evaluation of a batch, jitted. The target is an argument of both, not a constant in
-    them. A batch that has the teacher's hidden states (`teacher`) does not run the deep layers. XLA sums the gradients
-    over data and fsdp, because the batch is split over both."""
+    """The training step and the evaluation of a batch, jitted:
+
+        train_step(parameters, optimizer state, target, batch, drafted, loss) -> parameters, optimizer state, metrics
+        evaluate_batch(parameters, target, batch, drafted) -> metrics
+
+    The target is an argument of both, not a constant in them. `drafted` are the tokens of the draft vocabulary, or
+    None; `loss` is static. A batch that has the teacher's hidden states (`teacher`) does not run the deep layers. XLA
+    sums the gradients over data and fsdp, because the batch is split over both."""
     where = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, shape, mesh))
 
-    def loss(parameters: Parameters, model: TargetModel, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    def objective(
+        parameters: Parameters, model: TargetModel, batch: dict[str, Array], drafted: Array | None, loss: str
+    ) -> tuple[Array, dict[str, Array]]:
         adapter = adapter_checkpoint.adapter_from_parameters(shape, parameters)
         return adapter_loss(
             sharding.gathered(adapter, parameter_paths(adapter), mesh),
@@ -131,21 +144,22 @@ def compiled(
             batch["segment_ids"],
             batch["positions"],
             batch.get("teacher"),
+            drafted,
             exit_layer=config.exit_layer,
             chunk=config.loss_chunk,
-            loss=config.loss,
+            loss=loss,
         )
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*where, None))
-    def train_step(parameters, state, model, batch):
-        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(parameters, model, batch)
+    @functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=5, out_shardings=(*where, None))
+    def train_step(parameters, state, model, batch, drafted, loss):
+        (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(parameters, model, batch, drafted, loss)
         updates, state = optimizer.update(gradients, state, parameters)
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0)
         return optax.apply_updates(parameters, updates), state, metrics
 
     @jax.jit
-    def evaluate_batch(parameters, model, batch):
-        return loss(parameters, model, batch)[1]
+    def evaluate_batch(parameters, model, batch, drafted):
+        return objective(parameters, model, batch, drafted, config.loss)[1]
 
     return train_step, evaluate_batch

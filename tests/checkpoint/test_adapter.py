@@ -18,7 +18,7 @@ from flax import nnx
 from kangaroo_jax.checkpoint.adapter import item_handlers, load_adapter, named_leaves, save_adapter
 from kangaroo_jax.checkpoint.target import Target, load_target
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.model.config import ModelConfig
+from kangaroo_jax.model.config import ModelConfig, RopeScaling
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import TargetModel
 
@@ -97,6 +97,7 @@ def test_holds_the_adapter_and_its_metadata_alone(saved, adapter):
     assert metadata["exit_layer"] == 2
     assert metadata["target"]["fingerprint"] == "0123456789abcdef"
     assert metadata["target"]["num_hidden_layers"] == 4
+    assert metadata["target"]["rope_theta"] == 10000.0
     assert metadata["training"] == {"steps": 5}
     size = sum(path.stat().st_size for path in saved.rglob("*"))
     assert size < 1.2 * sum(x.nbytes for x in jax.tree.leaves(adapter)) + 65536
@@ -136,8 +137,57 @@ def test_what_is_no_checkpoint_is_named(tmp_path, target):
     assert "found an empty folder" in one_line(tmp_path / "empty", target)
 
 
-def test_another_target_is_named(saved):
-    message = one_line(saved, make_target(fingerprint="fedcba9876543210"))
+NEAR = "fedcba9876543210"  # the fingerprint of other weights
+
+
+def test_an_adapter_of_a_target_with_other_weights_is_used_and_says_so(saved, adapter, target):
+    near = load_adapter(saved, make_target(fingerprint=NEAR))
+    assert near.other_target == "some/target"
+    assert near.exit_layer == 2
+    assert_same(near.model, adapter)
+    assert load_adapter(saved, target).other_target is None
+
+
+def test_numbers_that_a_file_format_rounds_to_float32_are_the_same(saved):
+    eps = float(np.float32(CONFIG.rms_norm_eps))
+    assert eps != CONFIG.rms_norm_eps
+    assert load_adapter(saved, make_target(dataclasses.replace(CONFIG, rms_norm_eps=eps), NEAR)).other_target
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 5},
+        {"vocab_size": 62},
+        {"intermediate_size": 65},
+        {"num_key_value_heads": 3},
+        {"model_type": "mistral"},
+        {"rope_theta": 20000.0},
+        {"rms_norm_eps": 1e-5},
+        {"tie_word_embeddings": True},
+        {"rope_scaling": RopeScaling("linear", 2.0)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_target_that_differs_in_more_than_weights_is_another(saved, change):
+    message = one_line(saved, make_target(dataclasses.replace(CONFIG, **change), NEAR))
+    for part in (
+        "trained for another target",
+        "expected some/target (fingerprint fedcba9876543210)",
+        "(fingerprint 0123456789abcdef)",
+    ):
+        assert part in message
+
+
+def test_an_adapter_from_before_constants_were_recorded_is_for_its_target_alone(tmp_path, saved, adapter, target):
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved, folder)
+    file = folder / "metadata" / "metadata"
+    metadata = json.loads(file.read_text())
+    del metadata["target"]["rope_theta"]
+    file.write_text(json.dumps(metadata))
+    assert_same(load_adapter(folder, target).model, adapter)
+    message = one_line(folder, make_target(fingerprint=NEAR))
     for part in (
         "another target",
         "expected some/target (fingerprint fedcba9876543210)",

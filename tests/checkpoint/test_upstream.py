@@ -20,6 +20,7 @@ from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import adapter_apply
 
 torch = pytest.importorskip("torch", reason="the authors' adapters are PyTorch files, which need torch to read")
+import safetensors.torch  # noqa: E402 - needs torch
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "fixtures" / "golden"
 
@@ -68,6 +69,27 @@ def test_output_equals_the_layer_written_out(pair):
     found, _ = adapter_apply(adapter, jnp.asarray(hidden), jnp.broadcast_to(jnp.arange(9), (2, 9)))
     expected = reference(torch.load(folder / "pytorch_model.bin"), target.config, torch.tensor(hidden).double()).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_folder_as_newer_versions_save_it_gives_the_same_adapter(pair, tmp_path):
+    target, folder = pair
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    wrapped = {f"module.{name}": x.contiguous() for name, x in tensors.items()}
+    expected = named_leaves(load_adapter(folder, target).model)
+    for name, save in (("model.safetensors", safetensors.torch.save_file), ("pytorch_model.bin", torch.save)):
+        for form, named in (
+            ("plain", {x.removeprefix("module."): y for x, y in wrapped.items()}),
+            ("wrapped", wrapped),
+        ):
+            copy = tmp_path / form / name
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(folder / "config.json", copy.parent)
+            save(named, copy)
+            found = load_adapter(copy.parent, target)
+            assert found.exit_layer is None
+            for path, x in named_leaves(found.model).items():
+                assert np.array_equal(x, expected[path]), (form, name, path)
+            copy.unlink()
 
 
 def convert(**arguments):
@@ -138,7 +160,7 @@ def test_a_config_that_is_not_the_targets_is_named(copy, gqa, key, value, expect
 
 def test_missing_files_are_named(copy, gqa):
     (copy / "pytorch_model.bin").rename(copy / "other.bin")
-    assert "pytorch_model.bin: no such file" in message_for(copy, gqa)
+    assert "no weights; expected model.safetensors or pytorch_model.bin" in message_for(copy, gqa)
     (copy / "config.json").unlink()
     assert "config.json: no such file" in message_for(copy, gqa)
 

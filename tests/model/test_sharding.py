@@ -102,7 +102,7 @@ import safetensors
 from flax import nnx
 
 from kangaroo_jax import DraftConfig, generate, load_target
-from kangaroo_jax.checkpoint.adapter import TrainedAdapter, named_leaves
+from kangaroo_jax.checkpoint.adapter import TOKEN_IDS, TrainedAdapter
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model import sharding
 from kangaroo_jax.train.loop import _Run
@@ -128,7 +128,7 @@ class CountingSlice:
         return part
 
 safetensors.safe_open = Counting
-folder, rows = sys.argv[1], []
+folder, rows, reduced = sys.argv[1], [], []
 rng = np.random.default_rng(0)
 batches = [
     {
@@ -153,8 +153,15 @@ for count, sizes in [(1, (1, 1, 1)), (2, (1, 2, 1)), (4, (1, 1, 4)), (8, (2, 2, 
     losses = []
     for batch in batches:
         arrays = run._put(batch)
-        run.parameters, run.state, metrics = run._train_step(run.parameters, run.state, target.model, arrays)
+        run.parameters, run.state, metrics = run._train_step(
+            run.parameters, run.state, target.model, arrays, None, "total_variation"
+        )
         losses.append(float(metrics["loss"]))
+    if count in (1, 8):
+        run.draft_from(np.arange(5, 250, 4))
+        drafted = run._drafted[TOKEN_IDS]
+        metrics = run._evaluate_batch(run.parameters, target.model, arrays, drafted)
+        reduced.append([float(metrics["loss"]), float(metrics["expected_acceptance"])])
     held = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(target.model)]
     rows.append({"losses": losses, "read": counted[0], "said": target.bytes_read, "held": sum(held)})
 
@@ -172,7 +179,7 @@ for platform in ("none", "cpu"):  # the second time, in the memory layouts of TP
         layer = target.model.layers[1]
         weights = layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj
         orders.append([weight[...].format.layout.major_to_minor for weight in weights])
-print(json.dumps({"rows": rows, "decoded": decoded, "orders": orders}))
+print(json.dumps({"rows": rows, "reduced": reduced, "decoded": decoded, "orders": orders}))
 """
 
 # A running batch on a mesh, more requests than slots, greedy and sampled; one ends with a stop string in its first
@@ -259,6 +266,11 @@ def test_losses_are_the_same_on_1_2_4_and_8_devices(on_8_devices):
     assert len(set(one)) == 4
     for losses in others:
         np.testing.assert_allclose(losses, one, rtol=1e-5)
+
+
+def test_a_draft_vocabulary_gives_the_same_figures_on_1_and_8_devices(on_8_devices):
+    one, eight = on_8_devices[0]["reduced"]
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
 
 
 def test_each_byte_of_the_checkpoint_is_read_once_and_each_device_holds_its_part(on_8_devices):

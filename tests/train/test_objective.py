@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from kangaroo_jax.model.config import ModelConfig
-from kangaroo_jax.model.drafts.kangaroo import Adapter
+from kangaroo_jax.model.drafts.kangaroo import Adapter, DraftVocabulary
 from kangaroo_jax.model.target import TargetModel
 from kangaroo_jax.train.objective import adapter_loss, distillation
 
@@ -53,39 +53,43 @@ def softmax(logits):
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
-def reference(target, teacher, draft, mask):
+def reference(target, teacher, draft, mask, drafted=range(VOCABULARY)):
     """Means of loss and metrics, and the gradients of cross entropy and of total variation for the draft's hidden
-    states."""
+    states. `drafted`: the tokens that drafts are made of."""
+    drafted = list(drafted)
     head = np.asarray(target.lm_head[...], np.float64)
-    teacher_logits, draft_logits = teacher.astype(np.float64) @ head.T, draft.astype(np.float64) @ head.T
-    p, q = softmax(teacher_logits), softmax(draft_logits)
+    teacher_logits, draft_logits = teacher.astype(np.float64) @ head.T, draft.astype(np.float64) @ head[drafted].T
+    p, q = softmax(teacher_logits)[..., drafted], softmax(draft_logits)
     loss = -(p * np.log(q)).sum(-1)
     acceptance = np.zeros(mask.shape)
-    for token in range(VOCABULARY):  # a draft of `token` comes with chance q and is accepted with min(1, p / q)
-        acceptance += q[..., token] * np.minimum(1.0, p[..., token] / q[..., token])
-    agreement = teacher_logits.argmax(-1) == draft_logits.argmax(-1)
+    for i in range(len(drafted)):  # a draft of the token comes with chance q and is accepted with min(1, p / q)
+        acceptance += q[..., i] * np.minimum(1.0, p[..., i] / q[..., i])
+    agreement = teacher_logits.argmax(-1) == np.asarray(drafted)[draft_logits.argmax(-1)]
     means = [(x * mask).sum() / mask.sum() for x in (loss, acceptance, agreement)]
     # Of min(p, q), the tokens with q below p have a gradient: 1 for q, and q's softmax below it.
     below = (q < p).astype(np.float64)
     variation = -q * (below - (q * below).sum(-1, keepdims=True))
-    gradients = [x @ head * mask[..., None] / mask.sum() for x in (q - p, variation)]
+    entropy = p.sum(-1, keepdims=True) * q - p
+    gradients = [x @ head[drafted] * mask[..., None] / mask.sum() for x in (entropy, variation)]
     return dict(zip(("loss", "expected_acceptance", "top1_agreement"), means, strict=True)), *gradients
 
 
+@pytest.mark.parametrize("drafted", [None, [40, 3, 0, *range(10, 30)]], ids=["all tokens", "a draft vocabulary"])
 @pytest.mark.parametrize(
     ("loss", "chunk"),
     [("cross_entropy", 1), ("cross_entropy", 4), ("cross_entropy", TIME), ("total_variation", 4), ("both", 64)],
 )
-def test_chunked_values_and_gradient_equal_the_whole_reference(target, hidden, loss, chunk):
+def test_chunked_values_and_gradient_equal_the_whole_reference(target, hidden, loss, chunk, drafted):
     teacher, draft, mask = hidden
-    expected, of_entropy, of_variation = reference(target, teacher, draft, mask)
+    vocabulary = None if drafted is None else DraftVocabulary(target, jnp.asarray(drafted))
+    expected, of_entropy, of_variation = reference(target, teacher, draft, mask, drafted or range(VOCABULARY))
     assert 0.05 < expected["expected_acceptance"] < 0.95  # else the comparison would say little
     share = {"cross_entropy": (1, 0), "total_variation": (0, 1), "both": (1, 1)}[loss]
     expected_value = share[0] * expected["loss"] + share[1] * (1 - expected["expected_acceptance"])
     expected_gradient = share[0] * of_entropy + share[1] * of_variation
 
     def objective(draft):
-        return distillation(target, teacher, draft, mask, chunk=chunk, loss=loss)
+        return distillation(target, teacher, draft, mask, vocabulary, chunk=chunk, loss=loss)
 
     (value, metrics), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(jnp.asarray(draft))
     np.testing.assert_allclose(float(value), expected_value, rtol=2e-6)
@@ -100,6 +104,18 @@ def test_equal_hidden_states_are_always_accepted(target, hidden):
     _, metrics = distillation(target, teacher, teacher, mask, chunk=5)
     assert float(metrics["expected_acceptance"]) == pytest.approx(1, abs=1e-6)
     assert float(metrics["top1_agreement"]) == 1
+
+
+def test_what_the_target_gives_to_tokens_that_cannot_be_drafted_is_never_covered(target, hidden):
+    teacher, _, mask = hidden
+    drafted = [5, 17, 2]
+    _, metrics = distillation(target, teacher, teacher, mask, DraftVocabulary(target, jnp.asarray(drafted)), chunk=5)
+    p = softmax(teacher.astype(np.float64) @ np.asarray(target.lm_head[...], np.float64).T)
+    covered = (p[..., drafted].sum(-1) * mask).sum() / mask.sum()
+    assert 0.02 < covered < 0.5
+    # The draft is the target's distribution on the three, which is above its probabilities, as they lack the rest.
+    assert float(metrics["expected_acceptance"]) == pytest.approx(covered, rel=1e-5)
+    assert float(metrics["top1_agreement"]) == pytest.approx((np.isin(p.argmax(-1), drafted) * mask).sum() / mask.sum())
 
 
 def test_an_empty_mask_is_a_zero_loss_not_nan(target, hidden):

@@ -10,15 +10,18 @@ from __future__ import annotations
 from absl import flags
 from tqdm import tqdm
 
-from kangaroo_jax import compilation_cache, demo, load_adapter
+from kangaroo_jax import compilation_cache
 from kangaroo_jax.bench import machine
 from kangaroo_jax.bench.adapter_comparison import compare_adapters
 from kangaroo_jax.bench.benchmark_prompts import held_out_functions
 from kangaroo_jax.cli.bench import shared_flags
 from kangaroo_jax.cli.bench.printing import progress_bar
+from kangaroo_jax.cli.models import load_adapter_of, load_target_of
 
 _MODEL = shared_flags.define_model()
-_ADAPTERS = flags.DEFINE_list("adapters", [], "Folders of adapters, separated by commas. Default: the demo's.")
+_ADAPTERS = flags.DEFINE_list(
+    "adapters", [], "Folders of adapters, separated by commas. Default: the one that comes with the package."
+)
 _PROMPTS = shared_flags.define_prompt_count(32)
 _MAX_NEW_TOKENS = shared_flags.define_max_new_tokens()
 _MAX_DRAFT_LEN = flags.DEFINE_integer("max_draft_len", 6, "gamma.")
@@ -28,11 +31,11 @@ _DTYPE = shared_flags.define_dtype()
 
 def main() -> None:
     shared_flags.check_positive(_PROMPTS, _MAX_NEW_TOKENS, _MAX_DRAFT_LEN)
-    shared_flags.check_pair(_MODEL.value, _ADAPTERS.value)
     thresholds = shared_flags.numbers(_THRESHOLD)
     compilation_cache.enable()
-    target, dtype = shared_flags.load_target_of(_MODEL.value, _DTYPE.value)
-    adapters = [load_adapter(path, target) for path in _ADAPTERS.value or [str(demo.ADAPTER)]]
+    target = load_target_of(_MODEL.value, _DTYPE.value)
+    dtype = str(target.model.dtype)
+    adapters = [load_adapter_of(target, path) for path in _ADAPTERS.value or [None]]
     prompts = shared_flags.encoded_prompts(target, held_out_functions(_PROMPTS.value))
     print(machine.describe())
     print(f"{len(prompts)} prompts, {_MAX_NEW_TOKENS.value} new tokens, gamma {_MAX_DRAFT_LEN.value}, {dtype}, greedy")

@@ -16,6 +16,7 @@ from kangaroo_jax.bench import machine
 from kangaroo_jax.bench.batch_speed import compare_with_fixed, compare_with_plain, ragged_lengths, requests_of
 from kangaroo_jax.bench.benchmark_prompts import held_out_functions
 from kangaroo_jax.cli.bench import shared_flags
+from kangaroo_jax.cli.models import load_adapter_of, load_target_of
 from kangaroo_jax.errors import InputError
 
 _MODEL = shared_flags.define_model()
@@ -36,11 +37,11 @@ def main() -> None:
     shared_flags.check_positive(_PROMPTS, _MAX_NEW_TOKENS, _REQUESTS, _SHORTEST, _RUNS)
     if _LONGEST.value < _SHORTEST.value:
         raise InputError(f"--longest: expected at least --shortest ({_SHORTEST.value}), found {_LONGEST.value}")
-    shared_flags.check_pair(_MODEL.value, _ADAPTER.value)
     _DRAFT.given()  # names a value out of range before anything is loaded
     compilation_cache.enable()
-    target, dtype = shared_flags.load_target_of(_MODEL.value, _DTYPE.value)
-    adapter = shared_flags.load_adapter_of(target, _ADAPTER.value)
+    target = load_target_of(_MODEL.value, _DTYPE.value)
+    dtype = str(target.model.dtype)
+    adapter = load_adapter_of(target, _ADAPTER.value)
     draft = _DRAFT.over(adapter.draft)
     print(machine.describe())
     print(f"{target.name}, {draft}, {dtype}, greedy")

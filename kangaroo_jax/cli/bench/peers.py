@@ -18,6 +18,7 @@ from kangaroo_jax.bench import machine
 from kangaroo_jax.bench.benchmark_prompts import held_out_prompts
 from kangaroo_jax.bench.peer_speed import PromptSpeeds, StepSpeed, compare, decoders, plain_step_speeds
 from kangaroo_jax.cli.bench import shared_flags
+from kangaroo_jax.cli.models import load_adapter_of, load_target_of
 from kangaroo_jax.errors import InputError
 
 _MODEL = shared_flags.define_model()
@@ -30,15 +31,14 @@ _DRAFT = shared_flags.define_draft()
 
 def main() -> None:
     shared_flags.check_positive(_PROMPTS, _MAX_NEW_TOKENS, _RUNS)
-    shared_flags.check_pair(_MODEL.value, _ADAPTER.value)
     _DRAFT.given()  # names a value out of range before anything is loaded
     if importlib.util.find_spec("torch") is None:
         raise InputError(
             "torch is not installed, and transformers' models need it; pip install -r requirements-parity.txt"
         )
     compilation_cache.enable()
-    target, _ = shared_flags.load_target_of(_MODEL.value, "float32")
-    adapter = shared_flags.load_adapter_of(target, _ADAPTER.value)
+    target = load_target_of(_MODEL.value, "float32")
+    adapter = load_adapter_of(target, _ADAPTER.value)
     draft = _DRAFT.over(adapter.draft)
     texts = held_out_prompts(_PROMPTS.value)
     prompts = dict(zip(texts, shared_flags.encoded_prompts(target, list(texts.values())), strict=True))

@@ -23,6 +23,7 @@ from kangaroo_jax.bench.roofline_costs import Limits, MeasuredModel, PartCost, P
 from kangaroo_jax.checkpoint.known_models import SHAPES
 from kangaroo_jax.checkpoint.target import default_dtype
 from kangaroo_jax.cli.bench import shared_flags
+from kangaroo_jax.cli.models import load_adapter_of, load_target_of
 from kangaroo_jax.errors import InputError
 
 _MODEL = shared_flags.define_model()
@@ -80,12 +81,11 @@ def _model() -> tuple[MeasuredModel, str]:
     if _SHAPE.value:
         if _MODEL.value or _ADAPTER.value:
             raise InputError("--shape and --model were both given; give one")
-        dtype = _DTYPE.value or default_dtype(_SHAPE.value)
+        dtype = _DTYPE.value or default_dtype()
         measured = roofline_costs.model_of_shape(_SHAPE.value, _EXIT_LAYER.value, dtype)
         return measured, f"{_SHAPE.value} with random weights"
-    shared_flags.check_pair(_MODEL.value, _ADAPTER.value)
-    target, _ = shared_flags.load_target_of(_MODEL.value, _DTYPE.value)
-    adapter = shared_flags.load_adapter_of(target, _ADAPTER.value)
+    target = load_target_of(_MODEL.value, _DTYPE.value)
+    adapter = load_adapter_of(target, _ADAPTER.value)
     return roofline_costs.model_of_target(target, adapter, _EXIT_LAYER.value), _MODEL.value or "the demo"
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 from absl import flags
 
-from kangaroo_jax import DraftConfig, demo, load_adapter, load_target
+from kangaroo_jax import DraftConfig
 from kangaroo_jax.bench.benchmark_prompts import prompts_of_file
-from kangaroo_jax.checkpoint.adapter import TrainedAdapter
-from kangaroo_jax.checkpoint.target import Target, default_dtype
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.errors import InputError
 
 flags.disclaim_key_flags()  # they belong to the command that calls for them, so that its --help shows them
@@ -28,16 +27,19 @@ def define_model() -> flags.FlagHolder[str | None]:
 
 
 def define_adapter() -> flags.FlagHolder[str | None]:
-    """--adapter; None is the demo's."""
+    """--adapter; None is the one that comes with the package."""
     return flags.DEFINE_string(
-        "adapter", None, "Adapter of --model: a folder that train.py wrote, or the authors' PyTorch one."
+        "adapter",
+        None,
+        "Adapter of --model: a folder that train.py wrote, or the authors' PyTorch one. Default: the one that comes "
+        "with the package for --model.",
     )
 
 
 def define_dtype(
     kinds: Sequence[str] = ("float32", "bfloat16"), default: str | None = None
 ) -> flags.FlagHolder[str | None]:
-    """--dtype; without a default of its own, None is for `default_dtype` to decide."""
+    """--dtype; without a default of its own, None is for `load_target_of` to decide."""
     rule = default or "float32 on CPU and for the demo, else bfloat16"
     return flags.DEFINE_enum("dtype", default, list(kinds), f"Type of the weights. Default: {rule}.")
 
@@ -133,27 +135,6 @@ def define_trees(topk: Sequence[int] | None, budget: Sequence[int] | None, defau
 
 def _texts(values: Sequence[int] | None) -> list[str] | None:
     return None if values is None else [str(value) for value in values]
-
-
-def load_target_of(model: str | None, dtype: str | None) -> tuple[Target, str]:
-    """The target that the flags name, the demo for None, and the type of its weights."""
-    name = model or str(demo.MODEL)
-    dtype = dtype or default_dtype(name)
-    return load_target(name, dtype), dtype
-
-
-def load_adapter_of(target: Target, adapter: str | None) -> TrainedAdapter:
-    """The adapter that the flag names, the demo's for None."""
-    return load_adapter(adapter or str(demo.ADAPTER), target)
-
-
-def check_pair(model: str | None, adapter: str | Sequence[str] | None) -> None:
-    """Raises `InputError` for a model without an adapter: the demo's fits the demo alone."""
-    if model is not None and not adapter:
-        raise InputError(
-            "--model and --adapter belong together; give the folder of an adapter that was trained for this model "
-            "(see train.py), or neither for the demo"
-        )
 
 
 def check_positive(*holders: flags.FlagHolder[int | None]) -> None:

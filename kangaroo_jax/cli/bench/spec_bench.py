@@ -28,6 +28,7 @@ from kangaroo_jax.bench.spec_bench_ask import conversation_ids
 from kangaroo_jax.bench.spec_bench_questions import Question, load_questions, spread_over_tasks
 from kangaroo_jax.bench.spec_bench_run import SpecBenchRun, write_report
 from kangaroo_jax.cli.bench import shared_flags
+from kangaroo_jax.cli.models import load_adapter_of, load_target_of
 from kangaroo_jax.errors import InputError
 
 _QUESTIONS = flags.DEFINE_string("questions", None, "Spec-Bench's question.jsonl. Required.")
@@ -50,8 +51,9 @@ def main() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("matplotlib is not installed, and the charts need it; pip install -r requirements-bench.txt")
     compilation_cache.enable()
-    target, dtype = shared_flags.load_target_of(_MODEL.value, _DTYPE.value)
-    adapter = shared_flags.load_adapter_of(target, _ADAPTER.value)
+    target = load_target_of(_MODEL.value, _DTYPE.value)
+    dtype = str(target.model.dtype)
+    adapter = load_adapter_of(target, _ADAPTER.value)
     draft = dataclasses.replace(adapter.draft, **given)
     draft = dataclasses.replace(draft, exit_layer=parts.exit_layer_of(target, adapter, draft))
     if target.tokenizer is None:
@@ -78,7 +80,6 @@ def main() -> None:
 def _draft_settings() -> dict[str, Any]:
     """The given settings of drafting; all flags that need no file are checked here."""
     shared_flags.check_positive(_MAX_NEW_TOKENS, _RUNS, _LIMIT)
-    shared_flags.check_pair(_MODEL.value, _ADAPTER.value)
     given = _DRAFT.given()
     if _EXIT_LAYER.value is not None:
         given["exit_layer"] = _EXIT_LAYER.value

@@ -18,6 +18,7 @@ from kangaroo_jax.bench.benchmark_prompts import held_out_prompts
 from kangaroo_jax.bench.tree_speed import SettingSpeed, compare_settings, settings_to_compare, single_sequence
 from kangaroo_jax.cli.bench import shared_flags
 from kangaroo_jax.cli.bench.printing import TREE_COLUMNS, progress_bar, tree_columns
+from kangaroo_jax.cli.models import load_adapter_of, load_target_of
 
 _MODEL = shared_flags.define_model()
 _ADAPTER = shared_flags.define_adapter()
@@ -31,14 +32,14 @@ _RUNS = shared_flags.define_runs()
 
 
 def main() -> None:
-    shared_flags.check_pair(_MODEL.value, _ADAPTER.value)
     shared_flags.check_positive(_MAX_NEW_TOKENS, _MAX_DRAFT_LEN, _RUNS)
     topks, budgets = _TREES.shapes()
     thresholds = shared_flags.numbers(_THRESHOLD)
     texts = shared_flags.texts_of(_PROMPTS.value, list(held_out_prompts(10).values()))
     compilation_cache.enable()
-    target, dtype = shared_flags.load_target_of(_MODEL.value, _DTYPE.value)
-    adapter = shared_flags.load_adapter_of(target, _ADAPTER.value)
+    target = load_target_of(_MODEL.value, _DTYPE.value)
+    dtype = str(target.model.dtype)
+    adapter = load_adapter_of(target, _ADAPTER.value)
     single = single_sequence(adapter.draft, _MAX_DRAFT_LEN.value)
     settings = settings_to_compare(single, topks, budgets, thresholds)
     prompts = shared_flags.encoded_prompts(target, texts)

@@ -17,17 +17,20 @@ from __future__ import annotations
 import jax
 from absl import flags
 
-from kangaroo_jax import compilation_cache, demo, load_adapter
+from kangaroo_jax import compilation_cache
 from kangaroo_jax.bench import machine, parts
 from kangaroo_jax.bench.benchmark_prompts import held_out_prompts
 from kangaroo_jax.bench.tuning import Effort, Tuning, settings_of_trees, tune
 from kangaroo_jax.checkpoint.adapter import write_draft_settings
 from kangaroo_jax.cli.bench import shared_flags
 from kangaroo_jax.cli.bench.printing import TREE_COLUMNS, progress_bar, tree_columns
+from kangaroo_jax.cli.models import load_adapter_of, load_target_of
 
 _MODEL = shared_flags.define_model()
 _ADAPTER = flags.DEFINE_multi_string(
-    "adapter", [], "Folder of an adapter of --model; may be given several times. Default: the demo's."
+    "adapter",
+    [],
+    "Folder of an adapter of --model; may be given several times. Default: the one that comes with the package.",
 )
 _PROMPTS = shared_flags.define_prompt_file("held-out library modules")
 _DTYPE = shared_flags.define_dtype()
@@ -44,27 +47,26 @@ _WRITE = flags.DEFINE_bool("write", True, "Write decode.json.")
 
 def main() -> None:
     shared_flags.check_positive(_MAX_NEW_TOKENS, _CONFIRM, _RUNS)
-    shared_flags.check_pair(_MODEL.value, _ADAPTER.value)
     on_cpu = jax.default_backend() == "cpu"
     topks, budgets = _TREES.shapes(*(((2, 3, 4), (8, 12, 16)) if on_cpu else ((4, 10), (16, 32, 64))))
     # The first ten held-out modules are for the other benchmarks.
     texts = shared_flags.texts_of(_PROMPTS.value, list(held_out_prompts(100).values())[10:])
     compilation_cache.enable()
-    target, dtype = shared_flags.load_target_of(_MODEL.value, _DTYPE.value)
-    paths = _ADAPTER.value or [str(demo.ADAPTER)]
-    adapters = {path: load_adapter(path, target) for path in paths}
+    target = load_target_of(_MODEL.value, _DTYPE.value)
+    dtype = str(target.model.dtype)
+    adapters = [load_adapter_of(target, path) for path in _ADAPTER.value or [None]]
     prompts = shared_flags.encoded_prompts(target, texts)
     print(machine.describe())
     print(f"{len(prompts)} calibration prompts, {_MAX_NEW_TOKENS.value} new tokens, {dtype}, greedy")
     trees = settings_of_trees(topks, budgets)
     effort = Effort(_MAX_NEW_TOKENS.value, _RUNS.value, _CONFIRM.value)
     best = {}
-    for path, adapter in adapters.items():
+    for adapter in adapters:
         exit_layer = parts.exit_layer_of(target, adapter)
         print(f"\n{adapter.name}, exit layer {exit_layer}")
         tuning = tune(target, adapter, exit_layer, prompts, trees, effort, progress_bar)
         _print(tuning)
-        best[path] = tuning.fastest
+        best[adapter.name] = tuning.fastest
     for path, setting in best.items():
         if _WRITE.value:
             print(f"wrote {write_draft_settings(path, setting.draft)}")

@@ -1,0 +1,53 @@
+"""The target and the adapter that --model and --adapter name: the demo, and what comes with the package, by default."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import jax
+from jax.sharding import Mesh
+
+from kangaroo_jax import adapters, demo, load_adapter, load_target
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter
+from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.errors import InputError
+
+
+def load_target_of(model: str | None, dtype: str | None, mesh: Mesh | None = None) -> Target:
+    """The target that --model names, the demo for None. The demo is in float32 on accelerators too, unless --dtype says
+    otherwise: it is small, and drafted decoding's tokens are then exactly those of plain decoding."""
+    name = model or str(demo.MODEL)
+    if dtype is None and pathlib.Path(name).expanduser().resolve() == demo.MODEL.resolve():
+        dtype = "float32"
+    return load_target(name, dtype, mesh)
+
+
+def load_adapter_of(target: Target, path: str | None) -> TrainedAdapter:
+    """The adapter that --adapter names; for None, the one that comes with the package. Says in one line what a user
+    would want to know about which one it is.
+
+    Raises:
+      InputError: where none comes with the package for this target, or as `load_adapter`.
+    """
+    found = path or adapters.find(target)
+    if found is None:
+        raise InputError(
+            f"--adapter is missing, and none comes with the package for {target.name}; train one with `python train.py "
+            f"--config=configs/llama7b.py --config.target={target.name}`, then give its output folder; or decode "
+            "without one: decode.py --plain"
+        )
+    adapter = load_adapter(found, target)
+    if path is None and found != demo.ADAPTER:
+        _note(f"adapter {found.name}, which comes with the package")
+    if adapter.other_target is not None:
+        _note(
+            f"adapter {found} was trained for {adapter.other_target}, which has the same shapes and other weights: the "
+            "output stays that of this target, but fewer drafts may be accepted"
+        )
+    return adapter
+
+
+def _note(message: str) -> None:
+    if jax.process_index() == 0:
+        print(f"note: {message}", file=sys.stderr, flush=True)
