@@ -460,7 +460,7 @@ def _completion(record: dict[str, Any]) -> Text | None:
 
 def _conversation(record: dict[str, Any], key: str) -> Conversation | None:
     turns = tidy(_turns(record, key))
-    if not any(turn.learned for turn in turns if turn.role == "assistant") or not _learned(record, "the record"):
+    if not _learned(record, "the record") or not any(turn.learned for turn in turns if turn.role == "assistant"):
         return None
     return Conversation(turns, _spelling(record))
 

@@ -4,6 +4,7 @@ For every template, with three tokenizers: bytes, byte-level BPE (GPT-2, Llama-3
 has it. The token that ends a turn is learned with its answer.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from kangaroo_jax.checkpoint.tokenizer import vocabulary_digest
 from kangaroo_jax.data.encode import Encoder, Tokens
-from kangaroo_jax.data.records import BadRecord, Conversation, Place, Source, Text, Turn, tidy
+from kangaroo_jax.data.records import BadRecord, Conversation, Place, Source, Spelling, Text, Turn, tidy
 from kangaroo_jax.errors import InputError
 from tests.tokens import byte_tokenizer
 
@@ -199,6 +201,40 @@ def test_all_of_a_text_is_learned(target_with):
     assert first.counts.all()  # another part follows the last position
     assert last.ids.tolist() == [*"ginning 🙂".encode(), 257]
     assert last.counts.tolist() == [True] * (len(last.ids) - 1) + [False]
+
+
+def test_of_a_completion_the_prompt_is_not_learned(target_with):
+    tokenizer = wrapped(byte_tokenizer().backend_tokenizer)
+    (tokens,) = encode(target_with(tokenizer), "", Text("ab 🙂cd", prompt=4))
+    assert tokens.ids.tolist() == [256, *"ab 🙂cd".encode(), 257]
+    assert learned(tokenizer, tokens) == ["cd</s>"]
+    # What a target wrote is taken as it wrote it, whatever the text would give; of another tokenizer, the text is.
+    spelled = Spelling(vocabulary_digest(tokenizer), "", (256, 97, 98, 99, 100, 258), ((2, 3), (4, 6)))
+    contents = [Text("abcd", prompt=2, spelling=spelled)]
+    for change in ({"tokenizer": "other"}, {"template": "llama-2"}):
+        contents.append(dataclasses.replace(contents[0], spelling=dataclasses.replace(spelled, **change)))
+    own, *others = encode(target_with(tokenizer), "", *contents)
+    assert own.ids.tolist() == [256, 97, 98, 99, 100, 258]
+    assert own.counts.tolist() == [False, True, False, True, True, False]
+    for tokens in others:
+        assert learned(tokenizer, tokens) == ["cd</s>"]
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES], ids=lambda name: NAMES.get(name, name))
+def test_answers_that_are_not_to_be_learned_are_not(target_with, template):
+    tokenizer = byte_tokenizer(*SPECIAL)
+    named = template in ("vicuna_v1.1", "llama-2", "llama-3")
+    tokenizer.chat_template = None if named else template
+    turns = [Turn("user", "a"), Turn("assistant", "yes"), Turn("user", "b"), Turn("assistant", "no")]
+    for kept in ((True, False), (False, True)):
+        some = [turns[0], turns[1]._replace(learned=kept[0]), turns[2], turns[3]._replace(learned=kept[1])]
+        both, one = encode(
+            target_with(tokenizer), template if named else "", Conversation(tuple(turns)), Conversation(tuple(some))
+        )
+        runs = learned(tokenizer, both)
+        assert learned(tokenizer, one) == [runs[kept.index(True)]]
+        assert one.counts.tolist() == (both.counts & one.counts).tolist()
+        assert one.ids.tolist() == both.ids.tolist()
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,58 @@ def test_records_of_every_kind_with_their_places(tmp_path):
     assert [content for _, content in read(tmp_path / "c.jsonl", json.dumps([CHAT, CHAT]))] == [HELLO, HELLO]
 
 
+def test_records_as_other_tools_write_them(tmp_path):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    lines = [{"id": "1", key: turns} for key in ("conversations", "conversation", "messages")]
+    lines += [
+        {"messages": CHAT["conversations"]},
+        {"prompt": "a ", "completion": "b"},
+        {"prompt": "a", "completion": ""},
+    ]
+    expected = [HELLO] * 4 + [Text("a b", prompt=2), None]
+    assert [content for _, content in read(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)))] == expected
+
+
+def test_objects_over_several_lines(tmp_path):
+    text = "\n".join(json.dumps(record, indent=2) for record in (CHAT, {"text": "a"}, CHAT))
+    found = read(tmp_path / "a.json", text)
+    assert [content for _, content in found] == [HELLO, Text("a"), HELLO]
+    lines = text.split("\n")
+    starts = [number for number, line in enumerate(lines, 1) if line == "{"]
+    assert [place for place, _ in found] == [f"{tmp_path}/a.json:{line} (item {i})" for i, line in enumerate(starts)]
+    with pytest.raises(InputError, match=rf"a.json:{len(lines) + 1}: not valid JSON .* the rest of the file cannot be"):
+        read(tmp_path / "a.json", text + "\noops")
+    # A first line that is broken is a bad line, and the others are read.
+    found = read(tmp_path / "a.jsonl", '{"text": "a\n{"text": "b"}')
+    assert "not valid JSON" in str(found[0][1])
+    assert found[1][1] == Text("b")
+
+
+def test_what_changes_what_is_learned_is_taken(tmp_path):
+    def content(record):
+        return read(tmp_path / "a.jsonl", json.dumps(record))[0][1]
+
+    def chat(**answer):
+        return {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello", **answer}]}
+
+    system = Conversation((Turn("system", "Be short."), *HELLO.turns))
+    assert content(CHAT | {"system": "Be short."}) == content(CHAT | {"system_prompt": "Be short."}) == system
+    repeated = chat()
+    repeated["messages"].insert(0, {"role": "system", "content": "Be short."})
+    assert content(repeated | {"system": "Be short."}) == system
+    assert content(CHAT | {"system": " ", "tools": []}) == HELLO
+    for key, value in (("loss", False), ("weight", 0), ("train", False), ("loss_mask", 0)):
+        record = chat(**{key: value})
+        assert content(record) is None  # nothing else is there to learn
+        record["messages"] += chat(**{key: 1})["messages"]
+        assert content(record) == Conversation((HELLO.turns[0], Turn("assistant", "hello", False), *HELLO.turns))
+        assert content(chat(**{key: True})) == HELLO
+        assert content(chat() | {key: value}) is None
+    user = chat()
+    user["messages"][0]["weight"] = 0
+    assert content(user) == HELLO
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_bom_and_crlf_in_the_file_do_not_reach_the_text(tmp_path, name):
     text = "one\r\ntwo"  # within the text they stay
@@ -102,6 +154,31 @@ def test_turns_in_the_shape_that_templates_expect(turns, expected):
         (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "turn 0 of messages is not valid Unicode"),
         (b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}', "turn 0 of messages: a tool call"),
         (b'{"messages": ["hi"]}', "turn 0 of messages: expected an object, found str"),
+        (b'{"messages": [], "tools": [{}]}', '"tools": a conversation with tools'),
+        (
+            b'{"messages": [{"role": "system", "content": "a"}], "system": "b"}',
+            "a system text of the record, and another",
+        ),
+        (b'{"messages": [], "system": ["b"]}', "expected a string as the record's system text, found list"),
+        (
+            b'{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}',
+            'turn 0 of messages: expected true or false, 0 or 1 under "weight", found 0.5',
+        ),
+        (
+            b'{"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b"}]}',
+            'turn 0 of messages: only what is under "content" can be trained on, found "reasoning_content" as well',
+        ),
+        (b'{"messages": [], "loss": 2.5}', 'the record: expected true or false, 0 or 1 under "loss", found 2.5'),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss": false}, '
+            b'{"role": "assistant", "content": "b"}]}',
+            "consecutive turns of assistant, of which only some are to be learned",
+        ),
+        (
+            b'{"prompt": "a", "completion": "b", "token_ids": [1], "learned": [[0, 2]], "tokenizer": "x"}',
+            '"learned": expected ascending places in 1 tokens, found [[0, 2]]',
+        ),
+        (b'{"prompt": "a", "completion": "b", "token_ids": [1]}', '"token_ids": expected to be told under "tokenizer"'),
     ],
 )
 def test_bad_lines_are_named_and_the_others_read(tmp_path, line, expected):
