@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from kangaroo_jax.checkpoint.gguf_file import GGUFFile
+from kangaroo_jax.checks import check_count, check_positive
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.families import read_config
@@ -52,34 +53,38 @@ def _config_json(file: GGUFFile, architecture: str) -> dict[str, Any]:
             raise InputError(f"{file.path}: {architecture}.{key} is missing in its metadata; convert the model again")
         return value
 
-    heads, hidden = get("attention.head_count"), get("embedding_length")
-    head_dim = get("attention.key_length", None)
-    if head_dim is None and isinstance(heads, int) and heads > 0:
-        head_dim = hidden // heads
+    def count(key: str, default: Any = ...) -> int:
+        value = get(key, default)
+        check_count(f"{file.path}: {architecture}.{key}", value)  # a list: layers that differ
+        return value
+
+    heads, hidden = count("attention.head_count"), count("embedding_length")
+    head_dim = count("attention.key_length", hidden // heads)
+    theta = get("rope.freq_base", 10000.0)
+    check_positive(f"{file.path}: {architecture}.rope.freq_base", theta)
     for key in ("attention.value_length", "rope.dimension_count"):
         if get(key, head_dim) != head_dim:
             raise InputError(
                 f"{file.path}: {architecture}.{key} must be the size of a head, {head_dim}; found {get(key)}"
             )
     embedding = file.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise InputError(f"{file.path}: tensor token_embd.weight is missing; expected the embedding, found nothing")
-    context = get("context_length")
+    if embedding is None or len(embedding.shape) != 2:
+        raise InputError(f"{file.path}: expected the embedding, tensor token_embd.weight of two dimensions; found none")
     ends = [file.metadata.get(f"tokenizer.ggml.{key}") for key in _END_KEYS]
     return {
         "model_type": ARCHITECTURES[architecture],
         # Not the metadata's vocab_size, which old files have wrong.
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
+        "intermediate_size": count("feed_forward_length"),
+        "num_hidden_layers": count("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "num_key_value_heads": count("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": context,
+        "max_position_embeddings": count("context_length"),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "rope_theta": get("rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(file, get, head_dim),
+        "rope_theta": theta,
+        "rope_scaling": _rope_scaling(file, get, head_dim, theta),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
@@ -88,7 +93,7 @@ def _config_json(file: GGUFFile, architecture: str) -> dict[str, Any]:
     }
 
 
-def _rope_scaling(file: GGUFFile, get: Any, head_dim: int) -> dict[str, Any] | None:
+def _rope_scaling(file: GGUFFile, get: Callable[..., Any], head_dim: int, theta: float) -> dict[str, Any] | None:
     """`rope_scaling` of the model's config.json."""
     kind = get("rope.scaling.type", None)
     factor = get("rope.scaling.factor", None) or get("rope.scale_linear", None)
@@ -101,7 +106,7 @@ def _rope_scaling(file: GGUFFile, get: Any, head_dim: int) -> dict[str, Any] | N
                 f"{file.path}: tensor {ROPE_FACTORS}: expected {head_dim // 2} values in float32, found "
                 f"{list(factors.shape)} in {factors.kind.name}"
             )
-        return _llama3(file, file.read_rows(ROPE_FACTORS, 0, 1)[0], get("rope.freq_base", 10000.0))
+        return _llama3(file, file.read_rows(ROPE_FACTORS, 0, 1)[0], theta)
     if kind is None and factor not in (None, 0.0, 1.0):
         kind = "linear"
     if kind in (None, "none") or (kind == "linear" and factor in (None, 0.0, 1.0)):

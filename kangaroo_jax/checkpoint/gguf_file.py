@@ -116,12 +116,12 @@ def read_gguf(path: pathlib.Path) -> GGUFFile:
         reader = _Reader(path, data)
         tensor_count, metadata_count = reader.start()
         metadata = dict(reader.entry() for _ in range(metadata_count))
-        if metadata.get("split.count", 0) > 1:
+        if metadata.get("split.count") not in (None, 0, 1):
             raise InputError(
                 f"{path}: is one of {metadata['split.count']} parts of a model; join them with llama.cpp's "
                 "`llama-gguf-split --merge FIRST_PART OUTPUT.gguf` and give the result"
             )
-        if "general.architecture" not in metadata:
+        if not isinstance(metadata.get("general.architecture"), str):
             raise InputError(f"{path}: expected general.architecture in its metadata, found {len(metadata)} other keys")
         infos = [reader.tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", _ALIGNMENT)
@@ -189,8 +189,10 @@ class _Reader:
             return self._string()
         if kind == _ARRAY:
             kind, count = self._unpack("<I"), self._unpack("<Q")
+            if kind == _STRING:
+                return [self._string() for _ in range(count)]
             if kind not in _NUMBERS:
-                return [self._value(kind) for _ in range(count)]
+                raise self._damaged(f"a list of the unknown type {kind}")
             dtype = np.dtype(_NUMBERS[kind])
             return np.frombuffer(self._take(count * dtype.itemsize), dtype).tolist()
         if kind not in _NUMBERS:

@@ -61,6 +61,7 @@ _SPLITS = {
 }
 # A word that is a token is taken as it is, whatever the merges would make of it.
 _IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "tekken")
+_COMPOSED = ("qwen2",)  # Qwen's tokenizer.json normalises text to NFC; llama.cpp does not
 _BEGIN_WITH_BOS = ("llama-bpe", "llama3", "llama-v3", "tekken")  # where the file does not say
 
 
@@ -79,16 +80,13 @@ def gguf_tokenizer(file: GGUFFile) -> Any:
             "gpt2 (byte-level BPE)"
         )
     tokens = _get(file, "tokens")
-    if not isinstance(tokens, list) or not tokens:
-        raise InputError(f"{file.path}: tokenizer.ggml.tokens must be a list of tokens, found {tokens!r}")
-    types = _get(file, "token_type") or [1] * len(tokens)
-    if len(types) != len(tokens):
-        raise InputError(
-            f"{file.path}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens; damaged"
-        )
+    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
+        raise InputError(f"{file.path}: tokenizer.ggml.tokens must be a list of tokens, found none")
+    types = _get(file, "token_type", [1] * len(tokens))
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise InputError(f"{file.path}: tokenizer.ggml.token_type must have an entry for each of {len(tokens)} tokens")
     try:
         tokenizer = _sentencepiece(file, tokens, types) if kind == "llama" else _byte_level(file, tokens)
-        # Control tokens in a text of the user are found too, as with the tokenizer.json of the same model.
         added = [
             AddedToken(token, special=kind == _CONTROL, normalized=False)
             for token, kind in zip(tokens, types, strict=True)
@@ -128,8 +126,8 @@ def _byte_level(file: GGUFFile, tokens: Sequence[str]) -> Tokenizer:
             "a file from before it was written must be converted again"
         )
     merges = _get(file, "merges")
-    if merges is None:
-        raise InputError(f"{file.path}: tokenizer.ggml.merges is missing; convert the model again")
+    if not isinstance(merges, list) or not all(isinstance(merge, str) and merge for merge in merges):
+        raise InputError(f"{file.path}: tokenizer.ggml.merges must be a list of merges; convert the model again")
     tokenizer = Tokenizer(
         models.BPE(
             {token: i for i, token in enumerate(tokens)},
@@ -137,6 +135,8 @@ def _byte_level(file: GGUFFile, tokens: Sequence[str]) -> Tokenizer:
             ignore_merges=pre in _IGNORE_MERGES,
         )
     )
+    if pre in _COMPOSED:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -150,11 +150,8 @@ def _merge(line: str) -> tuple[str, str]:
 def _sentencepiece(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
     """SentencePiece's BPE: the pair with the best score first, and bytes for what is in no token."""
     scores = _get(file, "scores")
-    if scores is None or len(scores) != len(tokens):
-        raise InputError(
-            f"{file.path}: tokenizer.ggml.scores must have an entry for each of {len(tokens)} tokens, found "
-            f"{'none' if scores is None else len(scores)}"
-        )
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise InputError(f"{file.path}: tokenizer.ggml.scores must have an entry for each of {len(tokens)} tokens")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     pairs = []
     for i, token in enumerate(tokens):

@@ -115,11 +115,12 @@ def load_target(
             full = tensor_name(name_here)
             rows = read(full, (fingerprint.sample_index(weights.found[full][0]),))
             samples[name_here] = fingerprint.sample(rows)
+    tokenizer = source.read_tokenizer()  # before the weights, which take long: what is wrong is said at once
     current, *earlier = fingerprint.fingerprints(config, samples)
     model = fill_module(abstract, read, dtype, tensor_name, weights.files, mesh=mesh)
     return Target(
         model=model,
-        tokenizer=source.read_tokenizer(),
+        tokenizer=tokenizer,
         name=name,
         fingerprint=current,
         eos_token_ids=source.eos_token_ids,

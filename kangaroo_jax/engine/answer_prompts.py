@@ -190,7 +190,7 @@ def _settings(
     """What an answer depends on, in terms that a message can name."""
     return {
         "model": f"{pathlib.Path(target.name).name} ({target.fingerprint})",
-        "dtype": str(target.model.dtype),
+        "dtype": target.model.arithmetic,
         "max_new_tokens": max_new_tokens,
         **({"adapter": None} if adapter is None else _drafting(target, adapter, draft)),
         **dataclasses.asdict(sampling),

@@ -48,6 +48,12 @@ class TargetModel(nnx.Module):
         """Of activations and caches: the weights' own, unless the model was made with another."""
         return self.dtype if self._compute_dtype is None else self._compute_dtype
 
+    @property
+    def arithmetic(self) -> str:
+        """What its numbers depend on besides the weights: "bfloat16", or "bfloat16, computed in float32"."""
+        same = self.compute_dtype == self.dtype
+        return str(self.dtype) if same else f"{self.dtype}, computed in {self.compute_dtype}"
+
 
 def shallow_apply(
     target: TargetModel,

@@ -213,11 +213,11 @@ def adapter_loss(
       As for `distillation`.
     """
     target = jax.lax.stop_gradient(target)
-    adapter = jax.tree.map(lambda x: x.astype(target.dtype), adapter)
+    adapter = jax.tree.map(lambda x: x.astype(target.compute_dtype), adapter)
     mask = segment_mask(segment_ids)
     shallow, _ = shallow_apply(target, tokens, positions, exit_layer=exit_layer, mask=mask)
     if teacher is None:
         teacher, _ = deep_apply(target, shallow, positions, exit_layer=exit_layer, mask=mask)
     draft, _ = adapter_apply(adapter, shallow, positions, mask=mask)
     vocabulary = None if drafted is None else DraftVocabulary(target, drafted)
-    return distillation(target, teacher.astype(target.dtype), draft, loss_mask, vocabulary, chunk=chunk, loss=loss)
+    return distillation(target, teacher.astype(target.compute_dtype), draft, loss_mask, vocabulary, chunk=chunk, loss=loss)

@@ -65,7 +65,7 @@ class TeacherCache:
             self._about = {
                 "version": _VERSION,
                 "target": fingerprint,
-                "computed in": str(target.model.dtype),
+                "computed in": target.model.arithmetic,
                 "stored in": _ITEM.name,
                 "rows": rows.fingerprint,
             }

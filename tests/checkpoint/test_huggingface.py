@@ -30,6 +30,7 @@ from kangaroo_jax.checkpoint.target import default_dtype, load_target, save_targ
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.families import all_families
 from kangaroo_jax.model.sharding import make_mesh
+from kangaroo_jax.model.target import shallow_apply
 from tests.checkpoint.forward import assert_same_logits, forward
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -76,10 +77,10 @@ def write_index(folder: pathlib.Path, shards: dict[str, list[str]]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def refused(folder: pathlib.Path | str, *words: str, dtype: str = "float32") -> str:
+def refused(folder: pathlib.Path | str, *words: str, dtype: str = "float32", compute_dtype: str | None = None) -> str:
     """Loads what cannot be loaded; the message is one line with all of `words` in it."""
     with pytest.raises(InputError) as caught:
-        load_target(folder, dtype)
+        load_target(folder, dtype, compute_dtype=compute_dtype)
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -402,6 +403,20 @@ def test_unsupported_dtype_asked_for(folder: pathlib.Path, dtype: str) -> None:
         assert load_target(folder, dtype).model.dtype == jnp.float16
         return
     refused(folder, "dtype", "float32, float16, bfloat16", f"found {dtype!r}", dtype=dtype)
+
+
+def test_weights_are_computed_with_in_the_dtype_that_is_asked_for(folder: pathlib.Path) -> None:
+    dtype, compute_dtype = "bfloat16", "float32"
+    target = load_target(folder, dtype, compute_dtype=compute_dtype).model
+    assert (target.dtype, target.compute_dtype) == (dtype, compute_dtype)
+    tokens = jnp.arange(12)[None]
+    hidden, _ = shallow_apply(target, tokens, jnp.arange(12)[None], exit_layer=1)
+    assert hidden.dtype == compute_dtype
+    # The same weights, rounded first, in the dtype that is computed in.
+    rounded = jax.tree.map(lambda x: x.astype(compute_dtype), load_target(folder, dtype).model)
+    np.testing.assert_array_equal(np.asarray(forward(target, tokens)), np.asarray(forward(rounded, tokens)))
+    assert load_target(folder, dtype).model.compute_dtype == dtype
+    refused(folder, "compute_dtype must be one of float32, float16, bfloat16, found 'int8'", compute_dtype="int8")
 
 
 def test_default_dtype_is_float32_on_cpu_and_bfloat16_on_accelerators(
