@@ -246,7 +246,7 @@ def decoding(
     platform = machine.devices[0].platform
     shape = RoundShape.kangaroo(draft.exit_layer, draft, config.vocab_size, platform)
     shape = dataclasses.replace(shape, widths=shape.widths[-1:])  # a round runs one; narrower ones need less
-    plan = Shapes(shape).plan(prompt_tokens, max_new_tokens)
+    plan = Shapes(shape, accelerator=platform != "cpu").plan(prompt_tokens, max_new_tokens)
     backend = choose_backend(mesh if mesh.size > 1 or platform != "cpu" else None, machine.devices)
     static = {"exit_layer": draft.exit_layer, "backend": backend}
     everywhere = NamedSharding(mesh, PartitionSpec())

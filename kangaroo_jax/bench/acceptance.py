@@ -21,10 +21,11 @@ from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.decode.draft import draft_sequence
 from kangaroo_jax.decode.prefill import Admission, prefill
+from kangaroo_jax.decode.rounds import RoundShape
 from kangaroo_jax.decode.sampling import Sampling
 from kangaroo_jax.decode.state import DecodeState
 from kangaroo_jax.decode.tree import grow_tree
-from kangaroo_jax.engine.shapes import prompt_width
+from kangaroo_jax.engine.shapes import Shapes
 from kangaroo_jax.model.attention.backend import AttentionBackend, choose_backend
 from kangaroo_jax.model.drafts.draft_model import Committed
 from kangaroo_jax.model.drafts.kangaroo import Adapter
@@ -194,7 +195,7 @@ def _drafts(
     topk: int | None,
 ) -> tuple[np.ndarray, ...]:
     """What is drafted after each token of `answer` but the last; see `_scan`."""
-    time = prompt_width(len(prompt))
+    time = Shapes(RoundShape.plain()).prompt_width(len(prompt))
     tokens = np.zeros((1, time), np.int32)
     tokens[0, : len(prompt)] = prompt
     positions = 1 + max_draft_len * (topk or 1)  # in the caches, that drafting fills

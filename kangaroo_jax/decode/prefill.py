@@ -203,7 +203,7 @@ def prefill_and_admit(
       tokens: the pieces, padded on the right.
       start: position of each piece's first token.
       lengths: of the pieces, at least 1.
-      slots: rows of `state` that the prompts get.
+      slots: rows of `state` that the prompts get; beyond them for rows of padding (`DenseBackend` alone).
       admission: of each prompt.
       exit_layer: l, static.
       backend: of the caches, static.
@@ -244,4 +244,4 @@ def _is_cache(x: object) -> bool:
 def _put(old: Array | KVCache, new: Array | KVCache, slots: Int[Array, " rows"]) -> Array | KVCache:
     if isinstance(old, KVCache):
         return old.with_rows(slots, new)
-    return old.at[slots].set(new.astype(old.dtype), mode="promise_in_bounds", unique_indices=True)
+    return old.at[slots].set(new.astype(old.dtype), mode="drop")

@@ -33,7 +33,7 @@ from kangaroo_jax.decode.state import Chunk, DecodeState
 from kangaroo_jax.engine.programs import SHARED, ProgramStore, compile_program, signature
 from kangaroo_jax.engine.prompts import encode_prompt
 from kangaroo_jax.engine.requests import Answer, Event, Finished, Request, TextDelta
-from kangaroo_jax.engine.shapes import CHUNK, MAX_EOS, PIECE, Plan, Shapes, capacity_class, group_size, prompt_width
+from kangaroo_jax.engine.shapes import CHUNK, MAX_EOS, PIECE, Plan, Shapes, capacity_class
 from kangaroo_jax.engine.text import TextStream
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.attention.backend import choose_backend
@@ -131,8 +131,8 @@ class Engine:
     ):
         self.target, self.adapter, self.config = target, adapter, config
         devices = sorted(target.model.embed_tokens[...].devices(), key=lambda device: device.id)
-        self._platform = devices[0].platform
-        self.shapes = Shapes(round_shape(target, adapter, draft, self._platform))
+        platform = devices[0].platform
+        self.shapes = Shapes(round_shape(target, adapter, draft, platform), accelerator=platform != "cpu")
         self._backend = choose_backend(target.mesh, devices)
         if target.mesh is not None and config.max_batch % target.mesh.shape["data"]:
             raise InputError(
@@ -151,6 +151,7 @@ class Engine:
         self._launched: collections.deque[_Launched] = collections.deque()
         self._long_prompt: _LongPrompt | None = None
         self._next_id = 0
+        self._has_sampled = False
         self.compile_seconds = 0.0
 
     # --- Requests.
@@ -242,10 +243,11 @@ class Engine:
             self._reserve(first)
             run = first[0]
             alike = [other for other in first if other.plan.width == run.plan.width and len(other.ids) <= PIECE]
-            runs = alike[: group_size(len(alike))] if len(run.ids) <= PIECE else []
+            count, rows = self.shapes.group(len(alike), len(self._slots))
+            runs = alike[:count] if len(run.ids) <= PIECE else []
             slot, reused = self._best_slot(run, free)
-            saves = prompt_width(len(run.ids) - reused) < run.plan.width
-            if len(runs) > 1 and (not saves or self._platform != "cpu"):
+            saves = self.shapes.prompt_width(len(run.ids) - reused) < run.plan.width
+            if len(runs) > 1 and (not saves or self.shapes.accelerator):
                 reused = 0  # one by one, prompts that are this short would take longer
             if reused or len(run.ids) > PIECE:
                 self._waiting.popleft()
@@ -255,7 +257,7 @@ class Engine:
             self._waiting = collections.deque(other for other in self._waiting if id(other) not in taken)
             # Slots that hold the least are overwritten first.
             free.sort(key=lambda i: len(self._slots[i].held))
-            self._prefill_last(runs, free[: len(runs)], None, [0] * len(runs))
+            self._prefill_last(runs, free[: len(runs)], None, [0] * len(runs), rows)
 
     def _best_slot(self, run: _Run, free: Sequence[int]) -> tuple[int, int]:
         """The free slot that holds the longest beginning of a prompt, and how many tokens of it; without any, the one
@@ -291,27 +293,32 @@ class Engine:
             self._long_prompt.done += PIECE
             return
         # The padded piece has to lie within the caches: where it would not, it begins earlier and does some again.
-        done = min(done, max(0, capacity - prompt_width(rest)))
+        done = min(done, max(0, capacity - self.shapes.prompt_width(rest)))
         slot, self._long_prompt = self._long_prompt.slot, None
-        self._prefill_last([run], [slot], prompts, [done])
+        self._prefill_last([run], [slot], prompts, [done], 1)
 
-    def _prefill_last(self, runs: list[_Run], slots: list[int], prompts: Prompts | None, done: list[int]) -> None:
-        """The last piece of each prompt, its first token, and its row of the running batch."""
+    def _prefill_last(
+        self, runs: list[_Run], slots: list[int], prompts: Prompts | None, done: list[int], rows: int
+    ) -> None:
+        """The last piece of each prompt, its first token, and its row of the running batch. Beyond the prompts, `rows`
+        are padding, whose slot is beyond the batch."""
         pieces = [run.ids[start:] for run, start in zip(runs, done, strict=True)]
-        tokens = np.zeros((len(runs), max(map(prompt_width, map(len, pieces)))), np.int32)
-        eos = np.full((len(runs), MAX_EOS), -1, np.int32)
+        tokens = np.zeros((rows, max(map(self.shapes.prompt_width, map(len, pieces)))), np.int32)
+        eos = np.full((rows, MAX_EOS), -1, np.int32)
+        lengths, max_output = np.ones((2, rows), np.int32)
+        start, places = np.zeros((rows,), np.int32), np.full((rows,), len(self._slots), np.int32)
         for i, (run, piece) in enumerate(zip(runs, pieces, strict=True)):
             tokens[i, : len(piece)] = piece
             eos[i, : len(run.eos)] = run.eos
-        admission = Admission(
-            max_output=np.asarray([run.max_new_tokens for run in runs], np.int32),
-            eos_token_ids=eos,
-            sampling=Sampling.create([run.sampling for run in runs], [run.ids for run in runs]),
+            lengths[i], max_output[i], start[i], places[i] = len(piece), run.max_new_tokens, done[i], slots[i]
+        padding = rows - len(runs)
+        sampling = Sampling.create(
+            [*(run.sampling for run in runs), *[SamplingConfig()] * padding],
+            [*(run.ids for run in runs), *[[]] * padding],
         )
-        lengths = np.asarray(list(map(len, pieces)), np.int32)
-        start, rows = np.asarray(done, np.int32), np.asarray(slots, np.int32)
-        inputs = (*self._weights, self._state, prompts, tokens, start, lengths, rows, admission)
-        sampled = any(run.sampling.temperature > 0 for run in runs)
+        admission = Admission(max_output, eos, sampling)
+        inputs = (*self._weights, self._state, prompts, tokens, start, lengths, places, admission)
+        sampled = self._sampled(runs)
         capacity = 0 if prompts is None else prompts.deep.capacity
         before = self._clock()
         program = self._program(
@@ -340,7 +347,7 @@ class Engine:
             return
         runs = [slot.run if slot.run in going_on else None for slot in self._slots]
         self._reserve([])
-        sampled = any(run.sampling.temperature > 0 for run in runs if run is not None)
+        sampled = self._sampled(going_on)
         running = np.asarray([run is not None for run in runs])
         # A chunk ends with sequences whose places others can take.
         at_least = np.int32(running.sum() + 1 - self.shapes.refill(self.config.max_batch) if self._waiting else 0)
@@ -361,6 +368,14 @@ class Engine:
             if run is not None:
                 run.chunks_ahead += 1
         self._launched.append(_Launched(runs, None, chunk))
+
+    def _sampled(self, runs: Sequence[_Run]) -> bool:
+        """Whether a program for these requests has to be able to sample. Where compiling takes long, one that has
+        sampled before serves greedy requests as well."""
+        sampled = any(run.sampling.temperature > 0 for run in runs)
+        if self.shapes.accelerator:
+            sampled = self._has_sampled = self._has_sampled or sampled
+        return sampled
 
     def _reserve(self, new: Sequence[_Run]) -> None:
         """Sees to it that the caches hold what the sequences and `new` ones come to fill by the next chunk's end."""
@@ -396,7 +411,7 @@ class Engine:
         if launched.chunk is None:
             tokens = jax.device_get(launched.first_tokens)
             now = self._clock()
-            for run, token in zip(launched.runs, tokens.tolist(), strict=True):
+            for run, token in zip(launched.runs, tokens.tolist(), strict=False):  # more are padding
                 run.first = now
                 events += self._advance(run, [token], [], [])
             return events

@@ -36,21 +36,45 @@ class Shapes:
 
     Attributes:
       round: what a round is.
+      accelerator: whether positions and sequences cost little beside reading the weights, and compiling takes long:
+        prompts then have few widths and are admitted in few sizes of groups. On a CPU every position costs.
     """
 
     round: RoundShape
+    accelerator: bool = False
 
     def plan(self, prompt_tokens: int, max_new_tokens: int) -> Plan:
         """Shapes for a prompt of so many tokens, and the most new ones."""
         last = (prompt_tokens - 1) % PIECE + 1
-        width = prompt_width(last)
+        width = self.prompt_width(last)
         positions = prompt_tokens + max_new_tokens + self.round.positions
         return Plan(width, prompt_tokens - last + width, positions)
 
     def capacity(self, filled: int, positions: int) -> int:
         """Positions of caches for a sequence that fills `filled` and may come to fill `positions`: they grow by
         doubling, so that long limits cost nothing before they are used."""
-        return capacity_class(min(positions, max(_AT_ONCE, 2 * filled)))
+        capacity = min(positions, max(_AT_ONCE, 2 * filled))
+        return capacity_class(max(capacity, _AT_ONCE) if self.accelerator else capacity)
+
+    def prompt_width(self, length: int) -> int:
+        """Tokens that a piece of a prompt is padded to: on a CPU, two sizes between powers of two, from 128 on."""
+        if self.accelerator:
+            return max(PIECE // 2, _power_of_two(length))
+        step = max(_PROMPT_STEP, _power_of_two(length) // 4)
+        return -(-length // step) * step
+
+    def group(self, count: int, slots: int) -> tuple[int, int]:
+        """How many of `count` prompts are prefilled together in a batch of `slots`, and as how many rows: on a CPU, a
+        power of four of them; on an accelerator all of them, with rows of padding."""
+        if self.accelerator:
+            rows = 8
+            while rows < min(count, slots):
+                rows *= 8
+            return count, min(rows, slots)
+        size = 1
+        while size * 4 <= count:
+            size *= 4
+        return size, size
 
     def refill(self, slots: int) -> int:
         """How many of so many slots have to be free before a chunk of rounds ends early for prompts that wait: one of
@@ -62,24 +86,10 @@ class Shapes:
         return chunks * max_chunk_tokens(CHUNK, self.round)
 
 
-def prompt_width(length: int) -> int:
-    """Tokens that a piece of a prompt is padded to: two sizes between powers of two, from 128 on."""
-    step = max(_PROMPT_STEP, _power_of_two(length) // 4)
-    return -(-length // step) * step
-
-
 def capacity_class(positions: int) -> int:
     """The smallest capacity of caches that holds so many positions: a power of two, or one and a half times one."""
     power = _power_of_two(max(positions, _SMALLEST_CAPACITY))
     return power * 3 // 4 if positions <= power * 3 // 4 and power > _SMALLEST_CAPACITY else power
-
-
-def group_size(count: int) -> int:
-    """How many of `count` prompts are prefilled together: a power of four."""
-    size = 1
-    while size * 4 <= count:
-        size *= 4
-    return size
 
 
 def _power_of_two(number: int) -> int:

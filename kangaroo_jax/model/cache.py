@@ -67,8 +67,8 @@ class KVCache:
         return taken.replace(length=jax.lax.dynamic_slice_in_dim(self.length, row, 1))
 
     def with_rows(self, rows: Int[Array, " new"], new: KVCache) -> KVCache:
-        """With the sequences of `new` in place of the sequences `rows`, no two of them equal. What lies beyond the
-        capacity of `new` stays: it is masked, and overwritten later."""
+        """With the sequences of `new` in place of the sequences `rows`; those whose row is beyond the batch are dropped
+        (`DenseBackend` alone). What lies beyond the capacity of `new` stays: it is masked, and overwritten later."""
         pairs = [
             self.backend.put_rows(*old, *fresh, rows, len(self.length))
             for old, fresh in zip(
@@ -76,7 +76,7 @@ class KVCache:
             )
         ]
         keys, values = zip(*pairs, strict=True)
-        length = self.length.at[rows].set(new.length, mode="promise_in_bounds", unique_indices=True)
+        length = self.length.at[rows].set(new.length, mode="drop")
         return self.replace(keys=keys, values=values, length=length)
 
     def _mapped(self, change: Callable[[Array, Array], tuple[Array, Array]]) -> KVCache:

@@ -220,4 +220,6 @@ def adapter_loss(
         teacher, _ = deep_apply(target, shallow, positions, exit_layer=exit_layer, mask=mask)
     draft, _ = adapter_apply(adapter, shallow, positions, mask=mask)
     vocabulary = None if drafted is None else DraftVocabulary(target, drafted)
-    return distillation(target, teacher.astype(target.compute_dtype), draft, loss_mask, vocabulary, chunk=chunk, loss=loss)
+    return distillation(
+        target, teacher.astype(target.compute_dtype), draft, loss_mask, vocabulary, chunk=chunk, loss=loss
+    )

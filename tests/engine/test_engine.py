@@ -23,7 +23,9 @@ from kangaroo_jax import (
     TreeConfig,
     generate_plain,
 )
+from kangaroo_jax.engine import engine as engine_module
 from kangaroo_jax.engine.shapes import PIECE, Shapes, capacity_class
+from kangaroo_jax.model.attention.dense import DenseBackend
 from tests.decode.models import LETTERS, VOCABULARY, lettered_target, tiny_adapter, tiny_target
 
 DRAFT = DraftConfig(2, 4, 0.1)
@@ -237,6 +239,21 @@ def test_caches_grow_with_what_is_filled_and_shrink_again():
     engine.add(Request([4, 5], 10, eos_token_ids=()))
     run(engine)
     assert engine._capacity == 128
+
+
+def test_padded_groups_of_an_accelerator_give_each_request_its_own_tokens(monkeypatch):
+    """As on an accelerator: few widths, and prompts that are admitted together with rows of padding."""
+    monkeypatch.setattr(engine_module, "choose_backend", lambda mesh, devices: DenseBackend())
+    engine = engine_of(4)
+    engine.shapes = dataclasses.replace(engine.shapes, accelerator=True)
+    requests = [Request(prompt, 12 + i, SAMPLING[i % 2], eos_token_ids=()) for i, prompt in enumerate(PROMPTS[:7])]
+    ids = [engine.add(request) for request in requests]
+    answers, _, _ = run(engine)
+    monkeypatch.undo()
+    for id, request in zip(ids, requests, strict=True):
+        assert answers[id].tokens == alone(request, False).tokens
+    assert engine.shapes.group(3, 4) == (3, 4) and engine.shapes.group(9, 512) == (9, 64)
+    assert [engine.shapes.prompt_width(n) for n in (1, 256, 257, 512)] == [256, 256, 512, 512]
 
 
 def test_capacity_classes():

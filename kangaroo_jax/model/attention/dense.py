@@ -88,7 +88,7 @@ class DenseBackend:
     ) -> tuple[Entries, Entries]:
         # One scatter for all rows: an update for each would be thousands of kernels for a large batch.
         return tuple(
-            self._placed(x.at[rows, :, : new.shape[2]].set(new, mode="promise_in_bounds", unique_indices=True))
+            self._placed(x.at[rows, :, : new.shape[2]].set(new, mode="drop"))
             for x, new in ((keys, new_keys), (values, new_values))
         )
 
