@@ -216,16 +216,16 @@ class Engine:
         self._admit()
         self._launch_rounds()
         events: list[Event] = []
-        while self._launched and (len(self._launched) > 1 or not self._running()):
+        while self._launched and (len(self._launched) > 1 or not any(self._running())):
             launched = self._launched.popleft()
             if any(run is not None and not run.ended for run in launched.runs):  # else nobody waits for its end
                 events += self._read(launched)
         return events
 
-    def _running(self) -> list[_Run]:
-        """The requests that rounds go on with, which are not still being prefilled."""
+    def _running(self) -> list[_Run | None]:
+        """The request of each slot that rounds go on with; None for one that is free or still being prefilled."""
         begun = None if self._long_prompt is None else self._long_prompt.run
-        return [slot.run for slot in self._slots if slot.run not in (None, begun)]
+        return [None if slot.run is begun else slot.run for slot in self._slots]
 
     # --- Prompts into slots.
 
@@ -342,10 +342,10 @@ class Engine:
     # --- Rounds.
 
     def _launch_rounds(self) -> None:
-        going_on = self._running()
+        runs = self._running()
+        going_on = [run for run in runs if run is not None]
         if not going_on:
             return
-        runs = [slot.run if slot.run in going_on else None for slot in self._slots]
         self._reserve([])
         sampled = self._sampled(going_on)
         running = np.asarray([run is not None for run in runs])
