@@ -39,7 +39,14 @@ from kangaroo_jax.data.input import (
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.train import checkpoints, draft_vocabulary, preemption
-from kangaroo_jax.train.settings import check_context, check_same_run, check_target_folder, flat, make_mesh
+from kangaroo_jax.train.settings import (
+    check_adapter,
+    check_context,
+    check_same_run,
+    check_target_folder,
+    flat,
+    make_mesh,
+)
 from kangaroo_jax.train.step import abstract_state, compiled, initial_parameters, loss_of_step, make_optimizer
 from kangaroo_jax.train.teacher import TeacherCache
 
@@ -68,7 +75,7 @@ def train(config: TrainConfig, profile: str | None = None) -> dict[str, float] |
     check_files(config.data)
     mesh = make_mesh(config)
     target = load_target(config.target, config.dtype, mesh)
-    adapter_checkpoint.check_exit_layer(config.exit_layer, target.config)
+    check_adapter(config, target.config)
     check_context(config, target.config, target.name)
     draft_vocabulary.check_setting(config.draft_vocabulary, target.config)
     output = pathlib.Path(config.output).expanduser().resolve()
@@ -96,7 +103,7 @@ def train(config: TrainConfig, profile: str | None = None) -> dict[str, float] |
         for note in sharding.undivided(adapter_checkpoint.named_leaves(target.model), target.mesh):
             _say(f"note: {note}")
     if saved is None:
-        chosen = draft_vocabulary.choose_for_run(config.draft_vocabulary, target, config.exit_layer, rows, held_out)
+        chosen = draft_vocabulary.choose_for_run(config, target, rows, held_out)
         if chosen is not None:
             run.draft_from(chosen.token_ids)
             _say(
@@ -137,9 +144,12 @@ class _Run:
         self.config, self.target = config, target
         self.optimizer = make_optimizer(config)
         self.step = 0
-        self._where = jax.tree.map(lambda x: x.sharding, abstract_state(self.optimizer, target.config, target.mesh))
-        start = jax.jit(initial_parameters, static_argnums=(1, 2), out_shardings=self._where[0])
-        self.parameters = start(target.model, config.exit_layer, config.initialization, config.seed)
+        shapes = abstract_state(self.optimizer, target.config, config, target.mesh)
+        self._where = jax.tree.map(lambda x: x.sharding, shapes)
+        start = jax.jit(initial_parameters, static_argnums=(1, 2, 4), out_shardings=self._where[0])
+        self.parameters = start(
+            target.model, config.exit_layer, config.initialization, config.seed, config.adapter.num_layers
+        )
         self.state = jax.jit(self.optimizer.init, out_shardings=self._where[1])(self.parameters)
         self._train_step, self._evaluate_batch = compiled(self.optimizer, target.config, config, target.mesh)
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
