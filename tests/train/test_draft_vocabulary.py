@@ -70,7 +70,7 @@ def test_the_most_frequent_tokens_of_the_data_are_what_loads(small_target_folder
     save_adapter(adapter, jax.jit(lambda: Adapter(target.config, rngs=nnx.Rngs(3)))(), exit_layer=1, target=target)
     (tmp_path / "data.jsonl").write_text(json.dumps({"text": "abcabcab d" * 20 + "e"}) + "\n")
     sources = find_sources(str(tmp_path / "data.jsonl"))
-    cache = open_cache(tmp_path / "cache", sources, Encoder(target, ""), 0.0, quiet=True)
+    cache = open_cache(tmp_path / "cache", sources, Encoder(target, ""), 0.0)
     counts = count_tokens(cache, target.config.vocab_size)
     assert {chr(token): int(counts[token]) for token in np.flatnonzero(counts[:256])} == {
         "a": 59,  # the first follows nothing
@@ -202,7 +202,7 @@ def test_held_out_figures_are_those_of_drafts_from_the_draft_vocabulary(run, set
     config, target = configured(settings), load_target(settings["target"], "float32")
     adapter = load_adapter(output / "5", target).model
     drafted = adapter.draft_vocabulary.token_ids[...]
-    _, held_out = load_rows(config.data, target, config.sequence_length, config.seed, quiet=True)
+    _, held_out = load_rows(config.data, target, config.sequence_length, config.seed)
     acceptance = agreement = positions = 0.0
     for batch in evaluation_batches(held_out, config.batch_size, config.evaluation_windows):
         mask = segment_mask(batch["segment_ids"])
@@ -252,7 +252,7 @@ def test_a_draft_vocabulary_that_is_too_large_is_named_before_the_data_is_read(s
 
 def test_auto_takes_the_size_of_the_best_predicted_speed(settings):
     config, target = configured(settings), load_target(settings["target"], "float32")
-    training, held_out = load_rows(config.data, target, config.sequence_length, config.seed, quiet=True)
+    training, held_out = load_rows(config.data, target, config.sequence_length, config.seed)
     auto = dataclasses.replace(config, draft_vocabulary="auto")
     auto = draft_vocabulary.choose_for_run(auto, target, training, held_out)
     text = json.loads(pathlib.Path(settings["data.evaluation_files"]).read_text())["text"][1:]

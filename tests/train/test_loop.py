@@ -20,6 +20,7 @@ from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import adapter_apply
 from kangaroo_jax.train.loop import train
 from kangaroo_jax.train.step import initial_parameters, make_optimizer
+from tests.reports import Said
 
 from .runs import checkpoint, configured
 
@@ -27,8 +28,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_training_improves_held_out_acceptance(run):
-    _, result, printed = run
-    before = float(re.search(r"step 0: .*expected acceptance ([\d.]+)", printed).group(1))
+    _, result, said = run
+    before = float(re.search(r"step 0: .*expected acceptance ([\d.]+)", said).group(1))
     assert result["expected_acceptance"] > before + 0.02
 
 
@@ -70,11 +71,12 @@ def test_run_folder_has_tensorboard_events(run):
         assert name in events
 
 
-def test_a_complete_run_says_so_and_changes_nothing(run, settings, capsys):
+def test_a_complete_run_says_so_and_changes_nothing(run, settings):
     output, result, _ = run
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    assert train(configured(settings, output=str(output))) == result
-    assert "complete, 20 steps" in capsys.readouterr().out
+    report = Said()
+    assert train(configured(settings, output=str(output)), report=report) == result
+    assert "complete, 20 steps" in report.text
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
