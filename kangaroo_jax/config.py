@@ -246,6 +246,23 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """The adapter that is trained.
+
+    Attributes:
+      num_layers: layers of norm and attention. The paper's adapter has one; each more makes every draft step longer.
+
+    Raises:
+      InputError: for a value of the wrong type or out of range.
+    """
+
+    num_layers: int = 1
+
+    def __post_init__(self) -> None:
+        _check_settings(self, "adapter.")
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW, with betas 0.9 and 0.95. The defaults are those of the authors' code.
 
@@ -304,6 +321,7 @@ class TrainConfig:
       dtype: of the target, and of the adapter's computations; its weights and the optimizer's state are float32.
         float16 is for decoding alone: the gradients of a mean over a batch underflow in it.
       exit_layer: l, the number of shallow layers, 1 to the target's layers - 1.
+      adapter: its shape.
       teacher: online computes the target's last hidden states in each step; cached computes them once, before the
         first, and keeps them in `data.cache`.
       seed: of the order of the data, of what is held out and of a random start; 0 to 2**32 - 1.
@@ -317,8 +335,8 @@ class TrainConfig:
       draft_vocabulary: the tokens that drafts are made of, stored with the adapter: so many of those that the training
         data has most often; "0": all; or "auto": the number with which decoding is predicted to be fastest
         (train/draft_vocabulary.py says how).
-      initialization: where the adapter starts: layer, the target's attention of layer `exit_layer`; zero_output, an
-        attention that adds nothing; or random.
+      initialization: where the adapter starts: layer, the target's attention of layer `exit_layer` (and of those after
+        it, for several layers); zero_output, an attention that adds nothing; or random.
       optimizer: how it is trained.
       mesh: how devices share the work.
       log_every: steps between TensorBoard's training figures.
@@ -336,6 +354,7 @@ class TrainConfig:
     data: DataConfig
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     exit_layer: int = 2
+    adapter: AdapterConfig = AdapterConfig()
     teacher: Literal["online", "cached"] = "online"
     seed: int = 0
     steps: int = 100_000

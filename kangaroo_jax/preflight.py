@@ -183,20 +183,19 @@ def training(config: TrainConfig, machine: Machine) -> Report:
       InputError: for settings that are wrong, do not fit the machine's devices, or name a target of unknown shape.
     """
     # Decoding does not need the packages that training needs.
-    from kangaroo_jax.checkpoint.adapter import check_exit_layer
     from kangaroo_jax.checkpoint.known_models import model_config
     from kangaroo_jax.train import draft_vocabulary, teacher
     from kangaroo_jax.train import settings as training_settings
     from kangaroo_jax.train import step as training_step
 
     shape = model_config(config.target)
-    check_exit_layer(config.exit_layer, shape)
+    training_settings.check_adapter(config, shape)
     training_settings.check_context(config, shape, config.target)
     size = draft_vocabulary.check_setting(config.draft_vocabulary, shape)
     mesh = training_settings.make_mesh(config, machine.devices)
     target = abstract_target(shape, config.dtype, mesh)
     optimizer = training_step.make_optimizer(config)
-    state = training_step.abstract_state(optimizer, shape, mesh)
+    state = training_step.abstract_state(optimizer, shape, config, mesh)
     batch = training_step.abstract_batch(config, shape, mesh)
     step, _ = training_step.compiled(optimizer, shape, config, mesh)
     # The data decides what "auto" is; nothing takes more than the complete vocabulary.

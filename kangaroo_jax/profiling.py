@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -25,8 +25,8 @@ def check(folder: str | None) -> None:
 
 
 @contextlib.contextmanager
-def trace(folder: str | None) -> Iterator[None]:
-    """Traces the device's work inside the `with` block into `folder`, and prints where; None traces nothing.
+def trace(folder: str | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Traces the device's work inside the `with` block into `folder`, and says where; None traces nothing.
 
     Compile beforehand what runs inside. XProf shows each operation under its named scopes (draft, verify, commit,
     shallow, adapter, head, deep, prefill); Perfetto shows them on accelerators only.
@@ -38,4 +38,4 @@ def trace(folder: str | None) -> Iterator[None]:
     with jax.profiler.trace(str(path), create_perfetto_trace=True):
         yield
     newest = max(path.rglob("perfetto_trace.json.gz"), key=lambda file: file.stat().st_mtime)
-    print(f"profile: {newest}, for https://ui.perfetto.dev; {path} is a log folder for XProf")
+    say(f"profile: {newest}, for https://ui.perfetto.dev; {path} is a log folder for XProf")

@@ -66,9 +66,10 @@ class Bytes:
         layers = [_nbytes(layer) + cache for layer in model.layers]
         head = (model.embed_tokens if model.lm_head is None else model.lm_head)[...].nbytes
         shallow, deep = sum(layers[:exit_layer]), sum(layers[exit_layer:])
+        adapter_bytes = _nbytes(adapter) + len(adapter.layers) * cache
         # An adapter with a draft vocabulary has its own rows of the head, and reads those instead.
         draft_head = 0 if adapter.draft_vocabulary is not None else head
-        return cls(shallow + deep + head, shallow, shallow + _nbytes(adapter) + cache + draft_head, deep + head)
+        return cls(shallow + deep + head, shallow, shallow + adapter_bytes + draft_head, deep + head)
 
 
 def _nbytes(tree: Any) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -77,8 +77,14 @@ def named_leaves(tree: PyTree) -> dict[str, Array]:
 
 def adapter_from_parameters(config: ModelConfig, parameters: dict[str, Array]) -> Adapter:
     """The adapter whose parameters are `parameters` (the inverse of `named_leaves`), whatever their dtype."""
-    abstract = abstract_adapter(config, jnp.float32)
+    abstract = abstract_adapter(config, jnp.float32, _num_layers(parameters))
     return jax.tree.unflatten(jax.tree.structure(abstract), [parameters[path] for path in parameter_paths(abstract)])
+
+
+def _num_layers(paths: Iterable[str]) -> int:
+    """How many layers an adapter with parameters of these paths has; at least 1."""
+    numbers = (path.split(".")[1] for path in paths if path.startswith("layers."))
+    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=1)
 
 
 def drafted_tokens(metadata: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -406,7 +412,8 @@ def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
         check_exit_layer(metadata["exit_layer"], target.config)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
-    expected = named_leaves(abstract_adapter(target.config, target.model.dtype))
+    num_layers = _num_layers(metadata["parameters"])
+    expected = named_leaves(abstract_adapter(target.config, target.model.dtype, num_layers))
     tokens = drafted_tokens(metadata)
     # The list first: it names a mismatch where the arrays themselves would only fail to be read.
     check_parameters(metadata["parameters"], expected | tokens, folder)

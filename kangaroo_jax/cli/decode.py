@@ -248,7 +248,7 @@ def _answer_prompt(command: str, given: DraftOverrides, sampling: SamplingConfig
     shown = chosen(on_text=lambda _, text: print(next(pieces) + text, end="", flush=True))
     print(next(pieces) + "\n")
     if command_line.PROFILE.value is not None:  # a run of its own: the one above may have compiled
-        with profiling.trace(command_line.PROFILE.value):
+        with profiling.trace(command_line.PROFILE.value, print):
             chosen()
     compiling = shown.seconds.compile
     if _COMPARE.value:

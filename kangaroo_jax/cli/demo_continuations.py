@@ -22,10 +22,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def _write() -> None:
     from kangaroo_jax import compilation_cache
+    from kangaroo_jax.cli.report import TerminalReport
     from kangaroo_jax.demo.continuations import write_continuations
 
     compilation_cache.enable()
-    write_continuations(pathlib.Path(_OUTPUT.value), _COUNT.value)
+    write_continuations(pathlib.Path(_OUTPUT.value), _COUNT.value, TerminalReport())
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def _write() -> None:
     command_line.require(_ADAPTER, _MODEL, _FILES, _SIZE)
     from kangaroo_jax import load_adapter, load_target
     from kangaroo_jax.checkpoint.adapter import write_draft_vocabulary
+    from kangaroo_jax.cli.report import TerminalReport
     from kangaroo_jax.data import chat
     from kangaroo_jax.data.cache import cache_folder, open_cache
     from kangaroo_jax.data.encode import Encoder
@@ -46,7 +47,8 @@ def _write() -> None:
     sources = find_sources(_FILES.value)
     target = load_target(_MODEL.value, "bfloat16")
     load_adapter(_ADAPTER.value, target)  # so that a wrong folder is named before the data is read
-    cache = open_cache(cache_folder(_CACHE.value), sources, Encoder(target, _TEMPLATE.value), _MAX_BAD_SHARE)
+    encoder, report = Encoder(target, _TEMPLATE.value), TerminalReport()
+    cache = open_cache(cache_folder(_CACHE.value), sources, encoder, _MAX_BAD_SHARE, report)
     counts = count_tokens(cache, target.config.vocab_size)
     token_ids = choose(counts, _SIZE.value, target.eos_token_ids)
     path = write_draft_vocabulary(_ADAPTER.value, token_ids)

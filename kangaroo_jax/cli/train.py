@@ -52,11 +52,12 @@ def _train(command: str) -> None:
         sys.exit(0 if preflight_flag.show(report) else 1)
     process_flags.join(command)
     from kangaroo_jax import compilation_cache, profiling
+    from kangaroo_jax.cli.report import TerminalReport
     from kangaroo_jax.train.loop import train
 
     profiling.check(command_line.PROFILE.value)
     compilation_cache.enable()
-    train(check_config(_CONFIG.value), profile=command_line.PROFILE.value)
+    train(check_config(_CONFIG.value), command_line.PROFILE.value, TerminalReport())
 
 
 def _parse(command: str, argv: list[str]) -> list[str]:

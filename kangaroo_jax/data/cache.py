@@ -17,7 +17,6 @@ import os
 import pathlib
 import shutil
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,15 +24,15 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Bool, Int
-from tqdm import tqdm
 
 from kangaroo_jax.data.encode import Encoder
 from kangaroo_jax.data.records import BadRecord, Entry, Place, Source, read_records
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.report import SILENT, Report
 
 _VERSION = 1
 _AT_ONCE = 256  # records given to the tokenizer at a time; it processes them in parallel
-_LISTED = 10  # bad records to print at most
+_LISTED = 10  # bad records to name at most
 _TOKENS, _INDEX, _BAD, _MANIFEST = "tokens.array_record", "index.npz", "bad_records.txt", "manifest"
 
 
@@ -85,7 +84,7 @@ def cache_folder(setting: str) -> pathlib.Path:
 
 
 def open_cache(
-    folder: pathlib.Path, sources: Sequence[Source], encoder: Encoder, max_bad_share: float, quiet: bool = False
+    folder: pathlib.Path, sources: Sequence[Source], encoder: Encoder, max_bad_share: float, report: Report = SILENT
 ) -> TokenCache:
     """The tokens of `sources`, read from `folder` or made there first.
 
@@ -97,7 +96,7 @@ def open_cache(
       sources: the data files.
       encoder: turns their records into tokens.
       max_bad_share: up to this share of all records may be bad; they are skipped.
-      quiet: print nothing and draw no progress.
+      report: takes what there is to say about the data.
 
     Raises:
       InputError: for files that cannot be read, too many bad records, no good record, or a folder that cannot be
@@ -109,23 +108,23 @@ def open_cache(
     if manifest is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with locked(folder / f"{key}.lock", "the tokens", quiet) as held:
+            with locked(folder / f"{key}.lock", "the tokens", report) as held:
                 manifest = _manifest(path)  # again: another process may have made it meanwhile
                 if made := manifest is None:
                     if path.exists():
-                        _say(quiet, f"{path}: damaged; making it again")
+                        report.say(f"{path}: damaged; making it again")
                         shutil.rmtree(path, ignore_errors=True)
                     if held:
                         # Left by killed processes of this machine: under the lock, no live one writes them.
                         for left in folder.glob(f"{key}.{socket.gethostname()}.*.tmp"):
                             shutil.rmtree(left, ignore_errors=True)
-                    manifest = _make(path, sources, encoder, max_bad_share, quiet)
+                    manifest = _make(path, sources, encoder, max_bad_share, report)
         except OSError as error:
             raise InputError(
                 f"data.cache: {folder} cannot be written ({error.strerror}); name another folder"
             ) from None
     _check_bad(manifest, max_bad_share, sources)
-    _report(manifest, path, sources, made, quiet)
+    _describe(manifest, path, sources, made, report)
     with np.load(path / _INDEX) as index:
         arrays = {name: index[name] for name in ("lengths", "counted", "places")}
     data = ArrayRecordDataSource(str(path / _TOKENS))
@@ -143,14 +142,14 @@ def _key(sources: Sequence[Source], encoder: Encoder) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path, what: str, quiet: bool) -> Iterator[bool]:
+def locked(path: pathlib.Path, what: str, report: Report) -> Iterator[bool]:
     """Holds a file lock, which the system releases however the process ends. Yields False on a file system without
     locks. `what` says in the message what the holder of the lock makes."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(quiet, f"{path.parent}: waiting for another process that makes {what}")
+            report.say(f"{path.parent}: waiting for another process that makes {what}")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # some Lustre mounts: every process makes the cache, and the first to finish wins
             yield False
@@ -175,13 +174,13 @@ def _manifest(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _make(
-    path: pathlib.Path, sources: Sequence[Source], encoder: Encoder, max_bad_share: float, quiet: bool
+    path: pathlib.Path, sources: Sequence[Source], encoder: Encoder, max_bad_share: float, report: Report
 ) -> dict[str, Any]:
     """Makes the cache in a temporary folder beside `path`, which is renamed when all files are on disk."""
     unfinished = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     unfinished.mkdir()
     try:
-        manifest = _write(unfinished, sources, encoder, quiet)
+        manifest = _write(unfinished, sources, encoder, report)
         # Checked before the rename, so that data that is refused leaves no cache.
         _check_bad(manifest, max_bad_share, sources)
         for name in manifest["files"]:
@@ -209,7 +208,7 @@ def to_disk(path: pathlib.Path) -> None:
         os.fsync(file.fileno())
 
 
-def _write(folder: pathlib.Path, sources: Sequence[Source], encoder: Encoder, quiet: bool) -> dict[str, Any]:
+def _write(folder: pathlib.Path, sources: Sequence[Source], encoder: Encoder, report: Report) -> dict[str, Any]:
     """Writes tokens, index and the list of bad records; returns the manifest."""
     lengths, counted, places, bad = [], [], [], []
     empty = total = 0
@@ -238,13 +237,7 @@ def _write(folder: pathlib.Path, sources: Sequence[Source], encoder: Encoder, qu
                 total += len(tokens.ids)
 
     try:
-        with tqdm(
-            total=100,
-            desc="tokenising",
-            disable=quiet,
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-        ) as bar:
+        with report.bar("tokenising", 1.0) as bar:
             waiting, starts = [], _shares(sources)
             for entry in read_records(sources):
                 if isinstance(entry.content, BadRecord):
@@ -257,13 +250,11 @@ def _write(folder: pathlib.Path, sources: Sequence[Source], encoder: Encoder, qu
                     add(waiting)
                     waiting.clear()
                     low, high = starts[entry.place.source : entry.place.source + 2]
-                    bar.n = 100 * (low + (high - low) * entry.read)
-                    bar.set_postfix_str(f"{len(lengths)} records, {total / 1e6:.1f} M tokens", refresh=False)
-                    bar.update(0)
+                    share = low + (high - low) * entry.read
+                    bar.show(share, f"{len(lengths)} records, {total / 1e6:.1f} M tokens")
             if waiting:
                 add(waiting)
-            bar.n = 100
-            bar.set_postfix_str(f"{len(lengths)} records, {total / 1e6:.1f} M tokens")
+            bar.show(1.0, f"{len(lengths)} records, {total / 1e6:.1f} M tokens")
         writer.close()
     except RuntimeError as error:  # ArrayRecord's error for a full disk
         raise InputError(f"data.cache: {folder} cannot be written ({error})") from None
@@ -318,19 +309,20 @@ def _check_bad(manifest: dict[str, Any], max_bad_share: float, sources: Sequence
         )
 
 
-def _report(manifest: dict[str, Any], path: pathlib.Path, sources: Sequence[Source], made: bool, quiet: bool) -> None:
-    """Prints how many records there are, and the first bad ones."""
+def _describe(
+    manifest: dict[str, Any], path: pathlib.Path, sources: Sequence[Source], made: bool, report: Report
+) -> None:
+    """Says how many records there are, and the first bad ones."""
     count, listed = manifest["bad_count"], manifest["bad"]
     if made or count:
-        _say(
-            quiet,
+        report.say(
             f"data: {manifest['records']} records, {manifest['tokens'] / 1e6:.1f} M tokens; "
             f"left out: {manifest['empty']} with nothing to learn, {count} bad",
         )
     for *place, reason in listed:
-        _say(quiet, f"  {Place(*place).describe(sources)}: {reason}")
+        report.say(f"  {Place(*place).describe(sources)}: {reason}")
     if count > len(listed):
-        _say(quiet, f"  and {count - len(listed)} more, see {path / _BAD}")
+        report.say(f"  and {count - len(listed)} more, see {path / _BAD}")
 
 
 def _shares(sources: Sequence[Source]) -> list[float]:
@@ -338,8 +330,3 @@ def _shares(sources: Sequence[Source]) -> list[float]:
     sizes = [len(source.text) if source.path is None else source.path.stat().length for source in sources]
     ends = np.cumsum([0, *sizes]) / max(1, sum(sizes))
     return ends.tolist()
-
-
-def _say(quiet: bool, message: str) -> None:
-    if not quiet:
-        tqdm.write(message, file=sys.stderr)

@@ -26,6 +26,7 @@ from kangaroo_jax.data.encode import Encoder
 from kangaroo_jax.data.packing import pack
 from kangaroo_jax.data.records import check_sources, find_sources, is_function
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.report import SILENT, Report
 
 Batch = dict[str, np.ndarray]
 
@@ -119,7 +120,7 @@ def check_files(data: DataConfig) -> None:
 
 
 def load_rows(
-    data: DataConfig, target: Target, sequence_length: int, seed: int, quiet: bool = False
+    data: DataConfig, target: Target, sequence_length: int, seed: int, report: Report = SILENT
 ) -> tuple[Rows, Rows]:
     """Training and held-out rows, of different records.
 
@@ -128,7 +129,7 @@ def load_rows(
       target: its tokenizer is used.
       sequence_length: tokens in a row.
       seed: decides which records are held out.
-      quiet: print nothing and draw no progress.
+      report: takes what there is to say about the data.
 
     Raises:
       InputError: for files that are missing or malformed, or too few records to hold some out.
@@ -136,7 +137,7 @@ def load_rows(
     folder, encoder = cache_folder(data.cache), Encoder(target, data.template)
 
     def cached(files: str, held_out: bool) -> TokenCache:
-        return open_cache(folder, find_sources(files, held_out), encoder, data.max_bad_share, quiet)
+        return open_cache(folder, find_sources(files, held_out), encoder, data.max_bad_share, report)
 
     training = cached(data.files, held_out=False)
     everything = np.arange(len(training))

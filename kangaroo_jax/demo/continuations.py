@@ -10,17 +10,16 @@ import json
 import pathlib
 import random
 
-from tqdm import tqdm
-
 from kangaroo_jax import demo, generate_plain, load_target
 from kangaroo_jax.demo import corpus
+from kangaroo_jax.report import SILENT, Report
 
 _BATCH = 16
 _PROMPT_TOKENS = 64
 _NEW_TOKENS = 191
 
 
-def write_continuations(output: pathlib.Path, count: int) -> None:
+def write_continuations(output: pathlib.Path, count: int, report: Report = SILENT) -> None:
     """Writes `count` continuations (a multiple of 16) of random places of the training text."""
     target = load_target(demo.MODEL, "float32")
     sources = list(corpus.standard_library(held_out=False).values())
@@ -36,8 +35,9 @@ def write_continuations(output: pathlib.Path, count: int) -> None:
             if len(ids) == _PROMPT_TOKENS:
                 return ids
 
-    with output.open("w", encoding="utf-8") as file:
-        for _ in tqdm(range(0, count, _BATCH), unit="batch"):
+    with output.open("w", encoding="utf-8") as file, report.bar("continuations", count, "continuation") as bar:
+        for done in range(0, count, _BATCH):
+            bar.show(done)
             prompts = [prompt() for _ in range(_BATCH)]
             out = generate_plain(target, prompts, _NEW_TOKENS, eos_token_ids=())
             for before, after in zip(prompts, out.tokens, strict=True):

@@ -27,6 +27,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
 from kangaroo_jax.checkpoint.adapter import DamagedError
 from kangaroo_jax.errors import MachineError
+from kangaroo_jax.report import SILENT, Report
 
 Arrays = dict[str, Any]  # dotted path -> array of 4-byte numbers
 
@@ -144,8 +145,9 @@ def newest(
     parameters: dict[str, Any],
     optimizer: dict[str, Any],
     check: Callable[[dict[str, Any], pathlib.Path], None],
+    report: Report = SILENT,
 ) -> Saved | None:
-    """The newest undamaged checkpoint of a run; None if there is no checkpoint. Damaged ones are reported and renamed.
+    """The newest undamaged checkpoint of a run; None if there is no checkpoint. Damaged ones are named and renamed.
     Several processes take the same one: a checkpoint that one of them finds damaged is damaged for all.
 
     Args:
@@ -153,6 +155,7 @@ def newest(
       parameters: path -> anything with a shape, of the adapter.
       optimizer: the same for the optimizer's state.
       check: takes a checkpoint's metadata and folder, and raises `InputError` if the run must not continue from it.
+      report: takes what there is to say, of the first process.
 
     Raises:
       InputError: by `check`, or for parameters of other shapes.
@@ -175,7 +178,7 @@ def newest(
             return saved
         if jax.process_index() == 0:
             aside = _set_aside(folder)
-            print(f"{damage}; set aside as {aside.name}", flush=True)
+            report.say(f"{damage}; set aside as {aside.name}")
         multihost_utils.sync_global_devices("checkpoint set aside")
 
 

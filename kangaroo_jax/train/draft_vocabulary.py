@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from kangaroo_jax.checkpoint.target import Target
-from kangaroo_jax.config import DraftConfig
+from kangaroo_jax.config import DraftConfig, TrainConfig
 from kangaroo_jax.data.cache import TokenCache
 from kangaroo_jax.data.input import Rows
 from kangaroo_jax.errors import InputError
@@ -44,14 +44,14 @@ class StepBytes:
     head_row: int
 
     @classmethod
-    def of(cls, target: Target, exit_layer: int) -> StepBytes:
+    def of(cls, target: Target, exit_layer: int, adapter_layers: int = 1) -> StepBytes:
         model = target.model
         layers = [_nbytes(layer) for layer in model.layers]
         head = _nbytes(model.embed_tokens if model.lm_head is None else model.lm_head)
         return cls(
             shallow=sum(layers[:exit_layer]),
             deep=sum(layers[exit_layer:]) + _nbytes(model.norm),
-            adapter=_nbytes(abstract_adapter(target.config, model.dtype)),
+            adapter=_nbytes(abstract_adapter(target.config, model.dtype, adapter_layers)),
             head_row=head // target.config.vocab_size,
         )
 
@@ -87,24 +87,24 @@ def check_setting(setting: str, config: ModelConfig) -> int | None:
     return int(setting)
 
 
-def choose_for_run(setting: str, target: Target, exit_layer: int, training: Rows, held_out: Rows) -> Choice | None:
+def choose_for_run(config: TrainConfig, target: Target, training: Rows, held_out: Rows) -> Choice | None:
     """The draft vocabulary of a run: the most frequent tokens of its training data. None means all tokens.
 
     Args:
-      setting: `TrainConfig.draft_vocabulary`.
+      config: of the run.
       target: of the run.
-      exit_layer: number of shallow layers.
       training: rows that are trained on.
       held_out: rows that are not.
 
     Raises:
       InputError: for a size that is out of range.
     """
-    size, vocab_size = check_setting(setting, target.config), target.config.vocab_size
+    size, vocab_size = check_setting(config.draft_vocabulary, target.config), target.config.vocab_size
     if size == 0:
         return None
     counts, unseen = (count_tokens(rows.cache, vocab_size, rows.records) for rows in (training, held_out))
-    ranked, parts = _ranked(counts, target.eos_token_ids), StepBytes.of(target, exit_layer)
+    ranked = _ranked(counts, target.eos_token_ids)
+    parts = StepBytes.of(target, config.exit_layer, config.adapter.num_layers)
     if size is None:
         size = best_size(ranked, unseen, parts, len(target.eos_token_ids))
         if size == vocab_size:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import pathlib
-import sys
 import time
 from typing import Any
 
@@ -20,7 +19,6 @@ import numpy as np
 import tensorboardX
 from jax.sharding import Mesh
 from jaxtyping import Array
-from tqdm import tqdm
 
 from kangaroo_jax import profiling
 from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
@@ -38,8 +36,16 @@ from kangaroo_jax.data.input import (
 )
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
+from kangaroo_jax.report import SILENT, Report
 from kangaroo_jax.train import checkpoints, draft_vocabulary, preemption
-from kangaroo_jax.train.settings import check_context, check_same_run, check_target_folder, flat, make_mesh
+from kangaroo_jax.train.settings import (
+    check_adapter,
+    check_context,
+    check_same_run,
+    check_target_folder,
+    flat,
+    make_mesh,
+)
 from kangaroo_jax.train.step import abstract_state, compiled, initial_parameters, loss_of_step, make_optimizer
 from kangaroo_jax.train.teacher import TeacherCache
 
@@ -47,12 +53,13 @@ from kangaroo_jax.train.teacher import TeacherCache
 _PROFILED = range(2, 5)
 
 
-def train(config: TrainConfig, profile: str | None = None) -> dict[str, float] | None:
+def train(config: TrainConfig, profile: str | None = None, report: Report = SILENT) -> dict[str, float] | None:
     """Trains an adapter, or continues a run that was interrupted.
 
     Args:
       config: of the run.
       profile: folder for a trace of a few steps.
+      report: takes what there is to say. Of several processes, only the first one's is used.
 
     Returns:
       The held-out `loss` (nats), `expected_acceptance` and `top1_agreement` at the last step. None if SIGTERM came
@@ -63,43 +70,46 @@ def train(config: TrainConfig, profile: str | None = None) -> dict[str, float] |
         that is no longer finite. Nothing is written to `output` before all of the input has been read.
       MachineError: for a checkpoint that cannot be written.
     """
+    report = report if jax.process_index() == 0 else SILENT
     # Before the data files are looked for, so that the first of two mistakes is the first to be named.
     check_target_folder(config)
     check_files(config.data)
     mesh = make_mesh(config)
     target = load_target(config.target, config.dtype, mesh)
-    adapter_checkpoint.check_exit_layer(config.exit_layer, target.config)
+    check_adapter(config, target.config)
     check_context(config, target.config, target.name)
     draft_vocabulary.check_setting(config.draft_vocabulary, target.config)
     output = pathlib.Path(config.output).expanduser().resolve()
-    run = _Run(config, target)
+    run = _Run(config, target, report)
 
     def check(metadata: dict[str, Any], folder: pathlib.Path) -> None:
         adapter_checkpoint.check_target(metadata, target, folder)
         check_same_run(config, metadata["training"]["settings"], folder)
 
-    saved = checkpoints.newest(output, run.parameters, run.named_state(), check)
+    saved = checkpoints.newest(output, run.parameters, run.named_state(), check, report)
     if saved is not None and saved.step >= config.steps:
         held_out = saved.metadata["training"]["held_out"]
-        _say(f"{output}: complete, {saved.step} steps" + (f"; {_describe(held_out)}" if held_out else ""))
+        report.say(f"{output}: complete, {saved.step} steps" + (f"; {_describe(held_out)}" if held_out else ""))
         return held_out
 
     process = _process(config.batch_size, mesh)
-    rows, held_out = load_rows(config.data, target, config.sequence_length, config.seed, quiet=jax.process_index() > 0)
+    rows, held_out = load_rows(config.data, target, config.sequence_length, config.seed, report)
     if saved is not None and saved.metadata["training"]["data_fingerprint"] != rows.fingerprint:
         raise InputError(
             f"{saved.folder}: trained on other data; expected data with fingerprint {rows.fingerprint}, found "
             f"{saved.metadata['training']['data_fingerprint']}; give the same files, or another output"
         )
     if target.mesh.size > 1:
-        _say(f"{target.mesh.size} devices: " + ", ".join(f"{axis} {size}" for axis, size in target.mesh.shape.items()))
+        report.say(
+            f"{target.mesh.size} devices: " + ", ".join(f"{axis} {size}" for axis, size in target.mesh.shape.items())
+        )
         for note in sharding.undivided(adapter_checkpoint.named_leaves(target.model), target.mesh):
-            _say(f"note: {note}")
+            report.say(f"note: {note}")
     if saved is None:
-        chosen = draft_vocabulary.choose_for_run(config.draft_vocabulary, target, config.exit_layer, rows, held_out)
+        chosen = draft_vocabulary.choose_for_run(config, target, rows, held_out)
         if chosen is not None:
             run.draft_from(chosen.token_ids)
-            _say(
+            report.say(
                 f"draft vocabulary: {len(chosen.token_ids)} of {target.config.vocab_size} tokens, "
                 f"{chosen.coverage:.2%} of the held-out ones; {chosen.speed:.2f} times the predicted speed with all"
             )
@@ -107,7 +117,7 @@ def train(config: TrainConfig, profile: str | None = None) -> dict[str, float] |
     evaluation = evaluation_batches(held_out, config.batch_size, config.evaluation_windows, **process)
     if config.teacher == "cached":
         teacher = TeacherCache(rows, target, cache_folder(config.data.cache))
-        teacher.make(target, config, quiet=jax.process_index() > 0)
+        teacher.make(target, config, report)
         batches = training_batches(rows, config.batch_size, config.seed, **process, extend=teacher.extend)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -133,13 +143,16 @@ def _process(batch_size: int, mesh: Mesh) -> dict[str, int]:
 class _Run:
     """A run in memory: its parameters, optimizer state, step count and compiled programs."""
 
-    def __init__(self, config: TrainConfig, target: Target):
-        self.config, self.target = config, target
+    def __init__(self, config: TrainConfig, target: Target, report: Report = SILENT):
+        self.config, self.target, self._report = config, target, report
         self.optimizer = make_optimizer(config)
         self.step = 0
-        self._where = jax.tree.map(lambda x: x.sharding, abstract_state(self.optimizer, target.config, target.mesh))
-        start = jax.jit(initial_parameters, static_argnums=(1, 2), out_shardings=self._where[0])
-        self.parameters = start(target.model, config.exit_layer, config.initialization, config.seed)
+        shapes = abstract_state(self.optimizer, target.config, config, target.mesh)
+        self._where = jax.tree.map(lambda x: x.sharding, shapes)
+        start = jax.jit(initial_parameters, static_argnums=(1, 2, 4), out_shardings=self._where[0])
+        self.parameters = start(
+            target.model, config.exit_layer, config.initialization, config.seed, config.adapter.num_layers
+        )
         self.state = jax.jit(self.optimizer.init, out_shardings=self._where[1])(self.parameters)
         self._train_step, self._evaluate_batch = compiled(self.optimizer, target.config, config, target.mesh)
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
@@ -177,20 +190,15 @@ class _Run:
         """Trains to the last step, or until SIGTERM. `batches` continues at the run's step."""
         config, steps = self.config, self.config.steps
         training = {"settings": flat(config), "data_fingerprint": rows.fingerprint}
-        # Of several processes, only the first reports.
-        main = jax.process_index() == 0
         if self.step:
-            _say(f"{output}: going on from step {self.step}")
-        # A file or a pipe gets a line now and then instead of a moving bar.
-        interval = 0.5 if sys.stderr.isatty() else 30.0
-        bar = tqdm(
-            total=steps, initial=self.step, unit="step", mininterval=interval, dynamic_ncols=True, disable=not main
-        )
+            self._report.say(f"{output}: going on from step {self.step}")
         with contextlib.ExitStack() as stack:
             manager = stack.enter_context(checkpoints.opened(output, config.keep_checkpoints))
-            writer = tensorboardX.SummaryWriter(str(output), purge_step=self.step + 1, write_to_disk=main)
+            writer = tensorboardX.SummaryWriter(
+                str(output), purge_step=self.step + 1, write_to_disk=jax.process_index() == 0
+            )
             stack.enter_context(writer)
-            stack.enter_context(bar)
+            bar = stack.enter_context(self._report.bar("", steps, "step", self.step))
             preempted = stack.enter_context(preemption.notice())
             tracing = stack.enter_context(contextlib.ExitStack())
             held_out = None
@@ -200,7 +208,7 @@ class _Run:
             first = self.step
             while self.step < steps:
                 if self.step == first + _PROFILED.start:
-                    tracing.enter_context(profiling.trace(profile))
+                    tracing.enter_context(profiling.trace(profile, self._report.say))
                 batch = next(batches)
                 self.parameters, self.state, metrics = self._train_step(
                     self.parameters,
@@ -211,7 +219,6 @@ class _Run:
                     loss_of_step(config, self.step),
                 )
                 self.step += 1
-                bar.update()
                 pending.append((batch["row_ids"], metrics))
                 if self.step == first + _PROFILED.stop or self.step == steps:
                     jax.block_until_ready(metrics)
@@ -220,17 +227,18 @@ class _Run:
                 saves = stops or self.step % config.save_every == 0 or self.step == steps
                 # Every checkpoint has held-out metrics, unless SIGTERM leaves no time for them.
                 evaluates = not stops and (saves or self.step % config.evaluate_every == 0)
+                note = ""
                 if self.step % config.log_every == 0 or saves or evaluates:
                     means = self._means(pending, rows)
                     means["tokens_per_second"] = means.pop("tokens") / (time.monotonic() - since)
                     for name, value in means.items():
                         writer.add_scalar(f"train/{name}", value, self.step)
-                    bar.set_postfix_str(
+                    note = (
                         f"loss {means['loss']:.3f}, acceptance {means['expected_acceptance']:.3f}, "
-                        f"{means['tokens_per_second']:.0f} tokens/s",
-                        refresh=False,
+                        f"{means['tokens_per_second']:.0f} tokens/s"
                     )
                     pending, since = [], time.monotonic()
+                bar.show(self.step, note)
                 held_out = self._evaluate(evaluation, writer) if evaluates else None
                 if saves:
                     self._save(manager, training | {"step": self.step, "held_out": held_out}, batches.get_state())
@@ -239,7 +247,7 @@ class _Run:
                 if stops:
                     break
         if self.step < steps:
-            _say(f"{output}: SIGTERM; saved step {self.step}, and the same command goes on from there")
+            self._report.say(f"{output}: SIGTERM; saved step {self.step}, and the same command goes on from there")
         return held_out
 
     def _put(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
@@ -276,8 +284,7 @@ class _Run:
         }
         for name, value in held_out.items():
             writer.add_scalar(f"held_out/{name}", value, self.step)
-        if jax.process_index() == 0:
-            tqdm.write(f"step {self.step}: {_describe(held_out)}")
+        self._report.say(f"step {self.step}: {_describe(held_out)}")
         return held_out
 
     def _save(self, manager: Any, training: dict[str, Any], input_state: Any) -> None:
@@ -285,12 +292,6 @@ class _Run:
         parameters, state = self._copy((self.parameters | self._drafted, self.named_state()))
         metadata = adapter_checkpoint.adapter_metadata(parameters, self.target, self.config.exit_layer, training)
         checkpoints.save(manager, self.step, parameters, state, metadata, input_state)
-
-
-def _say(message: str) -> None:
-    """Prints a line; of several processes, only the first does."""
-    if jax.process_index() == 0:
-        print(message)
 
 
 def _describe(held_out: dict[str, float]) -> str:

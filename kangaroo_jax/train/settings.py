@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 import ml_collections
 from jax.sharding import Mesh
 
+from kangaroo_jax.checkpoint.adapter import check_exit_layer
 from kangaroo_jax.config import TrainConfig
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
@@ -24,6 +25,7 @@ from kangaroo_jax.model.config import ModelConfig
 # Settings that change a run's results, besides the target and the data, which have fingerprints.
 _FIXED = (
     "exit_layer",
+    "adapter.num_layers",
     "teacher",
     "dtype",
     "seed",
@@ -89,6 +91,18 @@ def check_context(config: TrainConfig, model: ModelConfig, name: str) -> None:
         )
 
 
+def check_adapter(config: TrainConfig, model: ModelConfig) -> None:
+    """Raises `InputError` for an exit layer that a target with `model` does not have, or an adapter with more layers
+    than it has deep ones."""
+    check_exit_layer(config.exit_layer, model)
+    deep = model.num_hidden_layers - config.exit_layer
+    if config.adapter.num_layers > deep:
+        raise InputError(
+            f"adapter.num_layers: expected at most {deep}, the target's layers from exit_layer {config.exit_layer} on, "
+            f"found {config.adapter.num_layers}"
+        )
+
+
 def check_same_run(config: TrainConfig, stored: dict[str, Any], folder: pathlib.Path) -> None:
     """Raises `InputError` if continuing a run would not give the result that the settings ask for.
 
@@ -102,7 +116,7 @@ def check_same_run(config: TrainConfig, stored: dict[str, Any], folder: pathlib.
     if config.optimizer.schedule == "cosine":
         fixed.append("steps")  # the schedule depends on it
     # A run from before a setting was added was trained as its default says.
-    stored = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | stored
+    stored = _defaults() | stored
     for name in fixed:
         if settings[name] != stored.get(name):
             raise InputError(
@@ -159,6 +173,13 @@ def _nearest(name: str) -> str:
     if close and not inside:
         return f"; did you mean {close[0]}?"
     return f"; expected one of {', '.join(inside or names)}"
+
+
+def _defaults() -> dict[str, Any]:
+    """As `flat`, of the settings that have a default."""
+    fields = (field for field in dataclasses.fields(TrainConfig) if field.default is not dataclasses.MISSING)
+    values = ((field.name, field.default) for field in fields)
+    return _flat({name: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x for name, x in values})
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -46,7 +46,9 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def initial_parameters(target: TargetModel, exit_layer: int, initialization: str, seed: int) -> Parameters:
+def initial_parameters(
+    target: TargetModel, exit_layer: int, initialization: str, seed: int, num_layers: int = 1
+) -> Parameters:
     """float32 parameters to start from.
 
     Args:
@@ -57,13 +59,11 @@ def initial_parameters(target: TargetModel, exit_layer: int, initialization: str
         whose output projection is zero, so that it adds nothing at first, and the target's final norm. "random":
         matrices from a normal distribution of deviation 0.02, as usual for such targets; norms of one.
       seed: for random parameters.
+      num_layers: of the adapter. Further ones take the target's layers after `exit_layer`.
     """
-    layer = target.layers[exit_layer]
-    parts = {
-        "layers.0.input_layernorm": layer.input_layernorm,
-        "layers.0.self_attn": layer.self_attn,
-        "norm": target.norm,
-    }
+    parts = {"norm": target.norm}
+    for i, layer in enumerate(target.layers[exit_layer : exit_layer + num_layers]):
+        parts |= {f"layers.{i}.input_layernorm": layer.input_layernorm, f"layers.{i}.self_attn": layer.self_attn}
     # Copies, because the training step donates its parameters and must not donate the target's weights.
     copied = {
         f"{prefix}.{path}": jnp.array(x, jnp.float32, copy=True)
@@ -81,8 +81,8 @@ def initial_parameters(target: TargetModel, exit_layer: int, initialization: str
     keys = jax.random.split(jax.random.key(seed), len(copied))
     random = {path: drawn(key, path, like) for key, (path, like) in zip(keys, copied.items(), strict=True)}
     if initialization == "zero_output":
-        output = "layers.0.self_attn.o_proj"
-        random |= {output: jnp.zeros_like(copied[output]), "norm.weight": copied["norm.weight"]}
+        outputs = [path for path in random if path.endswith("o_proj")]
+        random |= {path: jnp.zeros_like(copied[path]) for path in outputs} | {"norm.weight": copied["norm.weight"]}
     return random
 
 
@@ -93,7 +93,7 @@ def loss_of_step(config: TrainConfig, step: int) -> str:
 
 
 def abstract_state(
-    optimizer: optax.GradientTransformation, shape: ModelConfig, mesh: Mesh
+    optimizer: optax.GradientTransformation, shape: ModelConfig, config: TrainConfig, mesh: Mesh
 ) -> tuple[Parameters, optax.OptState]:
     """Shapes and shardings of the parameters and of the optimizer's state."""
 
@@ -103,7 +103,7 @@ def abstract_state(
         structs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[path]) for path, x in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(tree), structs)
 
-    parameters = adapter_checkpoint.named_leaves(abstract_adapter(shape, jnp.float32))
+    parameters = adapter_checkpoint.named_leaves(abstract_adapter(shape, jnp.float32, config.adapter.num_layers))
     parameters = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in parameters.items()}
     return placed(parameters), placed(jax.eval_shape(optimizer.init, parameters))
 
@@ -130,7 +130,7 @@ def compiled(
     The target is an argument of both, not a constant in them. `drafted` are the tokens of the draft vocabulary, or
     None; `loss` is static. A batch that has the teacher's hidden states (`teacher`) does not run the deep layers. XLA
     sums the gradients over data and fsdp, because the batch is split over both."""
-    where = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, shape, mesh))
+    where = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, shape, config, mesh))
 
     def objective(
         parameters: Parameters, model: TargetModel, batch: dict[str, Array], drafted: Array | None, loss: str

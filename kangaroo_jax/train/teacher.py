@@ -16,7 +16,6 @@ import os
 import pathlib
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,7 +27,6 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
-from tqdm import tqdm
 
 from kangaroo_jax import resumable
 from kangaroo_jax.checkpoint.target import Target
@@ -39,6 +37,7 @@ from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel, deep_apply, shallow_apply
+from kangaroo_jax.report import SILENT, Report
 from kangaroo_jax.train.objective import segment_mask
 
 _VERSION = 1
@@ -78,28 +77,28 @@ class TeacherCache:
         self._part_rows = max(1, _PART_BYTES // row_bytes, -(-len(rows) // _MAX_PARTS))
         self._readers: dict[int, ArrayRecordReader] = {}
 
-    def make(self, target: Target, config: TrainConfig, quiet: bool = False) -> None:
+    def make(self, target: Target, config: TrainConfig, report: Report = SILENT) -> None:
         """Computes and writes the missing parts, and opens all parts. All processes of a run call this together; each
         writes different parts.
 
         Args:
           target: the target that the cache was made for, on the run's mesh.
           config: the run's settings; `batch_size` rows are computed at a time.
-          quiet: print nothing and draw no progress.
+          report: takes what there is to say about it.
 
         Raises:
           InputError: for a disk with too little room (before anything is written), a folder that cannot be written, or
             one that the processes do not share.
         """
         with contextlib.ExitStack() as held:
-            missing, fits = self._missing(quiet=True), True
+            missing, fits = self._missing(SILENT), True
             if missing.any() and jax.process_index() == 0:
-                missing = self._claim(held, quiet)
+                missing = self._claim(held, report)
                 fits = self._needed(missing) + _MARGIN <= self._free()
             missing, fits = _as_first((missing, np.int32(fits)))
             if missing.any():
-                self._say_needed(missing, bool(fits), config, quiet)
-                self._compute(np.flatnonzero(missing), target, config, quiet)
+                self._say_needed(missing, bool(fits), config, report)
+                self._compute(np.flatnonzero(missing), target, config, report)
                 # After this, every process sees the parts of all.
                 multihost_utils.sync_global_devices("teacher")
         self._open()
@@ -137,26 +136,26 @@ class TeacherCache:
         start = part * self._part_rows
         return range(start, min(start + self._part_rows, len(self._rows)))
 
-    def _missing(self, quiet: bool) -> Int[np.ndarray, " parts"]:
+    def _missing(self, report: Report) -> Int[np.ndarray, " parts"]:
         """1 for each part that does not exist or is damaged, else 0."""
         missing = np.ones(-(-len(self._rows) // self._part_rows), np.int32)
         for part in range(len(missing)):
             complete = _open(self._path(part), len(self._part(part))) is not None
             if not complete and self._path(part).exists():
-                _say(quiet, f"{self._path(part)}: damaged; computing it again")
+                report.say(f"{self._path(part)}: damaged; computing it again")
             missing[part] = not complete
         return missing
 
-    def _claim(self, held: contextlib.ExitStack, quiet: bool) -> Int[np.ndarray, " parts"]:
+    def _claim(self, held: contextlib.ExitStack, report: Report) -> Int[np.ndarray, " parts"]:
         """Waits for other runs that write the same cache, and returns what is missing after that. Only the first
         process of this run calls it; the others wait for the result."""
         lock = self.folder.with_name(f"{self.folder.name}.lock")
         with self._writable():
             lock.parent.mkdir(parents=True, exist_ok=True)
-            if held.enter_context(locked(lock, "the teacher's hidden states", quiet)):
+            if held.enter_context(locked(lock, "the teacher's hidden states", report)):
                 for left in self.folder.glob("*.tmp"):  # of processes that were killed
                     left.unlink()
-        return self._missing(quiet)
+        return self._missing(report)
 
     def _needed(self, missing: Int[np.ndarray, " parts"]) -> int:
         """Bytes that the missing parts take."""
@@ -166,7 +165,7 @@ class TeacherCache:
     def _free(self) -> int:
         return shutil.disk_usage(self.folder.parent).free
 
-    def _say_needed(self, missing: Int[np.ndarray, " parts"], fits: bool, config: TrainConfig, quiet: bool) -> None:
+    def _say_needed(self, missing: Int[np.ndarray, " parts"], fits: bool, config: TrainConfig, report: Report) -> None:
         needed, free = self._needed(missing), self._free()
         if not fits:
             raise InputError(
@@ -174,26 +173,26 @@ class TeacherCache:
                 f"{_size(free)} are free; make room, name a folder on another disk with data.cache, or take "
                 "teacher=online"
             )
-        _say(
-            quiet,
+        report.say(
             f"teacher: {_size(needed)} to compute ({needed} bytes; {_size(free)} are free), "
             f"{missing.sum()} of {len(missing)} parts, into {self.folder}",
         )
         epochs = config.steps * config.batch_size / len(self._rows)
         if epochs <= 1:
-            _say(quiet, f"note: {config.steps} steps see {epochs:.0%} of the rows; teacher=online costs less")
+            report.say(f"note: {config.steps} steps see {epochs:.0%} of the rows; teacher=online costs less")
 
-    def _compute(self, todo: np.ndarray, target: Target, config: TrainConfig, quiet: bool) -> None:
+    def _compute(self, todo: np.ndarray, target: Target, config: TrainConfig, report: Report) -> None:
         """Runs the target over the rows of the parts in `todo`, and writes those of this process."""
         owners = _owners(config.batch_size, target.mesh)
         here = sharding.rows_here(config.batch_size, target.mesh).tolist()
-        total = sum(len(self._part(part)) for part in todo)
-        with self._writing() as write, _bar(total, quiet) as bar:
+        done, total = 0, sum(len(self._part(part)) for part in todo)
+        with self._writing() as write, report.bar("teacher", total, "row") as bar:
             for rows, counts, states in self._computed(self._schedule(todo, owners), here, target, config):
                 for place, of_row in _local_rows(states):
                     if owners[place] == jax.process_index() and rows[place] >= 0:
                         write(int(rows[place]), of_row[counts[here.index(place)]])
-                bar.update(int((rows >= 0).sum()))
+                done += int((rows >= 0).sum())
+                bar.show(done)
 
     def _computed(
         self, schedule: Iterator[np.ndarray], here: list[int], target: Target, config: TrainConfig
@@ -332,18 +331,8 @@ def _as_first(tree: Any) -> Any:
     return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
 
 
-def _bar(total: int, quiet: bool) -> tqdm:
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total, unit="row", desc="teacher", disable=quiet, mininterval=interval, dynamic_ncols=True)
-
-
 def _size(num_bytes: int) -> str:
     for unit, scale in (("TB", 1e12), ("GB", 1e9)):
         if num_bytes >= scale:
             return f"{num_bytes / scale:.1f} {unit}"
     return f"{num_bytes / 1e6:.1f} MB"
-
-
-def _say(quiet: bool, message: str) -> None:
-    if not quiet:
-        tqdm.write(message, file=sys.stderr)

@@ -15,11 +15,17 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from kangaroo_jax.checkpoint.adapter import item_handlers, load_adapter, named_leaves, save_adapter
+from kangaroo_jax.checkpoint.adapter import (
+    item_handlers,
+    load_adapter,
+    named_leaves,
+    save_adapter,
+    write_draft_vocabulary,
+)
 from kangaroo_jax.checkpoint.target import Target, load_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ModelConfig, RopeScaling
-from kangaroo_jax.model.drafts.kangaroo import Adapter
+from kangaroo_jax.model.drafts.kangaroo import Adapter, DraftVocabulary
 from kangaroo_jax.model.target import TargetModel
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "fixtures" / "golden"
@@ -84,6 +90,39 @@ def test_biases_are_kept(tmp_path):
     target = make_target(config)
     save_adapter(tmp_path / "adapter", adapter, exit_layer=1, target=target)
     assert_same(load_adapter(tmp_path / "adapter", target).model, adapter)
+
+
+def test_an_adapter_of_two_layers_is_read_as_one(tmp_path, target):
+    adapter = Adapter(CONFIG, rngs=nnx.Rngs(2), num_layers=2)
+    save_adapter(tmp_path / "adapter", adapter, exit_layer=2, target=target)
+    assert_same(load_adapter(tmp_path / "adapter", target).model, adapter)
+
+
+def test_a_draft_vocabulary_is_stored_by_its_tokens_alone(tmp_path):
+    model = TargetModel(CONFIG, rngs=nnx.Rngs(0))
+    target = dataclasses.replace(make_target(), model=model)
+    adapter = Adapter(CONFIG, rngs=nnx.Rngs(2))
+    adapter.draft_vocabulary = DraftVocabulary(model, jnp.asarray([3, 5, 60]))
+    folder = tmp_path / "adapter"
+    save_adapter(folder, adapter, exit_layer=2, target=target)
+    stored = json.loads((folder / "metadata" / "metadata").read_text())["parameters"]
+    assert stored.keys() == {*named_leaves(Adapter(CONFIG, rngs=nnx.Rngs(2))), "draft_vocabulary.token_ids"}
+    found = load_adapter(folder, target).model.draft_vocabulary
+    assert found.token_ids[...].tolist() == [3, 5, 60]
+    np.testing.assert_array_equal(found.weight[...], model.lm_head[...][np.asarray([3, 5, 60])])
+    # A file beside it comes first.
+    write_draft_vocabulary(folder, [1, 2])
+    assert load_adapter(folder, target).model.draft_vocabulary.token_ids[...].tolist() == [1, 2]
+
+
+def test_a_draft_vocabulary_of_another_vocabulary_is_named(tmp_path):
+    target = dataclasses.replace(make_target(), model=TargetModel(CONFIG, rngs=nnx.Rngs(0)))
+    adapter = Adapter(CONFIG, rngs=nnx.Rngs(2))
+    adapter.draft_vocabulary = DraftVocabulary(target.model, jnp.asarray([3, 5]))
+    adapter.draft_vocabulary.token_ids[...] = jnp.asarray([3, 61])
+    save_adapter(tmp_path / "adapter", adapter, exit_layer=2, target=target)
+    message = one_line(tmp_path / "adapter", target)
+    assert "parameter draft_vocabulary.token_ids: token id 61 is outside the vocabulary of 61" in message
 
 
 def test_holds_the_adapter_and_its_metadata_alone(saved, adapter):

@@ -1,5 +1,6 @@
-"""The library stays a library: flags are defined by the commands alone."""
+"""What holds for modules of the library: they define no flags and print nothing."""
 
+import ast
 import pathlib
 import subprocess
 import sys
@@ -55,3 +56,15 @@ assert set(kangaroo_jax.__all__) == set(kangaroo_jax._MODULES)
 assert not hasattr(kangaroo_jax, "no_such_name")
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_nothing_below_cli_prints():
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        if path.relative_to(_PACKAGE).parts[0] == "cli":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
+            assert named != "print", f"{path}:{node.lineno}"
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert "tqdm" not in imported, f"{path}:{node.lineno}"

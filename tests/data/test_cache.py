@@ -20,6 +20,7 @@ from kangaroo_jax.data.cache import cache_folder, open_cache
 from kangaroo_jax.data.encode import Encoder
 from kangaroo_jax.data.records import find_sources
 from kangaroo_jax.errors import InputError
+from tests.reports import Said
 from tests.tokens import byte_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -53,7 +54,7 @@ def no_encoding(monkeypatch):
 
 
 def open_(folder, data, encoder, max_bad_share=0.0):
-    return open_cache(folder, find_sources(str(data)), encoder, max_bad_share, quiet=True)
+    return open_cache(folder, find_sources(str(data)), encoder, max_bad_share)
 
 
 def contents(cache):
@@ -115,7 +116,7 @@ def test_other_data_template_or_tokenizer_is_another_cache(tmp_path, data, encod
 
 
 @pytest.mark.parametrize("name", ["tokens.array_record", "index.npz", "manifest"])
-def test_a_damaged_cache_is_made_again(tmp_path, data, encoder, name, capsys):
+def test_a_damaged_cache_is_made_again(tmp_path, data, encoder, name):
     first = open_(tmp_path / "cache", data, encoder)
     expected = contents(first)
     path = only(tmp_path / "cache") / name
@@ -126,9 +127,10 @@ def test_a_damaged_cache_is_made_again(tmp_path, data, encoder, name, capsys):
         path.unlink()
         if damage is not None:
             path.write_bytes(damage)
-        again = open_cache(tmp_path / "cache", find_sources(str(data)), encoder, 0.0)
+        report = Said()
+        again = open_cache(tmp_path / "cache", find_sources(str(data)), encoder, 0.0, report)
         assert contents(again) == expected
-        assert "damaged; making it again" in capsys.readouterr().err
+        assert "damaged; making it again" in report.text
     assert only(tmp_path / "cache") == path.parent
 
 
@@ -212,7 +214,7 @@ def test_without_locks_the_first_that_is_done_wins(tmp_path, data, encoder, monk
     assert only(folder).stat().st_ino == inode[0]
 
 
-def test_bad_records_are_listed_and_skipped_up_to_a_share(tmp_path, data, encoder, capsys):
+def test_bad_records_are_listed_and_skipped_up_to_a_share(tmp_path, data, encoder):
     lines = data.read_text().splitlines()
     for i in range(20, 32):
         lines[i] = '{"text": oops}'
@@ -222,8 +224,9 @@ def test_bad_records_are_listed_and_skipped_up_to_a_share(tmp_path, data, encode
         open_(tmp_path / "cache", data, encoder, max_bad_share=0.01)
     assert all(path.suffix == ".lock" for path in (tmp_path / "cache").iterdir())  # nothing was kept
     for _ in range(2):  # when it is made, and when it is there
-        cache = open_cache(tmp_path / "cache", find_sources(str(data)), encoder, 0.02)
-        said = capsys.readouterr().err
+        report = Said()
+        cache = open_cache(tmp_path / "cache", find_sources(str(data)), encoder, 0.02, report)
+        said = report.text
         assert len(cache) == 587
         assert "587 records" in said
         assert "1 with nothing to learn, 12 bad" in said

@@ -48,12 +48,12 @@ def settings(chats, tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(settings, target):
     """Training and held-out rows."""
-    return load_rows(settings, target, LENGTH, seed=0, quiet=True)
+    return load_rows(settings, target, LENGTH, seed=0)
 
 
 def cache_of(settings, target):
     sources, encoder = find_sources(settings.files), Encoder(target, settings.template)
-    return open_cache(cache_folder(settings.cache), sources, encoder, 0.0, quiet=True)
+    return open_cache(cache_folder(settings.cache), sources, encoder, 0.0)
 
 
 def take(batches, count):
@@ -112,11 +112,11 @@ def test_held_out_records_are_not_trained_on_and_follow_the_seed(rows, settings,
     assert len(names(held_out)) == 15
     assert len(names(training)) == 135
     assert not names(training) & names(held_out)
-    again, other = (load_rows(settings, target, LENGTH, seed, quiet=True) for seed in (0, 1))
+    again, other = (load_rows(settings, target, LENGTH, seed) for seed in (0, 1))
     assert [part.fingerprint for part in again] == [part.fingerprint for part in rows]
     assert names(other[1]) != names(held_out)
     assert training.fingerprint not in (held_out.fingerprint, other[0].fingerprint)
-    longer = load_rows(settings, target, 2 * LENGTH, 0, quiet=True)
+    longer = load_rows(settings, target, 2 * LENGTH, 0)
     assert longer[0].fingerprint != training.fingerprint
 
 
@@ -125,7 +125,7 @@ def test_standard_library_is_split_as_the_corpus_says(monkeypatch, tmp_path, tar
     monkeypatch.setattr(corpus, "standard_library", lambda held_out: sources[held_out])
     settings = DataConfig(STANDARD_LIBRARY, "", 0.1, "", str(tmp_path), 0.0)
     check_files(settings)
-    for part, held_out in zip(load_rows(settings, target, 16, 0, quiet=True), (False, True), strict=True):
+    for part, held_out in zip(load_rows(settings, target, 16, 0), (False, True), strict=True):
         text = "".join(sources[held_out].values()).encode()
         learned = b"".join(bytes(row["tokens"][row["tokens"] < 256]) for row in map(part.__getitem__, range(len(part))))
         assert sorted(learned.replace(b"\0", b"")) == sorted(text)
@@ -198,6 +198,6 @@ def test_too_little_data_is_named(rows, settings, target, tmp_path):
     (tmp_path / "a.txt").write_text("one record")
     one = DataConfig(str(tmp_path / "a.txt"), "", 0.1, "", settings.cache, 0.0)
     with pytest.raises(InputError, match=r"data\.files: one record, of which none can be held out"):
-        load_rows(one, target, LENGTH, 0, quiet=True)
+        load_rows(one, target, LENGTH, 0)
     with pytest.raises(InputError, match=r"missing\.txt: no such file"):
         check_files(DataConfig(STANDARD_LIBRARY, str(tmp_path / "missing.txt"), 0.1, "", "", 0.0))

@@ -58,7 +58,7 @@ def lettered_target() -> Target:
 
 
 @functools.cache
-def tiny_adapter(exit_layer: int | None, seed: int = 1) -> TrainedAdapter:
-    adapter = Adapter(CONFIG, rngs=nnx.Rngs(seed))
+def tiny_adapter(exit_layer: int | None, seed: int = 1, num_layers: int = 1) -> TrainedAdapter:
+    adapter = Adapter(CONFIG, rngs=nnx.Rngs(seed), num_layers=num_layers)
     strong = jax.tree.map(lambda x: x * 6 if x.ndim > 1 else x, adapter)  # so that what its attention reads matters
     return TrainedAdapter(strong, exit_layer, "tiny adapter", target_fingerprint=None)

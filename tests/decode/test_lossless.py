@@ -99,10 +99,11 @@ def reference(target, adapter, prompt, max_new_tokens, draft, length=128):
 
 
 @pytest.mark.parametrize(
-    ("exit_layer", "max_draft_len", "threshold"), [(1, 4, 0.0), (2, 6, 0.1), (3, 3, 0.2), (4, 6, 0.3)]
+    ("exit_layer", "max_draft_len", "threshold", "adapter_layers"),
+    [(1, 4, 0.0, 1), (2, 6, 0.1, 1), (3, 3, 0.2, 2), (4, 6, 0.3, 1)],
 )
-def test_rounds_equal_the_definition(exit_layer, max_draft_len, threshold):
-    target, adapter = tiny_target(), tiny_adapter(exit_layer)
+def test_rounds_equal_the_definition(exit_layer, max_draft_len, threshold, adapter_layers):
+    target, adapter = tiny_target(), tiny_adapter(exit_layer, num_layers=adapter_layers)
     draft = DraftConfig(exit_layer, max_draft_len, threshold)
     rng = np.random.default_rng(exit_layer)
     seen, agreed = set(), []

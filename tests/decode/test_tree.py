@@ -86,11 +86,17 @@ def reference(target, adapter, prompt, max_new_tokens, draft, length=128):
 
 
 @pytest.mark.parametrize(
-    ("exit_layer", "gamma", "topk", "budget", "threshold"),
-    [(1, 4, 3, 7, 0.0), *(pytest.param(*x, marks=pytest.mark.long) for x in ((2, 6, 4, 20, 0.05), (4, 3, 1, 3, 0.2)))],
+    ("exit_layer", "gamma", "topk", "budget", "threshold", "adapter_layers"),
+    [
+        (1, 4, 3, 7, 0.0, 1),
+        *(
+            pytest.param(*x, marks=pytest.mark.long)
+            for x in ((2, 6, 4, 20, 0.05, 1), (4, 3, 1, 3, 0.2, 1), (2, 4, 3, 7, 0.0, 2))
+        ),
+    ],
 )
-def test_rounds_equal_the_definition(exit_layer, gamma, topk, budget, threshold):
-    target, adapter = tiny_target(), tiny_adapter(exit_layer)
+def test_rounds_equal_the_definition(exit_layer, gamma, topk, budget, threshold, adapter_layers):
+    target, adapter = tiny_target(), tiny_adapter(exit_layer, num_layers=adapter_layers)
     draft = DraftConfig(exit_layer, gamma, threshold, TreeConfig(topk, budget))
     rng = np.random.default_rng(exit_layer)
     seen = set()

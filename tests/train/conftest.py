@@ -1,7 +1,5 @@
 """A small training run."""
 
-import contextlib
-import io
 import pathlib
 import shutil
 import sysconfig
@@ -9,6 +7,7 @@ import sysconfig
 import pytest
 
 from kangaroo_jax.train.loop import train
+from tests.reports import Said
 
 from .runs import configured
 
@@ -39,8 +38,8 @@ def settings(tmp_path_factory, target_folder):
 
 @pytest.fixture(scope="session")
 def run(settings, tmp_path_factory):
-    """The folder of the run, never interrupted, its result and what it printed."""
+    """The folder of the run, never interrupted, its result and what it said."""
     output = tmp_path_factory.mktemp("run") / "whole"
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        result = train(configured(settings, output=str(output)))
-    return output, result, printed.getvalue()
+    report = Said()
+    result = train(configured(settings, output=str(output)), report=report)
+    return output, result, report.text

@@ -1,6 +1,7 @@
 """The draft vocabulary from training data to drafts: as a part of training, and as a command for an adapter that is
 already trained."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -69,7 +70,7 @@ def test_the_most_frequent_tokens_of_the_data_are_what_loads(small_target_folder
     save_adapter(adapter, jax.jit(lambda: Adapter(target.config, rngs=nnx.Rngs(3)))(), exit_layer=1, target=target)
     (tmp_path / "data.jsonl").write_text(json.dumps({"text": "abcabcab d" * 20 + "e"}) + "\n")
     sources = find_sources(str(tmp_path / "data.jsonl"))
-    cache = open_cache(tmp_path / "cache", sources, Encoder(target, ""), 0.0, quiet=True)
+    cache = open_cache(tmp_path / "cache", sources, Encoder(target, ""), 0.0)
     counts = count_tokens(cache, target.config.vocab_size)
     assert {chr(token): int(counts[token]) for token in np.flatnonzero(counts[:256])} == {
         "a": 59,  # the first follows nothing
@@ -201,7 +202,7 @@ def test_held_out_figures_are_those_of_drafts_from_the_draft_vocabulary(run, set
     config, target = configured(settings), load_target(settings["target"], "float32")
     adapter = load_adapter(output / "5", target).model
     drafted = adapter.draft_vocabulary.token_ids[...]
-    _, held_out = load_rows(config.data, target, config.sequence_length, config.seed, quiet=True)
+    _, held_out = load_rows(config.data, target, config.sequence_length, config.seed)
     acceptance = agreement = positions = 0.0
     for batch in evaluation_batches(held_out, config.batch_size, config.evaluation_windows):
         mask = segment_mask(batch["segment_ids"])
@@ -251,12 +252,14 @@ def test_a_draft_vocabulary_that_is_too_large_is_named_before_the_data_is_read(s
 
 def test_auto_takes_the_size_of_the_best_predicted_speed(settings):
     config, target = configured(settings), load_target(settings["target"], "float32")
-    training, held_out = load_rows(config.data, target, config.sequence_length, config.seed, quiet=True)
-    auto = draft_vocabulary.choose_for_run("auto", target, 1, training, held_out)
+    training, held_out = load_rows(config.data, target, config.sequence_length, config.seed)
+    auto = dataclasses.replace(config, draft_vocabulary="auto")
+    auto = draft_vocabulary.choose_for_run(auto, target, training, held_out)
     text = json.loads(pathlib.Path(settings["data.evaluation_files"]).read_text())["text"][1:]
     speeds = {}
     for size in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256):
-        of_size = draft_vocabulary.choose_for_run(str(size), target, 1, training, held_out)
+        fixed = dataclasses.replace(config, draft_vocabulary=size)
+        of_size = draft_vocabulary.choose_for_run(fixed, target, training, held_out)
         tokens = set(of_size.token_ids.tolist())
         in_text = sum(ord(letter) in tokens for letter in text) + (target.eos_token_ids[0] in tokens)
         assert of_size.coverage == pytest.approx(in_text / (len(text) + 1))

@@ -22,6 +22,7 @@ from kangaroo_jax.data.input import load_rows, training_batches
 from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.train import checkpoints
 from kangaroo_jax.train.loop import _Run, train
+from tests.reports import Said
 
 from .runs import LESS_OPTIMIZATION, ROOT, assert_same, checkpoint, configured
 
@@ -49,7 +50,7 @@ def started(command):
 
 
 @pytest.mark.long
-def test_killed_in_the_middle_of_a_save_and_then_preempted_equals_uninterrupted(run, settings, tmp_path, capsys):
+def test_killed_in_the_middle_of_a_save_and_then_preempted_equals_uninterrupted(run, settings, tmp_path):
     output = tmp_path / "run"
     # Evaluating at every step leaves time for a signal between the checkpoint and the end.
     slow = settings | {"output": str(output), "evaluate_every": 1, "evaluation_windows": 64}
@@ -71,15 +72,16 @@ def test_killed_in_the_middle_of_a_save_and_then_preempted_equals_uninterrupted(
     assert not list(output.glob("*tmp*"))
     assert json.loads((output / str(step) / "metrics" / "metrics").read_text()) == {}
 
-    result = train(configured(settings, output=str(output)))
-    assert f"going on from step {step}" in capsys.readouterr().out
+    report = Said()
+    result = train(configured(settings, output=str(output)), report=report)
+    assert f"going on from step {step}" in report.text
     assert_same(run[0] / "20", output / "20")
     assert result == run[1]
 
 
-def test_what_a_kill_left_is_removed_and_a_preempted_run_equals_uninterrupted(run, settings, tmp_path, capsys):
+def test_what_a_kill_left_is_removed_and_a_preempted_run_equals_uninterrupted(run, settings, tmp_path):
     """The test above in one process: what a kill leaves is laid out, and the signal comes at step 13."""
-    output = tmp_path / "run"
+    output, report = tmp_path / "run", Said()
     shutil.copytree(run[0] / "10", output / "10")
     unfinished = output / "20.orbax-checkpoint-tmp-0"
     shutil.copytree(run[0] / "20" / "adapter", unfinished / "adapter.orbax-checkpoint-tmp-1")
@@ -92,15 +94,14 @@ def test_what_a_kill_left_is_removed_and_a_preempted_run_equals_uninterrupted(ru
             return put(self, batch)
 
         patch.setattr(_Run, "_put", signalled)
-        assert train(configured(settings, output=str(output))) is None
-    out = capsys.readouterr().out
-    assert "going on from step 10" in out
-    assert out.endswith(f"{output}: SIGTERM; saved step 13, and the same command goes on from there\n")
+        assert train(configured(settings, output=str(output)), report=report) is None
+    assert "going on from step 10" in report.text
+    assert report.lines[-1] == f"{output}: SIGTERM; saved step 13, and the same command goes on from there"
     assert not unfinished.exists()
     assert json.loads((output / "13" / "metrics" / "metrics").read_text()) == {}
 
-    result = train(configured(settings, output=str(output)))
-    assert "going on from step 13" in capsys.readouterr().out
+    result = train(configured(settings, output=str(output)), report=report)
+    assert "going on from step 13" in report.text
     assert_same(run[0] / "20", output / "20")
     assert result == run[1]
 
@@ -135,31 +136,31 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_damage_is_seen_and_the_checkpoint_before_is_used(run, tmp_path, capsys, damage):
+def test_damage_is_seen_and_the_checkpoint_before_is_used(run, tmp_path, damage):
     output = tmp_path / "run"
     shutil.copytree(run[0], output)
     whole = checkpoint(output / "10")
     damage(output / "20")
-    saved = checkpoints.newest(output, whole["adapter"], whole["optimizer"], lambda *_: None)
-    out = capsys.readouterr().out
-    assert re.fullmatch(rf"{output}/20\S*: damaged .*; set aside as damaged-20\n", out)
+    report = Said()
+    saved = checkpoints.newest(output, whole["adapter"], whole["optimizer"], lambda *_: None, report)
+    assert re.fullmatch(rf"{output}/20\S*: damaged .*; set aside as damaged-20\n", report.text)
     assert saved.folder == output / "10"
     assert saved.step == 10
     assert (output / "damaged-20").exists()
     assert not (output / "20").exists()
 
 
-def test_a_run_goes_on_from_before_the_damage(run, settings, tmp_path, capsys):
+def test_a_run_goes_on_from_before_the_damage(run, settings, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(run[0], output)
     for step in ("10", "20"):
         shutil.copytree(output / step, output / "earlier" / step)
     truncate(output / "20")
     (output / "damaged-20").mkdir()  # of another time
-    train(configured(settings, output=str(output)))
-    out = capsys.readouterr().out
-    assert "set aside as damaged-20-2" in out
-    assert "going on from step 10" in out
+    report = Said()
+    train(configured(settings, output=str(output)), report=report)
+    assert "set aside as damaged-20-2" in report.text
+    assert "going on from step 10" in report.text
     assert_same(run[0] / "20", output / "20")
 
 
@@ -250,7 +251,7 @@ def test_a_loss_that_is_not_finite_names_step_and_records_and_saves_nothing(sett
     step = int(re.match(r"step (\d+): ", str(error.value)).group(1))
     assert step > 1
     assert max(int(x.name) for x in output.iterdir() if x.is_dir()) == step - 1
-    rows, _ = load_rows(config.data, load_target(small_target_folder, "float32"), 64, 0, quiet=True)
+    rows, _ = load_rows(config.data, load_target(small_target_folder, "float32"), 64, 0)
     batch = next(itertools.islice(training_batches(rows, 4, 0), step - 1, None))
     assert str(error.value).endswith(": " + ", ".join(rows.record_ids(batch["row_ids"])))
     assert "argparse.py" in str(error.value) or "ast.py" in str(error.value)

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kangaroo_jax import generate, generate_plain
 from kangaroo_jax.checkpoint.adapter import abstract_adapter, adapter_from_parameters, load_adapter, named_leaves
 from kangaroo_jax.config import DataConfig, OptimizerConfig, TrainConfig
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import adapter_apply
 from kangaroo_jax.train.loop import train
 from kangaroo_jax.train.step import initial_parameters, make_optimizer
+from tests.reports import Said
 
 from .runs import checkpoint, configured
 
@@ -26,8 +28,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_training_improves_held_out_acceptance(run):
-    _, result, printed = run
-    before = float(re.search(r"step 0: .*expected acceptance ([\d.]+)", printed).group(1))
+    _, result, said = run
+    before = float(re.search(r"step 0: .*expected acceptance ([\d.]+)", said).group(1))
     assert result["expected_acceptance"] > before + 0.02
 
 
@@ -69,11 +71,12 @@ def test_run_folder_has_tensorboard_events(run):
         assert name in events
 
 
-def test_a_complete_run_says_so_and_changes_nothing(run, settings, capsys):
+def test_a_complete_run_says_so_and_changes_nothing(run, settings):
     output, result, _ = run
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    assert train(configured(settings, output=str(output))) == result
-    assert "complete, 20 steps" in capsys.readouterr().out
+    report = Said()
+    assert train(configured(settings, output=str(output)), report=report) == result
+    assert "complete, 20 steps" in report.text
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
@@ -133,6 +136,7 @@ def test_conversations_are_trained_on_in_their_template(settings, small_target_f
     ("name", "value", "expected"),
     [
         ("exit_layer", 8, r"exit_layer: expected 1 to 7 \(the target has 8 layers\), found 8"),
+        ("adapter.num_layers", 6, "adapter.num_layers: expected at most 5, the target's layers from exit_layer 3 on"),
         ("sequence_length", 4096, "sequence_length: expected at most 512, the context of"),
         ("data.cache", "gs://bucket/cache", r"data\.cache: expected a folder, found gs://bucket/cache"),
         ("data.files", "/missing/*.txt", r"/missing/\*.txt: no such file"),
@@ -178,6 +182,34 @@ def test_a_zero_output_starts_as_the_exit_layer_itself_and_random_parameters_are
     assert float(jnp.std(parameters["layers.0.self_attn.o_proj"])) == pytest.approx(0.02, rel=0.05)
     assert np.array_equal(parameters["norm.weight"], np.ones(target.config.hidden_size))
     assert not np.array_equal(output, adapted("random", seed=1)[1])
+
+
+def test_each_layer_of_an_adapter_starts_from_a_layer_of_the_target(target):
+    parameters = initial_parameters(target.model, 3, "layer", 0, num_layers=2)
+    assert parameters.keys() == named_leaves(abstract_adapter(target.config, jnp.float32, 2)).keys()
+    for i in range(2):
+        expected = target.model.layers[3 + i].self_attn.qkv_proj[...]
+        assert np.array_equal(parameters[f"layers.{i}.self_attn.qkv_proj"], expected)
+    zero = initial_parameters(target.model, 3, "zero_output", 0, num_layers=2)
+    assert not zero["layers.0.self_attn.o_proj"].any()
+    assert not zero["layers.1.self_attn.o_proj"].any()
+
+
+@pytest.mark.long
+def test_an_adapter_of_two_layers_is_trained_and_decoded_with(settings, target, tmp_path):
+    output = tmp_path / "run"
+    short = {"output": str(output), "steps": 4, "save_every": 2, "adapter.num_layers": 2}
+    train(configured(settings, **short))
+    shutil.rmtree(output / "4")
+    train(configured(settings, **short))
+    start = initial_parameters(target.model, 3, "layer", 0, num_layers=2)
+    adapter = load_adapter(output / "4", target)
+    for path, x in named_leaves(adapter.model).items():
+        assert not np.array_equal(x, start[path]), path
+    out = generate(target, adapter, ["def f("], 16)
+    assert out.tokens == generate_plain(target, ["def f("], 16).tokens
+    with pytest.raises(InputError, match=r"expected adapter\.num_layers 1, found 2"):
+        train(configured(settings, **short | {"adapter.num_layers": 1}))
 
 
 def test_optimizer_follows_the_schedule():

@@ -1,7 +1,5 @@
 """A run of 2 processes with 4 devices each, against the same run on one device: losses, checkpoints, who reports."""
 
-import contextlib
-import io
 import json
 import os
 import pathlib
@@ -25,6 +23,7 @@ _RUN = """
 import json, os, pathlib, signal, sys, threading, time
 import jax
 from kangaroo_jax.cli import command_line, process_flags
+from kangaroo_jax.cli.report import TerminalReport
 from kangaroo_jax.train import teacher
 from kangaroo_jax.train.loop import train
 from tests.train.runs import configured
@@ -40,11 +39,12 @@ def signalled(folder):
 def main():
     process_flags.join("run")
     settings = json.loads({settings!r})
-    train(configured(settings, steps=3, teacher="cached", output=settings["output"] + "-cached"))
-    train(configured(settings, steps=3))
+    report = TerminalReport()
+    train(configured(settings, steps=3, teacher="cached", output=settings["output"] + "-cached"), report=report)
+    train(configured(settings, steps=3), report=report)
     if jax.process_index() == 1:
         threading.Thread(target=signalled, args=[pathlib.Path(settings["output"]) / "6"], daemon=True).start()
-    train(configured(settings, steps=100_000))
+    train(configured(settings, steps=100_000), report=report)
 
 command_line.run("run", main)
 """
@@ -93,8 +93,7 @@ def _losses(folder: pathlib.Path) -> dict[int, float]:
 
 @pytest.mark.long
 def test_two_processes_give_the_losses_of_one_device_stop_together_and_the_first_alone_reports(settings, tmp_path):
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        train(configured(settings, steps=6, output=str(tmp_path / "one")))
+    train(configured(settings, steps=6, output=str(tmp_path / "one")))
 
     both = settings | {"output": str(tmp_path / "two"), "mesh.data": 2, "mesh.fsdp": -1, "mesh.model": 2}
     with socket.create_server(("", 0)) as server:

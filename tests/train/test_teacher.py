@@ -5,10 +5,8 @@ itself.
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
-import io
 import json
 import os
 import pathlib
@@ -29,11 +27,13 @@ from kangaroo_jax.data.input import Rows, device_part, load_rows
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import deep_apply, shallow_apply
+from kangaroo_jax.report import SILENT
 from kangaroo_jax.train import teacher as teacher_module
 from kangaroo_jax.train.loop import train
 from kangaroo_jax.train.objective import adapter_loss, segment_mask
 from kangaroo_jax.train.settings import make_mesh
 from kangaroo_jax.train.teacher import TeacherCache
+from tests.reports import Said
 
 from .runs import LESS_OPTIMIZATION, assert_same, configured
 
@@ -69,7 +69,7 @@ def small(small_target_folder):
 
 @pytest.fixture(scope="module")
 def rows(data, small):
-    return load_rows(data, small, LENGTH, seed=0, quiet=True)[0]
+    return load_rows(data, small, LENGTH, seed=0)[0]
 
 
 @pytest.fixture(autouse=True)
@@ -91,9 +91,9 @@ def calls(monkeypatch):
     return seen
 
 
-def made(rows, target, folder, quiet=True):
+def made(rows, target, folder, report=SILENT):
     cache = TeacherCache(rows, target, folder)
-    cache.make(target, SETTINGS, quiet)
+    cache.make(target, SETTINGS, report)
     return cache
 
 
@@ -108,7 +108,7 @@ def contents(cache):
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_losses_and_gradients_are_the_online_ones_to_bfloat16(small_target_folder, data, tmp_path, dtype):
     target = load_target(str(small_target_folder), dtype, make_mesh(SETTINGS))
-    rows = load_rows(data, target, LENGTH, seed=0, quiet=True)[0]
+    rows = load_rows(data, target, LENGTH, seed=0)[0]
     cache = made(rows, target, tmp_path)
     batch = cache.extend(rows.batch([5, 2, 8, -1]))  # in other company than when they were computed
     counts = batch["loss_mask"] > 0
@@ -158,7 +158,7 @@ from kangaroo_jax.train.settings import make_mesh
 from tests.train.test_teacher import LENGTH, SETTINGS
 
 target = load_target(sys.argv[2], "float32", make_mesh(SETTINGS))
-rows = input.load_rows(DataConfig(*json.loads(sys.argv[3])), target, LENGTH, seed=0, quiet=True)[0]
+rows = input.load_rows(DataConfig(*json.loads(sys.argv[3])), target, LENGTH, seed=0)[0]
 teacher._PART_BYTES = int(sys.argv[1])
 made, read = [], input.Rows.batch
 
@@ -170,7 +170,7 @@ def slow(self, ids):
     return read(self, ids)
 
 input.Rows.batch = slow
-teacher.TeacherCache(rows, target, pathlib.Path(sys.argv[4])).make(target, SETTINGS, quiet=True)
+teacher.TeacherCache(rows, target, pathlib.Path(sys.argv[4])).make(target, SETTINGS)
 """
 
 
@@ -193,7 +193,7 @@ def test_killed_in_the_middle_goes_on_from_the_parts_that_are_whole(
     assert len(before) == 1  # 12 rows were computed and written, of which 7 are a part
     assert len(list(cache.folder.glob("*.tmp"))) == 1
 
-    cache.make(small, SETTINGS, quiet=True)
+    cache.make(small, SETTINGS)
     assert calls == list(range(7, len(rows)))
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert not list(cache.folder.glob("*.tmp"))
@@ -237,7 +237,7 @@ def test_what_a_kill_left_is_removed_and_the_parts_that_are_there_stay(whole, co
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
-def test_a_part_that_is_not_whole_is_named_and_computed_again(whole, copy, rows, small, calls, capsys, damage):
+def test_a_part_that_is_not_whole_is_named_and_computed_again(whole, copy, rows, small, calls, damage):
     path = parts(whole)[2]
     name, data = path.name, path.read_bytes()
     found = copy / whole.folder.name / name
@@ -245,10 +245,10 @@ def test_a_part_that_is_not_whole_is_named_and_computed_again(whole, copy, rows,
         found.unlink()
     else:
         found.write_bytes(data[: len(data) // 2] if damage == "cut" else b"")
-    again = made(rows, small, copy, quiet=False)
-    said = capsys.readouterr().err
-    assert (f"{found}: damaged; computing it again" in said) is (damage != "gone")
-    assert f"1 of {len(parts(whole))} parts" in said
+    report = Said()
+    again = made(rows, small, copy, report)
+    assert (f"{found}: damaged; computing it again" in report.lines) is (damage != "gone")
+    assert f"1 of {len(parts(whole))} parts" in report.text
     assert calls == list(range(14, 21))
     assert contents(again) == contents(whole)
 
@@ -284,20 +284,19 @@ def test_each_process_gets_whole_parts_and_each_row_is_computed_once(rows, small
 Usage = collections.namedtuple("Usage", "total used free")
 
 
-def test_a_disk_with_too_little_room_is_refused_in_one_line(whole, rows, small, tmp_path, monkeypatch, capsys, calls):
+def test_a_disk_with_too_little_room_is_refused_in_one_line(whole, rows, small, tmp_path, monkeypatch, calls):
     needed = int(rows.counts.sum()) * 32 * 2
     least = needed + teacher_module._MARGIN
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2 * least, least + 1, least - 1))
     with pytest.raises(InputError, match=r"teacher=cached: .* needs 0\.\d MB, and 1\.1 GB to spare, of which 1\.1 GB"):
-        made(rows, small, tmp_path, quiet=False)
+        made(rows, small, tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
     assert calls == []
-    capsys.readouterr()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2 * least, least, least))
-    cache = made(rows, small, tmp_path, quiet=False)
-    said = capsys.readouterr().err
-    assert f"({needed} bytes; 1.1 GB are free)" in said
-    assert f"{len(rows)}/{len(rows)}" in said  # the bar's last state
+    report = Said()
+    cache = made(rows, small, tmp_path, report)
+    assert f"({needed} bytes; 1.1 GB are free)" in report.text
+    assert report.bars["teacher"] == (len(rows), len(rows))
     size = sum(len(data) for data in contents(cache).values())
     assert needed < size < needed + len(parts(cache)) * 200_000  # what the format adds is within the margin
     # What is there needs no room.
@@ -330,11 +329,11 @@ def test_another_target_dtype_or_data_is_another_cache(data, rows, small, target
         TeacherCache(rows, small, tmp_path),
         TeacherCache(rows, target, tmp_path),
         TeacherCache(rows, dataclasses.replace(small, model=lower), tmp_path),
-        TeacherCache(load_rows(data, small, LENGTH, seed=1, quiet=True)[0], small, tmp_path),
-        TeacherCache(load_rows(data, small, LENGTH // 2, seed=0, quiet=True)[0], small, tmp_path),
+        TeacherCache(load_rows(data, small, LENGTH, seed=1)[0], small, tmp_path),
+        TeacherCache(load_rows(data, small, LENGTH // 2, seed=0)[0], small, tmp_path),
     ]
     assert len({cache.folder for cache in caches}) == len(caches)
-    again = TeacherCache(load_rows(data, small, LENGTH, seed=0, quiet=True)[0], small, tmp_path)
+    again = TeacherCache(load_rows(data, small, LENGTH, seed=0)[0], small, tmp_path)
     assert again.folder == caches[0].folder
 
 
@@ -365,9 +364,9 @@ def test_a_run_that_stopped_goes_on_bit_for_bit_without_computing_again(
     } | {f"data.{name}": value for name, value in vars(data).items()}
 
     def run(name, steps, **more):
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
-            result = train(configured(overrides | more, steps=steps, output=str(tmp_path / name)))
-        return result, said.getvalue()
+        report = Said()
+        result = train(configured(overrides | more, steps=steps, output=str(tmp_path / name)), report=report)
+        return result, report.text
 
     whole, said = run("whole", 6)
     assert "to compute" in said

@@ -1,4 +1,5 @@
-"""The paper's draft model: an adapter of one attention and two norms on the shallow layers (section 3.1)."""
+"""The paper's draft model: an adapter of one attention and two norms on the shallow layers (section 3.1). An adapter
+may also have several such layers of norm and attention before its last norm."""
 
 from __future__ import annotations
 
@@ -58,14 +59,14 @@ class AdapterState:
 class Adapter(nnx.Module):
     """RMSNorm, attention with a residual, RMSNorm. Its output goes through the target's LM head. A `DraftModel`.
 
-    `config` is the target's: hidden size, heads and rotary settings are the same.
+    `config` is the target's: hidden size, heads and rotary settings are the same. The paper's has one layer.
     """
 
     kind: ClassVar[str] = "kangaroo"
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, num_layers: int = 1):
         self.config = config
-        self.layers = nnx.List([AdapterLayer(config, rngs=rngs, dtype=dtype)])
+        self.layers = nnx.List([AdapterLayer(config, rngs=rngs, dtype=dtype) for _ in range(num_layers)])
         self.norm = RMSNorm(config, dtype)
         # Not trained: set where an adapter is loaded with one.
         self.draft_vocabulary: DraftVocabulary | None = nnx.data(None)
@@ -135,9 +136,9 @@ class Adapter(nnx.Module):
         return AdapterState(carry.replace(length=committed.start + committed.count - 1), last)
 
 
-def abstract_adapter(config: ModelConfig, dtype: jnp.dtype) -> Adapter:
+def abstract_adapter(config: ModelConfig, dtype: jnp.dtype, num_layers: int = 1) -> Adapter:
     """The adapter of a target with `config`, with shapes in place of weights."""
-    return nnx.eval_shape(lambda: Adapter(config, rngs=nnx.Rngs(0), dtype=dtype))
+    return nnx.eval_shape(lambda: Adapter(config, rngs=nnx.Rngs(0), dtype=dtype, num_layers=num_layers))
 
 
 def adapter_apply(
@@ -150,7 +151,8 @@ def adapter_apply(
 ) -> tuple[Float[Array, "batch time hidden"], KVCache | None]:
     """The adapter over the shallow hidden states of `time` positions.
 
-    Mirrors the authors' AdapterModel: one decoder layer without MLP, then a norm. Arguments as for `shallow_apply`.
+    Mirrors the authors' AdapterModel: one decoder layer without MLP (or several), then a norm. Arguments as for
+    `shallow_apply`.
 
     Returns:
       Normed hidden states for `lm_head`, and the cache with the new entries counted in its length.
