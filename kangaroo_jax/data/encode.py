@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
+from kangaroo_jax.checkpoint.chat_template import Span
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.data import chat
 from kangaroo_jax.data.records import BadRecord, Conversation, Place, Source, Text
@@ -96,7 +97,7 @@ class Encoder:
         made: list[Tokens | BadRecord | None] = [None] * len(contents)
         # One call tokenises many texts, but adds special tokens to all of them or to none.
         batches: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
-        spans: dict[int, list[chat.Span]] = {}
+        spans: dict[int, list[Span]] = {}
         for i, content in enumerate(contents):
             if isinstance(content, Text):
                 batches[content.begins].append((i, content.text))
@@ -177,7 +178,7 @@ class Encoder:
         return Tokens(np.asarray(ids, np.int32), np.append(written[1:], False))
 
 
-def _covering(offsets: Sequence[chat.Span], spans: Sequence[chat.Span], length: int) -> Bool[np.ndarray, " tokens"]:
+def _covering(offsets: Sequence[Span], spans: Sequence[Span], length: int) -> Bool[np.ndarray, " tokens"]:
     """Marks the tokens that hold any character of `spans`. One emoji may be several tokens with the same offsets."""
     inside = np.zeros(length + 1, np.int32)
     for start, end in spans:

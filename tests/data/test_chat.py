@@ -211,7 +211,7 @@ def test_all_of_a_text_is_learned(target_with):
         (
             "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}",
             [("user", "a"), ("assistant", "<think>b</think>c")],
-            "leaves out or changes answer 0",
+            "leaves out '<think>b</think>' at the beginning of answer 0",
         ),
         (
             "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
