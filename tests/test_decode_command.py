@@ -103,7 +103,7 @@ MISTAKES = [
     (["--model=/no/such/folder", "--adapter=x", "--prompt=x"], "/no/such/folder: no such folder"),
     (["--model=some-model", "--prompt=x"], "python train.py --config="),
     (["--model=some-model", "--prompt=x"], "or decode without one: --plain"),
-    (["--prompt="], "prompt 0 is empty"),
+    (["--prompt="], "the prompt is empty"),
     (["--prompt_file=/no/such/file"], "/no/such/file: No such file"),
     (["--prompt_file={latin1}"], "not UTF-8"),
     (["--prompt=x", "--prompt_file=y"], "give one"),
@@ -116,7 +116,8 @@ MISTAKES = [
     (["--temperature=1", "--top_k=-1"], "top_k must be"),
     (["--temperature=1", "--seed=-1"], "seed must be"),
     (["--top_p=0.9"], "without a --temperature above 0"),
-    (["--max_new_tokens=5000"], "exceed the context of 1024"),
+    (["--max_new_tokens=0"], "--max_new_tokens must be at least 1, found 0"),
+    (["--prompt_file={long}"], "but the context is 1024"),
     (["--adapter=/no/such/adapter"], "/no/such/adapter"),
     (["a prompt without its flag"], "unexpected argument 'a prompt without its flag'"),
     (["--max_new_tokens=many"], "--max_new_tokens=many"),
@@ -133,7 +134,9 @@ MISTAKES = [
 def results(tmp_path_factory):
     latin1 = tmp_path_factory.mktemp("prompt") / "latin1.txt"
     latin1.write_bytes("café".encode("latin-1"))
-    commands = [[flag.format(latin1=latin1) for flag in flags] for flags, _ in MISTAKES]
+    long = latin1.with_name("long.txt")
+    long.write_text("x = 1; " * 400)
+    commands = [[flag.format(latin1=latin1, long=long) for flag in flags] for flags, _ in MISTAKES]
     return decode_in_one_process(commands, dict(os.environ))
 
 
