@@ -104,7 +104,7 @@ MISTAKES = [
     (["--model={target}", "--prompt=x"], "--adapter is missing, and none comes with the package for"),
     (["--model={target}", "--prompt=x"], "python train.py --config="),
     (["--model={target}", "--prompt=x"], "or decode without one: decode.py --plain"),
-    (["--prompt="], "prompt 0 is empty"),
+    (["--prompt="], "the prompt is empty"),
     (["--prompt_file=/no/such/file"], "/no/such/file: No such file"),
     (["--prompt_file={latin1}"], "not UTF-8"),
     (["--prompt=x", "--prompt_file=y"], "give one"),
@@ -117,7 +117,8 @@ MISTAKES = [
     (["--temperature=1", "--top_k=-1"], "top_k must be"),
     (["--temperature=1", "--seed=-1"], "seed must be"),
     (["--top_p=0.9"], "without a --temperature above 0"),
-    (["--max_new_tokens=5000"], "exceed the context of 1024"),
+    (["--max_new_tokens=0"], "--max_new_tokens must be at least 1, found 0"),
+    (["--prompt_file={long}"], "but the context is 1024"),
     (["--adapter=/no/such/adapter"], "/no/such/adapter"),
     (["a prompt without its flag"], "unexpected argument 'a prompt without its flag'"),
     (["--max_new_tokens=many"], "--max_new_tokens=many"),
@@ -134,8 +135,10 @@ MISTAKES = [
 def results(tmp_path_factory):
     latin1 = tmp_path_factory.mktemp("prompt") / "latin1.txt"
     latin1.write_bytes("café".encode("latin-1"))
+    long = latin1.with_name("long.txt")
+    long.write_text("x = 1; " * 400)
     target = ROOT / "tests" / "fixtures" / "golden" / "tiny-gqa"
-    commands = [[flag.format(latin1=latin1, target=target) for flag in flags] for flags, _ in MISTAKES]
+    commands = [[flag.format(latin1=latin1, long=long, target=target) for flag in flags] for flags, _ in MISTAKES]
     return decode_in_one_process(commands, dict(os.environ))
 
 

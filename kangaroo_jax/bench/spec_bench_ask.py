@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from kangaroo_jax import DraftConfig, Generation, generate, generate_plain
 from kangaroo_jax.bench.spec_bench_answers import METHODS, QuestionDetails, QuestionResult, SpecBenchAnswer
 from kangaroo_jax.bench.spec_bench_questions import Question
+from kangaroo_jax.checkpoint import chat_template
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
+from kangaroo_jax.checkpoint.chat_template import TemplateRefusal
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.errors import InputError
 
@@ -98,13 +100,9 @@ def conversation_ids(target: Target, texts: Sequence[str]) -> list[int]:
         return tokenizer.encode("".join(f"{text}\n\n" for text in texts), verbose=False)
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     try:
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except ImportError:
-        raise InputError("jinja2 is not installed, and chat templates need it; pip install jinja2") from None
-    except Exception as error:  # a template can raise anything
-        raise InputError(f"{target.name}: its chat template does not work: {error}") from error
-    # The template's text contains the special tokens already.
-    return tokenizer.encode(prompt, add_special_tokens=False, verbose=False)
+        return chat_template.prompt_ids(messages, tokenizer)
+    except TemplateRefusal as error:
+        raise InputError(f"{target.name}: {error}") from None
 
 
 def _answer(turns: list[list[Generation]]) -> SpecBenchAnswer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,17 +12,22 @@ if TYPE_CHECKING:
 _RUNS = 3
 
 
-def summary(result: Generation, seconds: float) -> dict[str, Any]:
-    """What the table and --json show of one way of decoding."""
-    new_tokens = len(result.tokens[0])
+def summary(
+    new_tokens: int, accept_lengths: Sequence[int], draft_lengths: Sequence[int], seconds: float
+) -> dict[str, Any]:
+    """What the table and --json show of one way of decoding: an answer's tokens, and its rounds'."""
     return {
         "new_tokens": new_tokens,
         "seconds": round(seconds, 4),
         "tokens_per_second": round(new_tokens / seconds, 2),
-        "mean_accept_length": round(result.mean_accept_length, 3),
-        "rounds": len(result.accept_lengths[0]),
-        "draft_steps": sum(result.draft_lengths[0]),
+        "mean_accept_length": round(statistics.fmean(accept_lengths), 3) if accept_lengths else 1.0,
+        "rounds": len(accept_lengths),
+        "draft_steps": sum(draft_lengths),
     }
+
+
+def _summary(result: Generation, seconds: float) -> dict[str, Any]:
+    return summary(len(result.tokens[0]), result.accept_lengths[0], result.draft_lengths[0], seconds)
 
 
 def print_table(columns: dict[str, dict[str, Any]]) -> None:
@@ -42,7 +47,7 @@ def compare(
       What --json shows, and the seconds it took to compile plain decoding.
     """
     (ours, our_seconds), (reference, plain_seconds) = _measure([kangaroo, plain])
-    result, baseline = summary(ours, our_seconds), summary(reference, plain_seconds)
+    result, baseline = _summary(ours, our_seconds), _summary(reference, plain_seconds)
     # The two ways draw different samples from one distribution: their texts are not compared, and as their lengths may
     # differ, speeds are compared and not times.
     identical = ours.tokens == reference.tokens if greedy else None

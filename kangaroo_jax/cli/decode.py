@@ -6,6 +6,9 @@ decode.py --plain                           plain decoding alone, without an ada
 decode.py --temperature=0.8 --top_p=0.95    sampled, not greedy
 decode.py --model=FOLDER_OR_HUB_ID --adapter=FOLDER --prompt="..."
 decode.py --prompt_file=prompt.txt          or: some-command | decode.py
+decode.py --messages=FILE                   a conversation, as JSON: [{"role": "user", "content": "..."}, ...]
+decode.py --chat                            a conversation in the terminal
+decode.py --show_drafts --html=FILE         which tokens were drafted, accepted and rejected
 decode.py --input=prompts.jsonl --output=answers.jsonl --batch_size=8    many prompts; run again, it goes on
 """
 
@@ -13,24 +16,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from kangaroo_jax import demo
-from kangaroo_jax.cli import command_line, preflight_flag, process_flags
+from kangaroo_jax.cli import command_line, drafts_page, preflight_flag, process_flags
 from kangaroo_jax.cli.compare import compare, print_table, summary
 from kangaroo_jax.cli.draft_overrides import DraftOverrides
-from kangaroo_jax.cli.prompt import read_prompt
+from kangaroo_jax.cli.prompt import read_messages, read_prompt
 from kangaroo_jax.config import DraftConfig, SamplingConfig, TreeConfig
 from kangaroo_jax.errors import InputError
 
 if TYPE_CHECKING:
     from kangaroo_jax.checkpoint.adapter import TrainedAdapter
     from kangaroo_jax.checkpoint.target import Target
+    from kangaroo_jax.cli.answer import TextPrinter
+    from kangaroo_jax.engine.requests import TextDelta
 
 _MODEL = flags.DEFINE_string("model", None, "Target: a folder in Hugging Face format, or a hub id. Default: the demo.")
 _ADAPTER = flags.DEFINE_string(
@@ -42,12 +47,30 @@ _ADAPTER = flags.DEFINE_string(
 _PLAIN = flags.DEFINE_bool("plain", False, "Decode plainly, without an adapter.")
 _PROMPT = flags.DEFINE_string("prompt", None, "The prompt.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File that holds the prompt (UTF-8); - is standard input.")
+_MESSAGES = flags.DEFINE_string(
+    "messages",
+    None,
+    'File of the messages to answer, as JSON: [{"role": "user", "content": "..."}, ...]; - is standard input. '
+    "With --chat: what the conversation begins with.",
+)
+_CHAT = flags.DEFINE_bool("chat", False, "A conversation in the terminal.")
+_RAW = flags.DEFINE_bool(
+    "raw", False, "Give the prompt as it is. Default: as a user's turn, where the model has a chat template."
+)
 _INPUT = flags.DEFINE_string(
-    "input", None, 'File of prompts: {"id": ..., "prompt": "..."} per line, "max_new_tokens" and "seed" where wanted.'
+    "input",
+    None,
+    'File of prompts: {"id": ..., "prompt": "..."} or {"id": ..., "messages": [...]} per line, "max_new_tokens" and '
+    '"seed" where wanted.',
 )
 _OUTPUT = flags.DEFINE_string("output", None, "File for the answers to --input; prompts it answers are not redone.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts of --input decoded at a time.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Maximum number of tokens to generate.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens",
+    128,
+    "Maximum number of tokens to generate; an answer ends at the model's context in any case. Default with --chat: "
+    "as many as the context holds.",
+)
 _EXIT_LAYER = flags.DEFINE_integer("exit_layer", None, "Shallow layers. Default: what the adapter was trained for.")
 _MAX_DRAFT_LEN = flags.DEFINE_integer(
     "max_draft_len", None, "Maximum number of tokens drafted in a round. Default: the adapter's decode.json, else 6."
@@ -87,6 +110,10 @@ _DATA_PARALLEL = flags.DEFINE_integer(
     "data_parallel", 1, "Groups of such devices that the prompts of --input are spread over."
 )
 _COMPARE = flags.DEFINE_bool("compare", False, "Decode plainly too: three interleaved runs each, medians.")
+_SHOW_DRAFTS = flags.DEFINE_bool(
+    "show_drafts", False, "Show in the text which tokens were drafted and accepted, and which were rejected."
+)
+_HTML = flags.DEFINE_string("html", None, "File to write the same into, as a page for a browser.")
 _JSON = flags.DEFINE_bool("json", False, "End the output with one line: a JSON object of the results.")
 
 _PREFLIGHT_PROMPT = 1024  # tokens
@@ -107,16 +134,18 @@ def _decode(command: str) -> None:
     process_flags.join(command)
     if _INPUT.value is not None:
         _answer_file(command, given, sampling)
+    elif _CHAT.value:
+        _chat(given, sampling)
     else:
         _answer_prompt(command, given, sampling)
 
 
 def _check_flags() -> None:
     """Raises `InputError` for flags that do not go together."""
+    _exclude(_INPUT, _PROMPT, _PROMPT_FILE, _MESSAGES, _CHAT, _COMPARE, _SHOW_DRAFTS, _HTML, command_line.PROFILE)
+    _exclude(_CHAT, _PROMPT, _PROMPT_FILE, _RAW, _COMPARE, _HTML, _JSON, command_line.PROFILE)
+    _exclude(_MESSAGES, _PROMPT, _PROMPT_FILE, _RAW)
     if _INPUT.value is not None:
-        for flag in (_PROMPT, _PROMPT_FILE, _COMPARE, command_line.PROFILE):
-            if flag.value not in (None, False):
-                raise InputError(f"--{flag.name} and --input do not go together; give one")
         if _OUTPUT.value is None:
             raise InputError("--output is missing; name a file for the answers to --input")
         if _BATCH_SIZE.value < 1:
@@ -127,9 +156,18 @@ def _check_flags() -> None:
         )
     if _PLAIN.value:
         drafting = (_ADAPTER, _EXIT_LAYER, _MAX_DRAFT_LEN, _THRESHOLD, _TREE, _TREE_TOPK, _TREE_BUDGET)
-        for flag in (*drafting, _COMPARE, preflight_flag.PREFLIGHT):
+        for flag in (*drafting, _COMPARE, _SHOW_DRAFTS, _HTML, preflight_flag.PREFLIGHT):
             if flag.present:
                 raise InputError(f"--{flag.name} and --plain do not go together; give one")
+    if _MAX_NEW_TOKENS.value < 1:
+        raise InputError(f"--max_new_tokens must be at least 1, found {_MAX_NEW_TOKENS.value}")
+
+
+def _exclude(flag: flags.FlagHolder, *others: flags.FlagHolder) -> None:
+    """Raises `InputError` where `flag` and one of the others were given."""
+    for other in others if flag.value not in (None, False) else ():
+        if other.value not in (None, False):
+            raise InputError(f"--{other.name} and --{flag.name} do not go together; give one")
 
 
 def _settings() -> tuple[DraftOverrides, SamplingConfig]:
@@ -207,6 +245,7 @@ def _answer_file(command: str, given: DraftOverrides, sampling: SamplingConfig) 
                 draft=draft,
                 sampling=sampling,
                 stop=_STOP.value,
+                as_user_turns=_as_user_turn(target),
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
                 barrier=multihost_utils.sync_global_devices if jax.process_count() > 1 else lambda _: None,
@@ -227,41 +266,115 @@ def _answer_file(command: str, given: DraftOverrides, sampling: SamplingConfig) 
 
 def _answer_prompt(command: str, given: DraftOverrides, sampling: SamplingConfig) -> None:
     """Prints the text as it is generated, then how fast it was."""
-    import jax
+    from kangaroo_jax import Engine, EngineConfig, Request, generate, generate_plain, profiling
+    from kangaroo_jax.checkpoint.chat_template import check_messages
+    from kangaroo_jax.cli.answer import DraftPrinter, TextPrinter, legend, stream
+    from kangaroo_jax.engine.prompts import answer_room, encode_prompt, user_turn
 
-    from kangaroo_jax import generate, generate_plain, profiling
-
-    if jax.process_count() > 1:
-        raise InputError("several processes need --input, whose prompts they share; give it, or run one process")
+    _check_one_process()
     profiling.check(command_line.PROFILE.value)
-    built_in = demo.PROMPT if _MODEL.value is None else None
-    prompt = read_prompt(command, _PROMPT.value, _PROMPT_FILE.value, built_in)
+    if _HTML.value is not None:
+        drafts_page.check_place(_HTML.value)
+    if _MESSAGES.value is None:
+        built_in = demo.PROMPT if _MODEL.value is None else None
+        prompt = read_prompt(command, _PROMPT.value, _PROMPT_FILE.value, built_in)
+    else:
+        prompt = read_messages(_MESSAGES.value)
+        check_messages(prompt)
     target, adapter, draft = _load(given)
-    greedy = sampling.temperature == 0
-    common = {"max_new_tokens": _MAX_NEW_TOKENS.value, "sampling": sampling, "stop": _STOP.value}
-    plain = functools.partial(generate_plain, target, [prompt], **common)
-    kangaroo = functools.partial(generate, target, adapter, [prompt], draft=draft, **common)
-    chosen = plain if adapter is None else kangaroo
+    templated = isinstance(prompt, list) or _as_user_turn(target)
+    ids = encode_prompt(target, user_turn(prompt) if templated else prompt, 1, None, "the prompt")
+    most = min(_MAX_NEW_TOKENS.value, answer_room(target, ids, None))
 
-    # The prompt is printed with the first piece of text: by then all input has been found good.
-    pieces = itertools.chain([prompt], itertools.repeat(""))
-    shown = chosen(on_text=lambda _, text: print(next(pieces) + text, end="", flush=True))
-    print(next(pieces) + "\n")
+    drafts = _SHOW_DRAFTS.value or _HTML.value is not None
+    printer = DraftPrinter(target.tokenizer, ids) if _SHOW_DRAFTS.value else TextPrinter()
+    beginning = _beginning(target, prompt, templated) + (f"{legend()}\n\n" if _SHOW_DRAFTS.value else "")
+    shown_prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    before = iter([beginning + shown_prompt + ("\n\n" if templated else "")])
+
+    def show(delta: TextDelta) -> None:
+        # The prompt is printed with the first piece of text: by then all input has been found good.
+        print(next(before, ""), end="")
+        printer.feed(delta)
+
+    engine = Engine(target, adapter, EngineConfig(1), draft)
+    answer = stream(engine, Request(ids, most, sampling, _STOP.value, drafts=drafts), show)
+    printer.finish(answer)
+    print("\n")
+    common = {"max_new_tokens": most, "sampling": sampling, "stop": _STOP.value}
+    plain = functools.partial(generate_plain, target, [ids], **common)
+    kangaroo = functools.partial(generate, target, adapter, [ids], draft=draft, **common)
     if command_line.PROFILE.value is not None:  # a run of its own: the one above may have compiled
         with profiling.trace(command_line.PROFILE.value, print):
-            chosen()
-    compiling = shown.seconds.compile
+            (plain if adapter is None else kangaroo)()
+    compiling = engine.compile_seconds
+    greedy = sampling.temperature == 0
     if _COMPARE.value:
         result, compiling_plain = compare(kangaroo, plain, greedy, str(target.model.dtype))
         compiling += compiling_plain
     else:
-        result = summary(shown, shown.seconds.prefill + shown.seconds.decode)
+        result = summary(len(answer.tokens), answer.accept_lengths, answer.draft_lengths, answer.seconds)
         print_table({"plain" if adapter is None else "Kangaroo": result})
     print(f"compilation, not counted above: {compiling:.1f} s (kept on disk for the next run)")
+    if _HTML.value is not None:
+        how = f"{draft}, " + ("greedy" if greedy else f"temperature {sampling.temperature}")
+        names = {"model": target.name, "adapter": adapter.name, "settings": how}
+        page = drafts_page.render(target.tokenizer, ids, shown_prompt, answer, names)
+        drafts_page.write(_HTML.value, page)
+        print(f"the drafts are in {_HTML.value}")
     if _JSON.value:
-        text = shown.texts[0] if shown.texts else None
         how = {} if greedy else {"sampling": dataclasses.asdict(sampling)}
-        print(json.dumps(result | how | {"text": text}))
+        print(json.dumps(result | how | {"text": answer.text}))
+
+
+def _chat(given: DraftOverrides, sampling: SamplingConfig) -> None:
+    """A conversation in the terminal."""
+    from kangaroo_jax import Engine, EngineConfig, Request
+    from kangaroo_jax.cli.answer import DraftPrinter, TextPrinter, legend
+    from kangaroo_jax.cli.chat import COMMANDS, chat
+    from kangaroo_jax.engine.conversation import Conversation
+
+    _check_one_process()
+    messages = [] if _MESSAGES.value is None else read_messages(_MESSAGES.value)
+    target, adapter, draft = _load(given)
+    conversation = Conversation(target, messages)
+    engine = Engine(target, adapter, EngineConfig(1), draft)
+    most = _MAX_NEW_TOKENS.value if _MAX_NEW_TOKENS.present else target.config.max_position_embeddings
+
+    def request(ids: list[int]) -> Request:
+        return Request(ids, most, sampling, _STOP.value, to_context=True, drafts=_SHOW_DRAFTS.value)
+
+    def printer(ids: Sequence[int]) -> TextPrinter:
+        return DraftPrinter(target.tokenizer, ids, strip=True) if _SHOW_DRAFTS.value else TextPrinter(strip=True)
+
+    print(f"each turn is given by the model's chat template; {COMMANDS}")
+    if _SHOW_DRAFTS.value:
+        print(legend())
+    print()
+    chat(engine, conversation, request, printer)
+
+
+def _check_one_process() -> None:
+    import jax
+
+    if jax.process_count() > 1:
+        raise InputError("several processes need --input, whose prompts they share; give it, or run one process")
+
+
+def _as_user_turn(target: Target) -> bool:
+    """Whether a prompt that is text is given as a user's turn."""
+    return not _RAW.value and target.tokenizer is not None and bool(target.tokenizer.chat_template)
+
+
+def _beginning(target: Target, prompt: str | list, templated: bool) -> str:
+    """The first line: how the prompt was given, where there was a choice."""
+    if isinstance(prompt, list):
+        return f"the messages of {_MESSAGES.value}, by the model's chat template:\n\n"
+    if templated:
+        return "the prompt as a user's turn of the model's chat template (--raw: as it is):\n\n"
+    if target.tokenizer is not None and target.tokenizer.chat_template:
+        return "the prompt as it is, without the model's chat template (--raw):\n\n"
+    return ""
 
 
 if __name__ == "__main__":

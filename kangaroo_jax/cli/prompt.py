@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import stat
@@ -29,6 +30,23 @@ def read_prompt(command: str, prompt: str | None, prompt_file: str | None, built
     if built_in is not None:
         return built_in
     raise InputError("no prompt; give --prompt, --prompt_file or text on standard input")
+
+
+def read_messages(path: str) -> list[dict[str, str]]:
+    """The messages in a file (- is standard input), a JSON list; what is in it is not checked.
+
+    Raises:
+      InputError: for a file that cannot be read, or that holds no list.
+    """
+    try:
+        messages = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"--messages={path}: not JSON ({error})") from None
+    if not isinstance(messages, list):
+        raise InputError(f'--messages={path}: expected a list like [{{"role": "user", "content": "..."}}]')
+    return messages
 
 
 def _piped_text(command: str) -> str | None:

@@ -1,6 +1,6 @@
-"""Chat templates: turn a conversation into text, and find the characters that the assistant wrote.
+"""Conversations to learn from, as text, with the characters that the assistant wrote.
 
-The tokenizer's own template (transformers' `apply_chat_template`) where it has one, or one of `NAMED`.
+By the tokenizer's own template (checkpoint/chat_template.py) where it has one, or by one of `NAMED`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError
-
+from kangaroo_jax.checkpoint import chat_template
+from kangaroo_jax.checkpoint.chat_template import Message, Span, TemplateRefusal
 from kangaroo_jax.data.records import BadRecord, Turn
 
-Span = tuple[int, int]  # characters [start, end)
 _Part = tuple[str, bool]  # text, and whether the assistant wrote it
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Private-use characters, which no template contains.
-_STANDIN = "\ue0f1\ue0f2{}\ue0f3"
 
 
 class Rendered(NamedTuple):
@@ -126,8 +123,12 @@ def render(turns: Sequence[Turn], tokenizer: Any, name: str) -> Rendered:
                 spans.append((len(text), len(text) + len(part)))
             text += part
         return Rendered(text, spans, bare=True)
-    text = _apply(turns, tokenizer)
-    return Rendered(text, _find(text, turns, tokenizer), bare=False)
+    messages = _messages(turns)
+    try:
+        text = chat_template.apply(messages, tokenizer)
+        return Rendered(text, chat_template.answer_spans(text, messages, tokenizer), bare=False)
+    except TemplateRefusal as error:
+        raise BadRecord(str(error)) from None
 
 
 def tokens_and_mask(turns: Sequence[Turn], tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -136,46 +137,13 @@ def tokens_and_mask(turns: Sequence[Turn], tokenizer: Any) -> tuple[list[int], l
     Raises:
       BadRecord: for a conversation that the template refuses.
     """
-    out = _apply(turns, tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    try:
+        out = chat_template.apply(_messages(turns), tokenizer, **options)
+    except TemplateRefusal as error:
+        raise BadRecord(str(error)) from None
     return out["input_ids"], out["assistant_masks"]
 
 
-def _apply(turns: Sequence[Turn], tokenizer: Any, **options: Any) -> Any:
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    try:
-        return tokenizer.apply_chat_template(messages, **{"tokenize": False} | options)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise BadRecord(f"the chat template refuses it ({error})") from None
-
-
-def _find(text: str, turns: Sequence[Turn], tokenizer: Any) -> list[Span]:
-    """Where the assistant's texts are in `text`.
-
-    A plain search would find a short answer such as "yes" in the wrong place. So the template is applied again to the
-    same conversation with a placeholder for each answer, which gives the text between the answers. `text` must be that
-    text with the answers in place of the placeholders, each unchanged or without white space at its ends.
-    """
-    replaced, answers = [], []
-    for turn in turns:
-        if turn.role == "assistant":
-            replaced.append(turn._replace(text=_STANDIN.format(len(answers))))
-            answers.append(turn.text)
-        else:
-            replaced.append(turn)
-    rest, position, spans = _apply(replaced, tokenizer), 0, []
-    for number, answer in enumerate(answers):
-        before, found, rest = rest.partition(_STANDIN.format(number))
-        if not found or not text.startswith(before, position):
-            raise BadRecord(f"the chat template leaves out or changes answer {number} or what stands before it")
-        position += len(before)
-        between = rest.partition(_STANDIN.format(number + 1))[0]
-        for given in (answer, answer.rstrip(), answer.lstrip(), answer.strip()):
-            if text.startswith(given + between, position):
-                break
-        else:
-            raise BadRecord(f"the chat template leaves out or changes answer {number}")
-        spans.append((position, position + len(given)))
-        position += len(given)
-    if text[position:] != rest:
-        raise BadRecord("the chat template leaves out or changes an answer")
-    return spans
+def _messages(turns: Sequence[Turn]) -> list[Message]:
+    return [{"role": turn.role, "content": turn.text} for turn in turns]

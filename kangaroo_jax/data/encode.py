@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
+from kangaroo_jax.checkpoint.chat_template import Span
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.checkpoint.tokenizer import vocabulary_digest
 from kangaroo_jax.data import chat
@@ -100,7 +101,7 @@ class Encoder:
         made: list[Tokens | BadRecord | None] = [None] * len(contents)
         # One call tokenises many texts, but adds special tokens to all of them or to none.
         batches: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
-        spans: dict[int, list[chat.Span]] = {}
+        spans: dict[int, list[Span]] = {}
         for i, content in enumerate(contents):
             spelling = content.spelling
             if spelling is not None and (spelling.tokenizer, spelling.template) == self._spelled_by:
@@ -219,7 +220,7 @@ def _learned_runs(mask: Bool[np.ndarray, " tokens"], turns: Sequence[Turn]) -> B
     return mask
 
 
-def _covering(offsets: Sequence[chat.Span], spans: Sequence[chat.Span], length: int) -> Bool[np.ndarray, " tokens"]:
+def _covering(offsets: Sequence[Span], spans: Sequence[Span], length: int) -> Bool[np.ndarray, " tokens"]:
     """Marks the tokens that hold any character of `spans`. One emoji may be several tokens with the same offsets."""
     inside = np.zeros(length + 1, np.int32)
     for start, end in spans:

@@ -99,6 +99,7 @@ def run_rounds(
     shape: RoundShape,
     sampled: bool,
     tokens: int,
+    record: bool = False,
 ) -> tuple[DecodeState, Chunk]:
     """Rounds until every sequence that goes on has `tokens` new tokens, one has twice as many, all have finished, or
     fewer than `at_least` go on.
@@ -113,9 +114,11 @@ def run_rounds(
       shape: of a round, static.
       sampled: whether any sequence may sample, static: where none does, no random number is in the program.
       tokens: static.
+      record: whether the chunk holds what was drafted, static: where nobody asks, it is not in the program.
     """
     state = state.replace(finished=state.finished | ~running)
-    chunk = Chunk.empty(state.finished, max_chunk_tokens(tokens, shape), tokens)
+    most_drafted = shape.widths[-1] - 1 if record else None
+    chunk = Chunk.empty(state.finished, max_chunk_tokens(tokens, shape), tokens, most_drafted)
 
     def goes_on(loop: tuple[DecodeState, Chunk]) -> Bool[Array, ""]:
         state, chunk = loop

@@ -27,6 +27,25 @@ class DecodeState:
 
 
 @flax.struct.dataclass
+class DraftRecord:
+    """What each round of a run drafted; unused beyond `counts` and beyond the run's rounds. Drafted tokens are in an
+    order in which each comes after the one it follows."""
+
+    tokens: Int[Array, "batch rounds drafts"]
+    parents: Int[Array, "batch rounds drafts"]  # the draft that it follows; -1: the last committed token
+    confidence: Float[Array, "batch rounds drafts"]  # as `Draft.confidence`
+    accepted: Bool[Array, "batch rounds drafts"]  # whether it is the target's choice, whether or not it was committed
+    counts: Int[Array, "batch rounds"]
+
+    @classmethod
+    def empty(cls, batch: int, rounds: int, drafts: int) -> DraftRecord:
+        shape = (batch, rounds, drafts)
+        integers = jnp.zeros(shape, jnp.int32)
+        counts = jnp.zeros((batch, rounds), jnp.int32)
+        return cls(integers, integers, jnp.zeros(shape), jnp.zeros(shape, bool), counts)
+
+
+@flax.struct.dataclass
 class Chunk:
     """What a run of rounds committed: read by the host while the next run is on its way."""
 
@@ -36,13 +55,16 @@ class Chunk:
     draft_lengths: Int[Array, "batch rounds"]  # tokens that each round drafted (levels of a tree)
     num_rounds: Int[Array, " batch"]
     finished: Bool[Array, " batch"]
+    drafts: DraftRecord | None = None  # None: not recorded
 
     @classmethod
-    def empty(cls, finished: Bool[Array, " batch"], room: int, rounds: int) -> Chunk:
+    def empty(cls, finished: Bool[Array, " batch"], room: int, rounds: int, drafts: int | None = None) -> Chunk:
+        """Nothing committed. `drafts`: the most tokens that a round drafts, where they are to be recorded."""
         batch = len(finished)
         zero = jnp.zeros((batch,), jnp.int32)
         lengths = jnp.zeros((batch, rounds), jnp.int32)
-        return cls(jnp.zeros((batch, room), jnp.int32), zero, lengths, lengths, zero, finished)
+        record = None if drafts is None else DraftRecord.empty(batch, rounds, drafts)
+        return cls(jnp.zeros((batch, room), jnp.int32), zero, lengths, lengths, zero, finished, record)
 
 
 @flax.struct.dataclass

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from kangaroo_jax.decode.pick import Verdict, pick_verified
 from kangaroo_jax.decode.sampling import Sampling
-from kangaroo_jax.decode.state import Chunk, DecodeState, Draft
+from kangaroo_jax.decode.state import Chunk, DecodeState, Draft, DraftRecord
 from kangaroo_jax.model.cache import KVCache, draft_mask
 from kangaroo_jax.model.drafts.draft_model import Committed, DraftModel
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head
@@ -137,8 +137,28 @@ def commit(
             draft_lengths=_write_rows(chunk.draft_lengths, draft.steps[:, None], chunk.num_rounds),
             num_rounds=chunk.num_rounds + ran,
             finished=finished,
+            drafts=None if chunk.drafts is None else _record(chunk.drafts, chunk.num_rounds, draft, verdict),
         )
         return state, chunk
+
+
+def _record(record: DraftRecord, place: Int[Array, " batch"], draft: Draft, verdict: Verdict) -> DraftRecord:
+    """Adds a round's draft to a record. Where a sequence had finished, it lies beyond its rounds."""
+    drafts = jnp.arange(draft.tokens.shape[1])
+    if draft.tree is None:
+        parents = jnp.broadcast_to(drafts - 1, draft.tokens.shape)
+        accepted = drafts < verdict.accepted[:, None]
+    else:
+        parents = draft.tree.parents - 1
+        accepted = jnp.any(verdict.path[:, :, None] == drafts + 1, axis=1)
+    rows = jnp.arange(len(place))
+    return DraftRecord(
+        tokens=record.tokens.at[rows, place].set(draft.tokens, mode="drop"),
+        parents=record.parents.at[rows, place].set(parents, mode="drop"),
+        confidence=record.confidence.at[rows, place].set(draft.confidence, mode="drop"),
+        accepted=record.accepted.at[rows, place].set(accepted, mode="drop"),
+        counts=record.counts.at[rows, place].set(draft.length, mode="drop"),
+    )
 
 
 def _write_rows(

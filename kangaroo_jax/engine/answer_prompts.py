@@ -20,7 +20,7 @@ from kangaroo_jax.config import DraftConfig, EngineConfig, SamplingConfig
 from kangaroo_jax.engine import answer_file
 from kangaroo_jax.engine.engine import Engine, resolve_exit_layer
 from kangaroo_jax.engine.prompt_file import Prompt
-from kangaroo_jax.engine.prompts import encode_prompt
+from kangaroo_jax.engine.prompts import encode_prompt, user_turn
 from kangaroo_jax.engine.requests import Answer, Finished, Request
 from kangaroo_jax.errors import InputError
 
@@ -90,6 +90,7 @@ def answer_prompts(
     draft: DraftConfig = DraftConfig(),  # noqa: B008 - frozen
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
     stop: list[str] | tuple[str, ...] = (),
+    as_user_turns: bool = False,
     process_index: int = 0,
     process_count: int = 1,
     barrier: Callable[[str], None] = lambda _: None,
@@ -98,8 +99,9 @@ def answer_prompts(
 ) -> Tally:
     """Answers all prompts that `output` has no answer to yet, each with a line as soon as it is done.
 
-    A prompt that is empty or does not fit gets a line with its error, and is tried again by the next run. Of several
-    processes, which see the same files, each takes its share with its own devices; process 0 merges.
+    A prompt that is empty or does not fit gets a line with its error, and is tried again by the next run. An answer
+    that would pass the target's context ends there. Of several processes, which see the same files, each takes its
+    share with its own devices; process 0 merges.
 
     Args:
       target: from `load_target`, with a tokenizer.
@@ -112,6 +114,7 @@ def answer_prompts(
       draft: exit layer, gamma, eta.
       sampling: with one seed, for prompts that do not say.
       stop: strings that end an answer.
+      as_user_turns: whether prompts that are text are a user's turn of the target's chat template.
       process_index: of this process.
       process_count: how many there are.
       barrier: waits for all processes; called with a name that is the same in all.
@@ -127,6 +130,8 @@ def answer_prompts(
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
     settings = _settings(target, adapter, max_new_tokens, draft, sampling, stop)
+    if as_user_turns:
+        settings["prompts"] = "user turns"
     by_id = {prompt.id: prompt for prompt in prompts}
     first = process_index == 0
     with answer_file.locked(output) if first else contextlib.nullcontext():
@@ -145,14 +150,15 @@ def answer_prompts(
             for prompt in share:
                 most = prompt.max_new_tokens or max_new_tokens
                 try:
-                    ids = encode_prompt(target, prompt.text, most, None, "the prompt")
+                    content = user_turn(prompt.content) if as_user_turns else prompt.content
+                    ids = encode_prompt(target, content, 1, None, "the prompt")
                 except InputError as error:
                     tally.errors += 1
                     writer.write(answer_file.record(prompt, None, str(error)))
                     on_error(f"{source} id {prompt.id!r}: {error}")
                     on_progress(tally)
                     continue
-                request = Request(ids, most, sampling, stop, seed=prompt.seed, stream=False)
+                request = Request(ids, most, sampling, stop, seed=prompt.seed, stream=False, to_context=True)
                 by_request[engine.add(request)] = prompt
             while engine.busy:
                 for event in engine.step():

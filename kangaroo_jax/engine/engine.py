@@ -31,8 +31,8 @@ from kangaroo_jax.decode.rounds import RoundShape, run_rounds
 from kangaroo_jax.decode.sampling import Sampling
 from kangaroo_jax.decode.state import Chunk, DecodeState
 from kangaroo_jax.engine.programs import SHARED, ProgramStore, compile_program, signature
-from kangaroo_jax.engine.prompts import encode_prompt
-from kangaroo_jax.engine.requests import Answer, Event, Finished, Request, TextDelta
+from kangaroo_jax.engine.prompts import answer_room, encode_prompt
+from kangaroo_jax.engine.requests import Answer, DraftedToken, Event, Finished, Request, Round, TextDelta
 from kangaroo_jax.engine.shapes import CHUNK, MAX_EOS, PIECE, Plan, Shapes, capacity_class
 from kangaroo_jax.engine.text import TextStream
 from kangaroo_jax.errors import InputError
@@ -53,7 +53,9 @@ class _Run:
     sampling: SamplingConfig
     stop: tuple[str, ...]
     eos: tuple[int, ...]
+    stop_tokens: tuple[int, ...]  # special tokens among the stop strings
     stream: bool
+    drafts: bool
     plan: Plan
     text: TextStream | None
     start: float = 0.0  # of its prefill, on the engine's clock
@@ -62,6 +64,7 @@ class _Run:
     tokens: list[int] = dataclasses.field(default_factory=list)
     accept_lengths: list[int] = dataclasses.field(default_factory=list)
     draft_lengths: list[int] = dataclasses.field(default_factory=list)
+    rounds: list[Round] = dataclasses.field(default_factory=list)  # where drafts are wanted
     chunks_ahead: int = 0  # launched and not read yet
     ended: bool = False
 
@@ -176,13 +179,30 @@ class Engine:
         eos = tuple(target.eos_token_ids if request.eos_token_ids is None else request.eos_token_ids)
         if not all(-1 <= token < 2**31 for token in eos):
             raise InputError(f"eos_token_ids must be token ids, found {list(eos)}")
-        if len(eos) > MAX_EOS:
-            raise InputError(f"eos_token_ids must be at most {MAX_EOS} token ids, found {len(eos)}")
+        stop_tokens = _special_tokens(target.tokenizer, stop) if stop else ()
+        if len(eos) + len(stop_tokens) > MAX_EOS:
+            raise InputError(
+                f"eos_token_ids and special tokens among the stop strings must be at most {MAX_EOS} token ids, "
+                f"found {len(eos) + len(stop_tokens)}"
+            )
         most = _MAX_NEW_TOKENS if request.max_new_tokens is None else request.max_new_tokens
-        ids = encode_prompt(target, request.prompt, most, self.config.max_length, "the prompt")
-        text = None if target.tokenizer is None else TextStream(target.tokenizer, stop)
-        plan = self.shapes.plan(len(ids), most)
-        run = _Run(self._next_id, ids, most, sampling, tuple(stop), eos, request.stream, plan, text)
+        at_least = min(most, 1) if request.to_context else most
+        ids = encode_prompt(target, request.prompt, at_least, self.config.max_length, "the prompt")
+        if request.to_context:
+            most = min(most, answer_room(target, ids, self.config.max_length))
+        run = _Run(
+            id=self._next_id,
+            ids=ids,
+            max_new_tokens=most,
+            sampling=sampling,
+            stop=tuple(stop),
+            eos=eos,
+            stop_tokens=stop_tokens,
+            stream=request.stream,
+            drafts=request.drafts,
+            plan=self.shapes.plan(len(ids), most),
+            text=None if target.tokenizer is None else TextStream(target.tokenizer, stop, ids),
+        )
         self._next_id += 1
         self._runs[run.id] = run
         self._waiting.append(run)
@@ -309,7 +329,8 @@ class Engine:
         start, places = np.zeros((rows,), np.int32), np.full((rows,), len(self._slots), np.int32)
         for i, (run, piece) in enumerate(zip(runs, pieces, strict=True)):
             tokens[i, : len(piece)] = piece
-            eos[i, : len(run.eos)] = run.eos
+            ends = run.eos + run.stop_tokens
+            eos[i, : len(ends)] = ends
             lengths[i], max_output[i], start[i], places[i] = len(piece), run.max_new_tokens, done[i], slots[i]
         padding = rows - len(runs)
         sampling = Sampling.create(
@@ -348,13 +369,14 @@ class Engine:
             return
         self._reserve([])
         sampled = self._sampled(going_on)
+        record = any(run.drafts for run in going_on)
         running = np.asarray([run is not None for run in runs])
         # A chunk ends with sequences whose places others can take.
         at_least = np.int32(running.sum() + 1 - self.shapes.refill(self.config.max_batch) if self._waiting else 0)
         inputs = (*self._weights, self._state, running, self._threshold, at_least)
         program = self._program(
             "rounds",
-            (self._capacity, sampled),
+            (self._capacity, sampled, record),
             run_rounds,
             (2,),
             self._kept(),
@@ -362,6 +384,7 @@ class Engine:
             shape=self.shapes.round,
             sampled=sampled,
             tokens=CHUNK,
+            record=record,
         )
         self._state, chunk = program(*inputs)
         for run in runs:
@@ -413,24 +436,30 @@ class Engine:
             now = self._clock()
             for run, token in zip(launched.runs, tokens.tolist(), strict=False):  # more are padding
                 run.first = now
-                events += self._advance(run, [token], [], [])
+                events += self._advance(run, [token], [], [], [])
             return events
         chunk = jax.device_get(launched.chunk)
         for i, run in enumerate(launched.runs):
             if run is None:
                 continue
             run.chunks_ahead -= 1
-            rounds = chunk.num_rounds[i]
+            num_rounds = chunk.num_rounds[i]
             events += self._advance(
                 run,
                 chunk.tokens[i, : chunk.num_tokens[i]].tolist(),
-                chunk.accept_lengths[i, :rounds].tolist(),
-                chunk.draft_lengths[i, :rounds].tolist(),
+                chunk.accept_lengths[i, :num_rounds].tolist(),
+                chunk.draft_lengths[i, :num_rounds].tolist(),
+                _rounds(chunk, i) if run.drafts else [],
             )
         return events
 
     def _advance(
-        self, run: _Run, tokens: list[int], accept_lengths: list[int], draft_lengths: list[int]
+        self,
+        run: _Run,
+        tokens: list[int],
+        accept_lengths: list[int],
+        draft_lengths: list[int],
+        rounds: list[Round],
     ) -> list[Event]:
         """Takes what the device committed for a request."""
         if run.ended or not tokens:
@@ -441,6 +470,8 @@ class Engine:
         reason = None
         if run.tokens[-1] in run.eos:
             reason = "eos"
+        elif run.tokens[-1] in run.stop_tokens:
+            reason = "stop"
         elif len(run.tokens) >= run.max_new_tokens:
             reason = "length"
         piece = ""
@@ -450,8 +481,10 @@ class Engine:
                 reason = "stop"
                 surplus = len(run.tokens) - run.text.num_tokens
                 tokens = tokens[: len(tokens) - surplus]
+                rounds = _first_tokens(rounds, len(tokens))
                 run.tokens = run.tokens[: run.text.num_tokens]
-        events: list[Event] = [TextDelta(run.id, piece, tokens)] if run.stream else []
+        run.rounds += rounds
+        events: list[Event] = [TextDelta(run.id, piece, tokens, rounds)] if run.stream else []
         return events if reason is None else [*events, self._finish(run, reason)]
 
     def _finish(self, run: _Run, reason: str) -> Finished:
@@ -477,6 +510,7 @@ class Engine:
             prefill_seconds=run.first - run.start,
             seconds=self._clock() - run.start,
             reused_tokens=run.reused,
+            rounds=run.rounds if run.drafts else None,
         )
         return Finished(run.id, answer)
 
@@ -565,6 +599,49 @@ def resolve_exit_layer(target: Target, adapter: TrainedAdapter, draft: DraftConf
         )
     check_exit_layer(exit_layer, target.config)
     return exit_layer
+
+
+def _special_tokens(tokenizer: Any, stop: Sequence[str]) -> tuple[int, ...]:
+    """The special tokens among stop strings, which are in no text that could be searched.
+
+    Raises:
+      InputError: for a stop string that has one within it.
+    """
+    special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for string in stop:
+        inside = next((name for name in special if name in string and name.strip() and string not in special), None)
+        if inside is not None:
+            raise InputError(
+                f"the stop string {string!r} has the special token {inside!r} within it, which is not in the text; "
+                "give the special token alone"
+            )
+    return tuple(dict.fromkeys(special[string] for string in stop if string in special))
+
+
+def _rounds(chunk: Chunk, row: int) -> list[Round]:
+    """The rounds of a sequence, from a chunk that records drafts."""
+    rounds, start = [], 0
+    for i in range(chunk.num_rounds[row]):
+        end, count = start + chunk.accept_lengths[row, i], chunk.drafts.counts[row, i]
+        drafted = (
+            getattr(chunk.drafts, name)[row, i, :count].tolist()
+            for name in ("tokens", "parents", "confidence", "accepted")
+        )
+        rounds.append(
+            Round(chunk.tokens[row, start:end].tolist(), [DraftedToken(*each) for each in zip(*drafted, strict=True)])
+        )
+        start = end
+    return rounds
+
+
+def _first_tokens(rounds: Sequence[Round], count: int) -> list[Round]:
+    """The rounds that gave the first `count` tokens, the last of them cut."""
+    kept = []
+    for round in rounds:
+        if count > 0:
+            kept.append(dataclasses.replace(round, tokens=round.tokens[:count]))
+            count -= len(round.tokens)
+    return kept
 
 
 def _shared(held: Sequence[int], ids: Sequence[int]) -> int:

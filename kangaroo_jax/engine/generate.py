@@ -12,7 +12,7 @@ from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftConfig, EngineConfig, SamplingConfig
 from kangaroo_jax.engine.engine import Engine
-from kangaroo_jax.engine.prompts import encode_prompt, encode_prompts
+from kangaroo_jax.engine.prompts import Prompt, encode_prompt, encode_prompts
 from kangaroo_jax.engine.requests import Answer, Finished, Request, TextDelta
 from kangaroo_jax.errors import InputError
 
@@ -55,7 +55,7 @@ class Generation:
 def generate(
     target: Target,
     adapter: TrainedAdapter,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     max_new_tokens: int = 128,
     draft: DraftConfig = DraftConfig(),  # noqa: B008 - frozen
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
@@ -72,7 +72,7 @@ def generate(
     Args:
       target: from `load_target`.
       adapter: from `load_adapter`.
-      prompts: strings, or lists of token ids; decoded together.
+      prompts: each a string, a list of token ids, or a list of messages; decoded together.
       max_new_tokens: most tokens per answer.
       draft: exit layer, gamma, eta and trees; `adapter.draft` is what tuning found for the adapter.
       sampling: temperature, top-p, top-k, and a seed for all or one per prompt; greedy by default.
@@ -92,7 +92,7 @@ def generate(
 
 def generate_plain(
     target: Target,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     max_new_tokens: int = 128,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
     eos_token_ids: Sequence[int] | None = None,
@@ -109,7 +109,7 @@ def generate_plain(
 def generate_many(
     target: Target,
     adapter: TrainedAdapter | None,
-    requests: Sequence[str | Sequence[int] | Request],
+    requests: Sequence[Prompt | Request],
     batch_size: int = 8,
     max_new_tokens: int = 128,
     draft: DraftConfig = DraftConfig(),  # noqa: B008 - frozen
@@ -125,7 +125,7 @@ def generate_many(
     Args:
       target: from `load_target`.
       adapter: from `load_adapter`; None decodes plainly, one token per pass.
-      requests: prompts (strings, or lists of token ids), or `Request`s, begun in this order. An answer's `id` is its
+      requests: prompts (as for `generate`), or `Request`s, begun in this order. An answer's `id` is its
         request's place here.
       batch_size: sequences on the device at a time.
       max_new_tokens: most tokens per answer, where a request does not say.
@@ -148,10 +148,11 @@ def generate_many(
     engine = Engine(target, adapter, config, draft)
     for i, (request, one) in enumerate(zip(requests, _per_prompt(sampling, len(requests), "request"), strict=True)):
         most = max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+        at_least = min(most, 1) if request.to_context else most
         engine.add(
             dataclasses.replace(
                 request,
-                prompt=encode_prompt(target, request.prompt, most, max_length, f"request {i}"),
+                prompt=encode_prompt(target, request.prompt, at_least, max_length, f"request {i}"),
                 max_new_tokens=most,
                 sampling=one if request.sampling is None else request.sampling,
                 stop=stop if request.stop is None else request.stop,
@@ -172,7 +173,7 @@ def _answers(engine: Engine) -> Iterator[Answer]:
 def _generate(
     target: Target,
     adapter: TrainedAdapter | None,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     max_new_tokens: int,
     draft: DraftConfig,
     sampling: SamplingConfig,

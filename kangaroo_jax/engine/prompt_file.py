@@ -1,4 +1,5 @@
-"""A file of prompts: `{"id": ..., "prompt": "..."}` per line, with "max_new_tokens" and "seed" where wanted."""
+"""A file of prompts: `{"id": ..., "prompt": "..."}` or `{"id": ..., "messages": [...]}` per line, with
+"max_new_tokens" and "seed" where wanted."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import json
 import pathlib
 from typing import Any
 
+from kangaroo_jax.checkpoint.chat_template import Message, check_messages
 from kangaroo_jax.errors import InputError
 
 Id = int | str
@@ -15,17 +17,24 @@ Id = int | str
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One line of the file. What it leaves out is None."""
+    """One line of the file. What it leaves out is None.
+
+    Attributes:
+      id: different for each line.
+      content: text, or messages.
+      max_new_tokens: of its answer.
+      seed: of sampling.
+    """
 
     id: Id
-    text: str
+    content: str | list[Message]
     max_new_tokens: int | None
     seed: int | None
 
     @property
     def digest(self) -> str:
         """Of all but the id: which prompt an answer is to."""
-        content = json.dumps([self.text, self.max_new_tokens, self.seed])
+        content = json.dumps([self.content, self.max_new_tokens, self.seed])
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
@@ -70,19 +79,24 @@ def _prompt(line: bytes) -> Prompt:
         raise InputError(f"not JSON ({error})") from None
     if not isinstance(raw, dict):
         raise InputError('expected an object with "id" and "prompt"')
-    for name in ("id", "prompt"):
-        if name not in raw:
-            raise InputError(f'"{name}" is missing')
+    if "id" not in raw:
+        raise InputError('"id" is missing')
+    if ("prompt" in raw) == ("messages" in raw):
+        raise InputError(
+            '"prompt" and "messages" are both there; give one' if "prompt" in raw else '"prompt" is missing'
+        )
     if not (_is_integer(raw["id"]) or (isinstance(raw["id"], str) and raw["id"])):
         raise InputError(f'"id" must be a text or an integer, found {_shown(raw["id"])}')
-    if not isinstance(raw["prompt"], str):
+    if "messages" in raw:
+        check_messages(raw["messages"])
+    elif not isinstance(raw["prompt"], str):
         raise InputError(f'"prompt" must be a text, found {_shown(raw["prompt"])}')
     most, seed = raw.get("max_new_tokens"), raw.get("seed")
     if most is not None and not (_is_integer(most) and most >= 1):
         raise InputError(f'"max_new_tokens" must be a positive integer, found {_shown(most)}')
     if seed is not None and not (_is_integer(seed) and 0 <= seed < 2**32):
         raise InputError(f'"seed" must be an integer from 0 to 2**32 - 1, found {_shown(seed)}')
-    return Prompt(raw["id"], raw["prompt"], most, seed)
+    return Prompt(raw["id"], raw["messages"] if "messages" in raw else raw["prompt"], most, seed)
 
 
 def _is_integer(value: Any) -> bool:

@@ -1,20 +1,22 @@
-"""Prompts as token ids, checked."""
+"""Prompts as token ids, checked: text, token ids, or the messages of a chat."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from kangaroo_jax.checkpoint import chat_template
+from kangaroo_jax.checkpoint.chat_template import Message, TemplateRefusal
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.errors import InputError
 
+Prompt = str | Sequence[int] | Sequence[Message]
+
 
 def encode_prompts(
-    target: Target,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
-    max_new_tokens: int,
-    max_length: int | None,
+    target: Target, prompts: Sequence[Prompt], max_new_tokens: int, max_length: int | None
 ) -> list[list[int]]:
     """Token ids of the prompts, each checked to fit with its answer.
 
@@ -25,44 +27,102 @@ def encode_prompts(
         raise InputError("prompts must be a list; put the one prompt into a list")
     if not prompts:
         raise InputError("prompts is empty; give at least one")
+    if isinstance(prompts[0], Mapping):
+        raise InputError("prompts must be a list, of which each may be a list of messages; found a message in it")
     return [
         encode_prompt(target, prompt, max_new_tokens, max_length, f"prompt {i}") for i, prompt in enumerate(prompts)
     ]
 
 
-def encode_prompt(
-    target: Target, prompt: str | Sequence[int], max_new_tokens: int, max_length: int | None, name: str
-) -> list[int]:
+def encode_prompt(target: Target, prompt: Prompt, max_new_tokens: int, max_length: int | None, name: str) -> list[int]:
     """Token ids of one prompt, checked to fit with its answer.
+
+    Args:
+      target: whose tokenizer, and chat template, is used.
+      prompt: text as the model sees it, token ids, or messages, which the chat template makes text of, up to where the
+        answer begins. BOS is there once: text that begins with it gets no other, and messages only the template's.
+      max_new_tokens: that must fit as well.
+      max_length: of prompt and answer together; None means the target's context.
+      name: of the prompt, in errors.
 
     Raises:
       InputError: naming the prompt by `name`.
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
-    context = target.config.max_position_embeddings if max_length is None else max_length
-    if isinstance(prompt, str):
-        if target.tokenizer is None:
-            raise InputError(f"{target.name}: has no tokenizer; give token ids, or put its tokenizer files beside it")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{name} is not valid Unicode text (character {error.start})") from None
-        ids = target.tokenizer.encode(prompt, verbose=False) if prompt else []
-    elif isinstance(prompt, Sequence | np.ndarray):
-        ids = [int(token) for token in prompt]
-    else:
-        raise InputError(f"{name} must be a string or a list of token ids, found {prompt!r}")
+    ids = _ids(target, prompt, name)
     if not ids:
         raise InputError(f"{name} is empty; give at least one token")
     for token in ids:
         if not 0 <= token < target.config.vocab_size:
             raise InputError(f"{name}: token id {token} is outside the vocabulary of {target.config.vocab_size}")
-    if len(ids) >= context:
+    room = answer_room(target, ids, max_length)
+    context = len(ids) + room
+    if room < 1:
         raise InputError(f"{name} has {len(ids)} tokens, but the context is {context}; shorten it")
-    if len(ids) + max_new_tokens > context:
+    if max_new_tokens > room:
         raise InputError(
             f"{name} has {len(ids)} tokens and max_new_tokens is {max_new_tokens}: {len(ids) + max_new_tokens} "
-            f"exceed the context of {context}; shorten the prompt or lower max_new_tokens to {context - len(ids)}"
+            f"exceed the context of {context}; shorten the prompt or lower max_new_tokens to {room}"
         )
     return ids
+
+
+def user_turn(prompt: Prompt) -> Prompt:
+    """A prompt that is text, as a user's message; any other, and an empty one, as it is."""
+    return [{"role": "user", "content": prompt}] if prompt and isinstance(prompt, str) else prompt
+
+
+def answer_room(target: Target, ids: Sequence[int], max_length: int | None) -> int:
+    """The most new tokens that a prompt leaves room for; `max_length` as for `encode_prompt`."""
+    return (target.config.max_position_embeddings if max_length is None else max_length) - len(ids)
+
+
+def require_template(target: Target) -> None:
+    """Checks that messages can be made a prompt of.
+
+    Raises:
+      InputError: for a target without a tokenizer, or with one that has no chat template.
+    """
+    _require_tokenizer(target)
+    if not target.tokenizer.chat_template:
+        raise InputError(
+            f"{target.name}: its tokenizer has no chat template, which messages need; put the template that the model "
+            "was tuned with beside it as chat_template.jinja, or give the prompt as text"
+        )
+
+
+def _require_tokenizer(target: Target) -> None:
+    if target.tokenizer is None:
+        raise InputError(f"{target.name}: has no tokenizer; give token ids, or put its tokenizer files beside it")
+
+
+def _ids(target: Target, prompt: Any, name: str) -> list[int]:
+    if isinstance(prompt, str):
+        return _text_ids(target, prompt, name)
+    if not isinstance(prompt, Sequence | np.ndarray):
+        raise InputError(f"{name} must be a string, a list of token ids or a list of messages, found {prompt!r}")
+    if any(isinstance(item, Mapping) for item in prompt):
+        return _message_ids(target, prompt, name)
+    return [int(token) for token in prompt]
+
+
+def _text_ids(target: Target, text: str, name: str) -> list[int]:
+    _require_tokenizer(target)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} is not valid Unicode text (character {error.start})") from None
+    ids = target.tokenizer.encode(text, verbose=False) if text else []
+    # A rendered chat template begins with BOS, and the tokenizer has put its own before it.
+    bos = target.tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def _message_ids(target: Target, messages: Sequence[Message], name: str) -> list[int]:
+    require_template(target)
+    try:
+        chat_template.check_messages(messages)
+        return chat_template.prompt_ids(messages, target.tokenizer)
+    except (InputError, TemplateRefusal) as error:
+        raise InputError(f"{name}: {error}") from None

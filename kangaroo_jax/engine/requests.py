@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from kangaroo_jax.config import SamplingConfig
+from kangaroo_jax.engine.prompts import Prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,22 +14,61 @@ class Request:
     """A prompt with settings of its own. What is None is the engine's default, or that of the call it is given to.
 
     Attributes:
-      prompt: text, or token ids.
+      prompt: text, token ids, or the messages of a chat.
       max_new_tokens: at most so many new tokens.
       sampling: temperature, top-p, top-k and seed.
       stop: strings that end the answer, and are not in its text.
       eos_token_ids: tokens that end the answer, kept in its tokens.
       seed: of sampling, in place of `sampling.seed`.
       stream: whether `TextDelta`s are wanted before the answer is finished.
+      to_context: whether an answer that would pass the context ends there; else such a request is refused.
+      drafts: whether `rounds` are wanted, with what was drafted.
     """
 
-    prompt: str | Sequence[int]
+    prompt: Prompt
     max_new_tokens: int | None = None
     sampling: SamplingConfig | None = None
     stop: Sequence[str] | None = None
     eos_token_ids: Sequence[int] | None = None
     seed: int | None = None
     stream: bool = True
+    to_context: bool = False
+    drafts: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftedToken:
+    """A token that a round drafted.
+
+    Attributes:
+      id: token id.
+      parent: place, in the round's drafted tokens, of the one that it follows; -1 for the last committed token.
+      confidence: the draft model's largest probability there; in a tree, the probability of the path to the token.
+      accepted: whether it is the target's choice too. Past the answer's end, it may be without being in the answer.
+    """
+
+    id: int
+    parent: int
+    confidence: float
+    accepted: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """A round of an answer.
+
+    Attributes:
+      tokens: what it committed, as far as that belongs to the answer.
+      drafted: each after the one that it follows.
+    """
+
+    tokens: list[int]
+    drafted: list[DraftedToken]
+
+    @property
+    def accepted(self) -> int:
+        """How many of `tokens`, from the first on, were drafted; the target added what follows."""
+        return min(len(self.tokens), sum(token.accepted for token in self.drafted))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +78,16 @@ class Answer:
     Attributes:
       id: the request's.
       tokens: new token ids, ending with the EOS id if one was produced.
-      text: their text without special tokens, cut before a stop string; None without a tokenizer.
+      text: their text without special tokens, cut before a stop string: what they add to the prompt's text where all
+        are decoded together. None without a tokenizer.
       accept_lengths: tokens committed by each round; with the first token, which prefill gives, they add up to the new
         tokens.
       draft_lengths: tokens drafted by each round.
-      finish_reason: "eos", "stop" (a stop string), or "length" (max_new_tokens).
+      finish_reason: "eos", "stop" (a stop string), or "length" (max_new_tokens, or the context).
       prefill_seconds: wall-clock from the start of its prefill to its first token, compilation not counted.
       seconds: wall-clock from the start of its prefill to its end, its neighbours' prefills included, compilation not.
       reused_tokens: of the prompt, that a slot held already.
+      rounds: what each round committed and drafted; None where the request did not ask for drafts.
     """
 
     id: int
@@ -57,6 +99,7 @@ class Answer:
     prefill_seconds: float
     seconds: float
     reused_tokens: int = 0
+    rounds: list[Round] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +110,13 @@ class TextDelta:
       id: the request's.
       text: new text that is decided; "" without a tokenizer.
       tokens: new token ids. Their text may come with a later delta.
+      rounds: that gave them, where the request asked for drafts. The first token is none's.
     """
 
     id: int
     text: str
     tokens: list[int]
+    rounds: Sequence[Round] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -292,7 +292,7 @@ MISTAKES = {
     "exit layer": (flags("--exit_layer=2"), "but exit_layer=2 was given"),
     "no model": (flags("--model=/no/such/folder"), "/no/such/folder: no such folder"),
     "no tokenizer": (no_tokenizer, "has no tokenizer"),
-    "broken template": (broken_template, "its chat template does not work: no such role"),
+    "broken template": (broken_template, "the chat template refuses it (no such role)"),
     "no matplotlib": (flags("without:matplotlib"), "matplotlib is not installed"),
     "other tokens": (answers_with_other("--max_new_tokens=41"), "out: its answers were made with max_new_tokens 40"),
     "other threshold": (answers_with_other("--threshold=0.3"), "out: its answers were made with threshold 0.1"),

@@ -247,7 +247,7 @@ def test_answers_that_are_not_to_be_learned_are_not(target_with, template):
         (
             "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}",
             [("user", "a"), ("assistant", "<think>b</think>c")],
-            "leaves out or changes answer 0",
+            "leaves out '<think>b</think>' at the beginning of answer 0",
         ),
         (
             "{% for m in messages %}{{ m.content | upper }}{% endfor %}",

@@ -110,7 +110,7 @@ def test_more_prompts_in_the_same_file_are_answered_by_the_next_run(whole):
 def test_a_prompt_that_cannot_be_answered_gets_its_error_and_is_tried_again(tmp_path):
     bad = [
         {"id": "empty", "prompt": ""},
-        {"id": "long", "prompt": "ab" * 10, "max_new_tokens": 493},
+        {"id": "long", "prompt": "ab" * 256},
         {"id": "half", "prompt": "a\ud800"},
     ]
     source, output = write(tmp_path / "prompts.jsonl", [LINES[0], *bad, LINES[1]]), tmp_path / "answers.jsonl"
@@ -121,12 +121,12 @@ def test_a_prompt_that_cannot_be_answered_gets_its_error_and_is_tried_again(tmp_
         records = read(output)
         assert set(records) == {"q0", "q1", "empty", "long", "half"}
         assert "is empty" in records["empty"]["error"]
-        assert "lower max_new_tokens to 492" in records["long"]["error"]
+        assert "has 512 tokens, but the context is 512" in records["long"]["error"]
         assert "not valid Unicode" in records["half"]["error"]
         assert records["q1"]["text"] == plain(LINES[1]["prompt"], LINES[1]["max_new_tokens"])
         assert len(said) == 3
         assert said[1].startswith(f"{source} id 'long': ")
-    bad[0]["prompt"], bad[1]["max_new_tokens"], bad[2]["prompt"] = "a", 12, "ab"
+    bad[0]["prompt"], bad[1]["prompt"], bad[2]["prompt"] = "a", "ab" * 10, "ab"
     write(pathlib.Path(source), [LINES[0], *bad, LINES[1]])
     assert answer(source, output).errors == 0
     assert not any("error" in record for record in read(output).values())

@@ -114,7 +114,7 @@ def test_text_prompts_are_tokenised(lettered):
         ([[1] * 20], {"max_length": 30, "max_new_tokens": 11}, "31 exceed the context of 30"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ([[1]], {"stop": ["x"]}, "no tokenizer"),
-        ([1, 2], {}, "prompt 0 must be a string or a list of token ids, found 1"),
+        ([1, 2], {}, "prompt 0 must be a string, a list of token ids or a list of messages, found 1"),
         ([[1]], {"eos_token_ids": [2**31]}, "eos_token_ids must be token ids"),
     ],
 )
