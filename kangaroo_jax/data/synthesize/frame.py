@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
+from kangaroo_jax.checkpoint import chat_template
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.data import chat
 from kangaroo_jax.data.records import BadRecord, Turn
@@ -111,8 +110,8 @@ class Template:
             return chat.render([*turns, Turn("assistant", answer)], tokenizer, self.name).text.partition(answer)[0]
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError) as error:
+            return chat_template.prompt_text(messages, tokenizer)
+        except chat_template.TemplateRefusal as error:
             raise BadRecord(f"the chat template refuses a conversation ({error})") from None
 
     def _encode(self, text: str) -> list[int]:
