@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 MISTAKES = {
     "missing target": (
         ["--config=configs/llama7b.py", "--config.target=/missing"],
-        "train.py: error: /missing: no such folder; expected a target in Hugging Face format or a hub id",
+        "train.py: error: /missing: no such folder; expected a target in Hugging Face format, a GGUF file or a hub id",
     ),
     "unknown setting": (
         ["--config=configs/demo.py", "--config.optimizer.learning_rat=1e-3"],

@@ -31,7 +31,7 @@ def main() -> None:
 
     def traced() -> None:
         profiling.check(command_line.PROFILE.value)
-        with profiling.trace(command_line.PROFILE.value):
+        with profiling.trace(command_line.PROFILE.value, print):
             module.main()
 
     command_line.run(name, traced, [name, *sys.argv[2:]], usage=module.__doc__)
