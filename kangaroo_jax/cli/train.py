@@ -52,11 +52,13 @@ def _train(command: str) -> None:
         sys.exit(0 if preflight_flag.show(report) else 1)
     process_flags.join(command)
     from kangaroo_jax import compilation_cache, profiling
+    from kangaroo_jax.cli.synthesis_progress import SynthesisProgress
     from kangaroo_jax.train.loop import train
 
     profiling.check(command_line.PROFILE.value)
     compilation_cache.enable()
-    train(check_config(_CONFIG.value), profile=command_line.PROFILE.value)
+    with SynthesisProgress() as progress:
+        train(check_config(_CONFIG.value), profile=command_line.PROFILE.value, on_data=progress.show)
 
 
 def _parse(command: str, argv: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ import math
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -36,9 +37,10 @@ from kangaroo_jax.data.input import (
     load_rows,
     training_batches,
 )
+from kangaroo_jax.data.synthesize.run import Tally
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
-from kangaroo_jax.train import checkpoints, preemption
+from kangaroo_jax.train import checkpoints, own_data, preemption
 from kangaroo_jax.train.settings import check_context, check_same_run, check_target_folder, flat, make_mesh
 from kangaroo_jax.train.step import abstract_state, compiled, initial_parameters, make_optimizer
 from kangaroo_jax.train.teacher import TeacherCache
@@ -47,12 +49,15 @@ from kangaroo_jax.train.teacher import TeacherCache
 _PROFILED = range(2, 5)
 
 
-def train(config: TrainConfig, profile: str | None = None) -> dict[str, float] | None:
+def train(
+    config: TrainConfig, profile: str | None = None, on_data: Callable[[Tally], None] = lambda _: None
+) -> dict[str, float] | None:
     """Trains an adapter, or continues a run that was interrupted.
 
     Args:
       config: of the run.
       profile: folder for a trace of a few steps.
+      on_data: called after each record that the target writes itself, where `data.files` is self.
 
     Returns:
       The held-out `loss` (nats), `expected_acceptance` and `top1_agreement` at the last step. None if SIGTERM came
@@ -66,6 +71,7 @@ def train(config: TrainConfig, profile: str | None = None) -> dict[str, float] |
     # Before the data files are looked for, so that the first of two mistakes is the first to be named.
     check_target_folder(config)
     check_files(config.data)
+    own_data.check(config.data)
     mesh = make_mesh(config)
     target = load_target(config.target, config.dtype, mesh)
     adapter_checkpoint.check_exit_layer(config.exit_layer, target.config)
@@ -84,7 +90,8 @@ def train(config: TrainConfig, profile: str | None = None) -> dict[str, float] |
         return held_out
 
     process = _process(config.batch_size, mesh)
-    rows, held_out = load_rows(config.data, target, config.sequence_length, config.seed, quiet=jax.process_index() > 0)
+    data = own_data.write(config, target, output, on_data) if config.data.is_self else config.data
+    rows, held_out = load_rows(data, target, config.sequence_length, config.seed, quiet=jax.process_index() > 0)
     if saved is not None and saved.metadata["training"]["data_fingerprint"] != rows.fingerprint:
         raise InputError(
             f"{saved.folder}: trained on other data; expected data with fingerprint {rows.fingerprint}, found "
