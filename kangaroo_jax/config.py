@@ -179,6 +179,8 @@ class SynthesisConfig:
       answer_temperature: of the sampled answers.
       question_tokens: at most so many in a question; a question that is cut there is left out.
       answer_tokens: at most so many in an answer; a conversation ends with an answer that is cut there.
+      conversation_tokens: at most so many in a conversation that the target asks itself. One long conversation makes
+        the caches of all that are decoded with it as long.
       batch_size: sequences decoded together; nothing that is written depends on it.
       texts: for a base model, which has no chat template: texts that it continues, as `data.files` names them. A record
         is then a text: it begins with up to `question_tokens` tokens of one, and has up to `answer_tokens` new ones.
@@ -197,6 +199,7 @@ class SynthesisConfig:
     answer_temperature: float = 0.7
     question_tokens: int = 256
     answer_tokens: int = 512
+    conversation_tokens: int = 1000
     batch_size: int = 16
     texts: str = ""
 
@@ -215,7 +218,8 @@ class DataConfig:
 
     Attributes:
       files: conversations and texts: paths, globs and gs:// paths, separated by commas. Or python:MODULE.FUNCTION, a
-        function that gives them (see data/records.py).
+        function that gives them (see data/records.py). Or self: the target writes them before the first step, into a
+        file beside the run's folder.
       evaluation_files: the same for held-out data. Empty: the held-out part that the function gives, else a share
         `held_out` of the records of `files`.
       held_out: share of the records, at most 0.5, that are kept for evaluation where there are no evaluation files. A
@@ -225,6 +229,7 @@ class DataConfig:
         that all processes share.
       max_bad_share: up to this share of the records may be bad: they are skipped, counted and listed. More than that
         is an error. 0 allows none.
+      synthesis: what the target writes where `files` is self.
 
     Raises:
       InputError: for a value of the wrong type or out of range.
@@ -236,6 +241,7 @@ class DataConfig:
     template: Literal["vicuna_v1.1", "llama-2", "llama-3", ""] = ""
     cache: str = ""
     max_bad_share: float = 0.01
+    synthesis: SynthesisConfig = SynthesisConfig()
 
     def __post_init__(self) -> None:
         _check_settings(self, "data.", zero=("max_bad_share",))
@@ -243,6 +249,11 @@ class DataConfig:
             raise InputError("data.files: empty; give some with --config.data.files=...")
         if self.held_out > 0.5:
             raise InputError(f"data.held_out: expected a share of at most 0.5, found {self.held_out}")
+
+    @property
+    def is_self(self) -> bool:
+        """Whether the target writes the data itself."""
+        return self.files.strip() == "self"
 
 
 @dataclasses.dataclass(frozen=True)

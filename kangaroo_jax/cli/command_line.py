@@ -86,8 +86,9 @@ def run(
         except MachineError as error:
             fail(command, error, code=1)
         except KeyboardInterrupt:
-            print(f"\n{command}: {interrupted}", file=sys.stderr)
-            sys.exit(130)
+            print(f"\n{command}: {interrupted}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(130)  # JAX can crash where the interpreter ends while the device is at work
 
     # For --help, absl prints the main module's docstring and flags; ours are defined in modules of this package.
     if usage is not None:

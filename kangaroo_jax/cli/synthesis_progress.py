@@ -13,35 +13,30 @@ _LINE_SECONDS = 30.0
 
 
 class SynthesisProgress:
-    """Shows how far `write_records` is, on standard error; a context manager.
+    """Shows how far `write_records` is, on standard error; a context manager."""
 
-    Args:
-      output: the file of records, which is named after Ctrl-C.
-    """
-
-    def __init__(self, output: str) -> None:
-        self._output, self._records = output, 0
+    def __init__(self) -> None:
         self._bar: tqdm.tqdm | None = None
         self._shown = time.monotonic()
 
     def __enter__(self) -> SynthesisProgress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        if kind is KeyboardInterrupt:
-            line = f"{self._records} records are in {self._output}.part; the same command does the rest"
-            print(line, file=sys.stderr, flush=True)
 
     def show(self, tally: Tally) -> None:
         """After each record, and once before the first."""
-        self._records = tally.records
+        if tally.before == tally.wanted:
+            return
         if sys.stderr.isatty():
             if self._bar is None:
                 self._bar = tqdm.tqdm(total=tally.wanted, initial=tally.records, unit=" records", dynamic_ncols=True)
             self._bar.set_postfix_str(self._rates(tally), refresh=False)
             self._bar.update(tally.records - self._bar.n)
+            if tally.records == tally.wanted:
+                self._bar.close()
         elif time.monotonic() > self._shown + _LINE_SECONDS:
             self._shown = time.monotonic()
             print(f"{tally.records} of {tally.wanted} records, {self._rates(tally)}", file=sys.stderr, flush=True)

@@ -54,6 +54,11 @@ _QUESTION_TOKENS = flags.DEFINE_integer(
 _ANSWER_TOKENS = flags.DEFINE_integer(
     "answer_tokens", _DEFAULT.answer_tokens, "At most so many in an answer; longer ones are cut."
 )
+_CONVERSATION_TOKENS = flags.DEFINE_integer(
+    "conversation_tokens",
+    _DEFAULT.conversation_tokens,
+    "At most so many in a conversation that the target asks itself; with a large batch, they take much memory.",
+)
 _SEED = flags.DEFINE_integer("seed", _DEFAULT.seed, "A record depends on it and on its own number alone.")
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", _DEFAULT.batch_size, "Sequences decoded together: 8 to 16 on a CPU, 64 to 512 on a GPU."
@@ -72,7 +77,8 @@ _JSON = flags.DEFINE_bool("json", False, "End the output with one line: a JSON o
 
 def main(argv: list[str] | None = None) -> None:
     """The command. `argv`: the command line; the process's own by default."""
-    command_line.run("synthesize", _synthesize, argv, usage=__doc__)
+    interrupted = "interrupted; the same command does the rest"
+    command_line.run("synthesize", _synthesize, argv, interrupted=interrupted, usage=__doc__)
 
 
 def _synthesize() -> None:
@@ -102,7 +108,7 @@ def _synthesize() -> None:
         wanted = min(source.count, _CONVERSATIONS.value or source.count)
     else:
         source, wanted = choose_source(target, settings, _TEMPLATE.value), settings.conversations
-    with SynthesisProgress(str(output)) as progress:
+    with SynthesisProgress() as progress:
         done = write_records(
             target,
             adapter,
@@ -134,6 +140,7 @@ def _settings() -> SynthesisConfig:
         answer_temperature=_ANSWER_TEMPERATURE.value,
         question_tokens=_QUESTION_TOKENS.value,
         answer_tokens=_ANSWER_TOKENS.value,
+        conversation_tokens=_CONVERSATION_TOKENS.value,
         batch_size=_BATCH_SIZE.value,
         texts=_TEXTS.value,
     )

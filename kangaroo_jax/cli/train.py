@@ -53,11 +53,13 @@ def _train(command: str) -> None:
     process_flags.join(command)
     from kangaroo_jax import compilation_cache, profiling
     from kangaroo_jax.cli.report import TerminalReport
+    from kangaroo_jax.cli.synthesis_progress import SynthesisProgress
     from kangaroo_jax.train.loop import train
 
     profiling.check(command_line.PROFILE.value)
     compilation_cache.enable()
-    train(check_config(_CONFIG.value), command_line.PROFILE.value, TerminalReport())
+    with SynthesisProgress() as progress:
+        train(check_config(_CONFIG.value), command_line.PROFILE.value, TerminalReport(), on_data=progress.show)
 
 
 def _parse(command: str, argv: list[str]) -> list[str]:

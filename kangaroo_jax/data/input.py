@@ -114,7 +114,8 @@ class Rows:
 def check_files(data: DataConfig) -> None:
     """Raises `InputError` for data that cannot be found or a cache folder that cannot be used; reads no data."""
     cache_folder(data.cache)
-    check_sources(data.files)
+    if not data.is_self:
+        check_sources(data.files)
     if data.evaluation_files:
         check_sources(data.evaluation_files)
 

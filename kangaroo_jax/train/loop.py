@@ -10,6 +10,7 @@ import contextlib
 import math
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -34,10 +35,11 @@ from kangaroo_jax.data.input import (
     load_rows,
     training_batches,
 )
+from kangaroo_jax.data.synthesize.run import Tally
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.report import SILENT, Report
-from kangaroo_jax.train import checkpoints, draft_vocabulary, preemption
+from kangaroo_jax.train import checkpoints, draft_vocabulary, own_data, preemption
 from kangaroo_jax.train.settings import (
     check_adapter,
     check_context,
@@ -53,13 +55,19 @@ from kangaroo_jax.train.teacher import TeacherCache
 _PROFILED = range(2, 5)
 
 
-def train(config: TrainConfig, profile: str | None = None, report: Report = SILENT) -> dict[str, float] | None:
+def train(
+    config: TrainConfig,
+    profile: str | None = None,
+    report: Report = SILENT,
+    on_data: Callable[[Tally], None] = lambda _: None,
+) -> dict[str, float] | None:
     """Trains an adapter, or continues a run that was interrupted.
 
     Args:
       config: of the run.
       profile: folder for a trace of a few steps.
       report: takes what there is to say. Of several processes, only the first one's is used.
+      on_data: called after each record that the target writes itself, where `data.files` is self.
 
     Returns:
       The held-out `loss` (nats), `expected_acceptance` and `top1_agreement` at the last step. None if SIGTERM came
@@ -74,6 +82,7 @@ def train(config: TrainConfig, profile: str | None = None, report: Report = SILE
     # Before the data files are looked for, so that the first of two mistakes is the first to be named.
     check_target_folder(config)
     check_files(config.data)
+    own_data.check(config.data)
     mesh = make_mesh(config)
     target = load_target(config.target, config.dtype, mesh)
     check_adapter(config, target.config)
@@ -93,7 +102,8 @@ def train(config: TrainConfig, profile: str | None = None, report: Report = SILE
         return held_out
 
     process = _process(config.batch_size, mesh)
-    rows, held_out = load_rows(config.data, target, config.sequence_length, config.seed, report)
+    data = own_data.write(config, target, output, on_data) if config.data.is_self else config.data
+    rows, held_out = load_rows(data, target, config.sequence_length, config.seed, report)
     if saved is not None and saved.metadata["training"]["data_fingerprint"] != rows.fingerprint:
         raise InputError(
             f"{saved.folder}: trained on other data; expected data with fingerprint {rows.fingerprint}, found "

@@ -12,7 +12,8 @@ from kangaroo_jax.data.synthesize.mix import Kind, seed_of
 from kangaroo_jax.data.synthesize.record_file import Record
 from kangaroo_jax.engine.requests import Answer, Request
 
-LEAST_ROOM = 16  # tokens of the context that a turn has, or it is not begun
+_LEAST_ANSWER = 16  # tokens that there is room for, or the conversation ends before the question
+_LEAST_TURN = 128  # the same for a further question and its answer
 _QUESTION, _ANSWER = range(2)
 _BROKEN = "\ufffd"
 
@@ -42,7 +43,9 @@ class Conversation:
         self.key: str | None = None
         self._index, self._kind = index, Kind.of(index, settings)
         self._template, self._frame, self._settings = template, frame, settings
-        self._context = template.target.config.max_position_embeddings
+        self._room = template.target.config.max_position_embeddings  # tokens
+        if questions is None:
+            self._room = min(self._room, settings.conversation_tokens)
         self._given = None if questions is None else [turn for turn in questions if turn.role != "system"]
         self._turns = [turn for turn in questions or () if turn.role == "system"]
         self._left = self._kind.turns if questions is None else len(self._given)  # questions
@@ -67,7 +70,7 @@ class Conversation:
         most = settings.question_tokens if self._asking else settings.answer_tokens
         return Request(
             self._prompt,
-            min(most, self._context - len(self._prompt)),
+            min(most, self._room - len(self._prompt)),
             sampling,
             stop=self._frame.turn_stop if self._asking else (),
             eos_token_ids=self._frame.turn_ends if self._asking else None,
@@ -91,7 +94,7 @@ class Conversation:
         else:
             self._prompt = self._template.opening_ids(self._frame)
         self._asking = True
-        return None if self._fits() else self._finish("no room")
+        return None if self._fits(_LEAST_TURN if self._answers else _LEAST_ANSWER) else self._finish("no room")
 
     def _take_question(self, answer: Answer) -> Record | str | None:
         text = answer.text.strip()
@@ -121,7 +124,7 @@ class Conversation:
             except BadRecord as error:
                 return str(error)
         self._asking = False
-        if not self._fits():
+        if not self._fits(_LEAST_ANSWER):
             self._turns.pop()
             return self._finish("no room")
         return None
@@ -142,8 +145,8 @@ class Conversation:
         one."""
         return self._ids[: self._answers[-1][1]]
 
-    def _fits(self) -> bool:
-        return len(self._prompt) + LEAST_ROOM <= self._context
+    def _fits(self, more: int) -> bool:
+        return len(self._prompt) + more <= self._room
 
     def _finish(self, reason: str) -> Record | str:
         """The end: with the answers that there are, or without any for `reason`."""

@@ -1,0 +1,99 @@
+"""Runs whose target writes their data first: `data.files=self`."""
+
+import json
+import pathlib
+
+import jax
+import pytest
+
+from kangaroo_jax.checkpoint.adapter import load_adapter
+from kangaroo_jax.checkpoint.target import load_target
+from kangaroo_jax.data.input import load_rows
+from kangaroo_jax.errors import InputError
+from kangaroo_jax.train import own_data
+from kangaroo_jax.train.loop import train
+
+from .runs import checkpoint, configured
+
+COUNT = 24
+
+
+@pytest.fixture
+def own(settings):
+    """Settings of a run of three steps, without any data but texts to continue."""
+    texts = settings["data.files"].replace("a*.py", "textwrap.py")
+    return settings | {
+        "steps": 3,
+        "optimizer.warmup_steps": 1,
+        "optimizer.schedule": "constant",
+        "batch_size": 2,
+        "data.files": "self",
+        "data.evaluation_files": "",
+        "data.held_out": 0.25,
+        "data.synthesis.texts": texts,
+        "data.synthesis.conversations": COUNT,
+        "data.synthesis.question_tokens": 20,
+        "data.synthesis.answer_tokens": 12,
+        "data.synthesis.batch_size": 8,
+    }
+
+
+class Kill(BaseException):
+    pass
+
+
+@pytest.mark.long
+def test_the_target_writes_the_data_and_goes_on_where_it_was_interrupted(own, tmp_path):
+    output, tallies = tmp_path / "runs" / "own", []
+
+    def kill(tally):
+        tallies.append(tally.records)
+        if tally.records == 10:
+            raise Kill
+
+    with pytest.raises(Kill):
+        train(configured(own, output=str(output)), on_data=kill)
+    assert not output.exists()
+    train(configured(own, output=str(output)), on_data=lambda tally: tallies.append(tally.records))
+    assert tallies == [*range(11), *range(10, COUNT + 1)]
+    data = output.with_name("own.data.jsonl")
+    assert len(data.read_text().splitlines()) == COUNT
+    # Nothing is written again.
+    before = data.stat().st_mtime_ns
+    train(configured(own, output=str(output), steps=4), on_data=lambda tally: tallies.append(tally.records))
+    assert tallies[26:] == [COUNT]
+    assert data.stat().st_mtime_ns == before
+    assert load_adapter(output, load_target(own["target"], "float32")).exit_layer == 3
+
+    with pytest.raises(InputError, match=rf"has {COUNT} records, more than the 5 that are wanted; give another output"):
+        train(configured(own, output=str(output), steps=5, **{"data.synthesis.conversations": 5}))
+    other = {"data.synthesis.answer_tokens": 13}
+    with pytest.raises(InputError, match=r"its answers were made with answer_tokens 12, not 13; give another output"):
+        train(configured(own, output=str(output), steps=5, **other))
+    assert checkpoint(output / "4")["position"]["step"] == 4
+
+
+def test_a_record_is_trained_on_or_held_out(own, tmp_path):
+    config, output = configured(own, output=str(tmp_path / "own")), tmp_path / "own"
+    target = load_target(
+        config.target, config.dtype, jax.sharding.Mesh([[[jax.devices()[0]]]], ("data", "fsdp", "model"))
+    )
+    data = own_data.write(config, target, output, lambda _: None)
+    parts = [set(rows.record_ids(range(len(rows)))) for rows in load_rows(data, target, 64, config.seed, quiet=True)]
+    assert len(parts[0]) == COUNT * 3 // 4
+    assert parts[0].isdisjoint(parts[1])
+    assert len(parts[0] | parts[1]) == COUNT
+    prompts = [json.loads(line)["prompt"] for line in pathlib.Path(data.files).read_text().splitlines()]
+    assert len(set(prompts)) == COUNT
+
+
+def test_what_cannot_be_is_one_line(own, tmp_path, monkeypatch):
+    without = own | {"data.synthesis.texts": ""}
+    with pytest.raises(InputError, match=r"has no chat template, so .* or give texts for it to continue"):
+        train(configured(without, output=str(tmp_path / "own")))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"output: .*file cannot be made a folder"):
+        train(configured(own, output=str(tmp_path / "file" / "own")))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match=r"self needs a run of one process; write the data first with"):
+        train(configured(own, output=str(tmp_path / "own")))
