@@ -214,6 +214,11 @@ def test_all_of_a_text_is_learned(target_with):
             "leaves out '<think>b</think>' at the beginning of answer 0",
         ),
         (
+            "{% for m in messages %}{{ m.content.split('</think>')[-1] + '</s>' }}{% endfor %}",
+            [("user", "a"), ("assistant", "<think>\nadd\n</think>\n\n4"), ("user", "b"), ("assistant", "c")],
+            r"leaves out '<think>\nadd\n</think>' at the beginning of answer 0",
+        ),
+        (
             "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
             [("user", "a"), ("assistant", "b")],
             "leaves out or changes answer 0",
