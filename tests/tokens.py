@@ -1,6 +1,8 @@
-"""Bytes as tokens."""
+"""Small tokenizers: bytes as tokens, and letters the way SentencePiece has them."""
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+import string
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 
@@ -16,3 +18,19 @@ def byte_tokenizer(*special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", additional_special_tokens=list(special)
     )
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama-2's: a space is part of the word behind it, the first one of a text is left out when it is decoded, and
+    what is not in the vocabulary is bytes. A letter, and a space with a letter, is a token."""
+    letters = [*string.ascii_letters, *string.punctuation]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters]
+    names += ["▁" + letter for letter in letters]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    merges = [("▁", letter) for letter in letters]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -108,7 +108,7 @@ def answer_spans(text: str, messages: Sequence[Message], tokenizer: Any, **optio
             if text.startswith(given + between, position):
                 break
         else:
-            raise TemplateRefusal(_what_is_missing(answer, text, position, number))
+            raise TemplateRefusal(_what_is_missing(answer, between, text, position, number))
         spans.append((position, position + len(given)))
         position += len(given)
     if text[position:] != rest:
@@ -116,11 +116,15 @@ def answer_spans(text: str, messages: Sequence[Message], tokenizer: Any, **optio
     return spans
 
 
-def _what_is_missing(answer: str, text: str, position: int, number: int) -> str:
-    """Why an answer is not at `position` in `text`; mostly its beginning is left out, up to </think>."""
-    for length in (32, 8, 1):
-        kept = answer.rfind(text[position : position + length])
-        if kept > 0 and text.startswith(answer[kept:].rstrip(), position):
+def _what_is_missing(answer: str, between: str, text: str, position: int, number: int) -> str:
+    """Why an answer, and what follows it, are not at `position` in `text`; mostly its beginning is left out, up to
+    </think>."""
+    stripped = answer.rstrip()
+    for kept in range(1, len(stripped)):
+        # A few characters first, as an answer may be long.
+        if text.startswith(stripped[kept : kept + 16], position) and text.startswith(
+            (answer[kept:] + between, stripped[kept:] + between), position
+        ):
             cut = answer[:kept] if kept < 80 else f"{answer[:40]} ... {answer[kept - 40 : kept]}"
             return f"the chat template leaves out {cut!r} at the beginning of answer {number}"
     return f"the chat template leaves out or changes answer {number}"

@@ -250,6 +250,11 @@ def test_answers_that_are_not_to_be_learned_are_not(target_with, template):
             "leaves out '<think>b</think>' at the beginning of answer 0",
         ),
         (
+            "{% for m in messages %}{{ m.content.split('</think>')[-1] + '</s>' }}{% endfor %}",
+            [("user", "a"), ("assistant", "<think>\nadd\n</think>\n\n4"), ("user", "b"), ("assistant", "c")],
+            r"leaves out '<think>\nadd\n</think>' at the beginning of answer 0",
+        ),
+        (
             "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
             [("user", "a"), ("assistant", "b")],
             "leaves out or changes answer 0",

@@ -69,8 +69,8 @@ def full_forward(exit_layer, length):
     return forward
 
 
-def reference(target, adapter, prompt, max_new_tokens, draft, length=128):
-    """The method as the paper states it, by whole forward passes."""
+def reference(target, adapter, prompt, max_new_tokens, draft, length=128, drafts=None):
+    """The method as the paper states it, by whole forward passes. What each round drafted is appended to `drafts`."""
 
     def logits(tokens):
         padded = np.zeros((1, length), np.int32)
@@ -87,6 +87,8 @@ def reference(target, adapter, prompt, max_new_tokens, draft, length=128):
             drafted.append(int(row.argmax()))
             if 1 / np.exp(row - row.max()).sum() < draft.threshold:
                 break
+        if drafts is not None:
+            drafts.append(drafted)
         choices = logits(tokens + drafted)[0][len(tokens) - 1 :].argmax(-1).tolist()
         accepted = next((i for i, token in enumerate(drafted) if choices[i] != token), len(drafted))
         agreed += [i < accepted for i in range(len(drafted))]

@@ -45,8 +45,9 @@ def test_tokens_equal_plain_decoding(exit_layer, gamma, topk, budget, prompt, th
     assert all(1 <= a <= k + 1 and 1 <= k <= gamma for a, k in zip(accept, levels, strict=True))
 
 
-def reference(target, adapter, prompt, max_new_tokens, draft, length=128):
-    """Trees by their definition, every path a whole sequence: tokens, accept lengths, levels."""
+def reference(target, adapter, prompt, max_new_tokens, draft, length=128, drafts=None):
+    """Trees by their definition, every path a whole sequence: tokens, accept lengths, levels. The paths that each round
+    drafted, with their probabilities, are appended to `drafts`."""
 
     @functools.cache
     def logits(tokens):
@@ -70,12 +71,14 @@ def reference(target, adapter, prompt, max_new_tokens, draft, length=128):
             levels += 1
             if candidates[best[0]] < draft.threshold:
                 break
-        return set(sorted(pool, key=lambda path: -pool[path])[: draft.tree.budget]), levels
+        return {path: pool[path] for path in sorted(pool, key=lambda path: -pool[path])[: draft.tree.budget]}, levels
 
     tokens = (*prompt, int(logits(tuple(prompt))[0].argmax()))
     accept_lengths, all_levels = [], []
     while (room := max_new_tokens - (len(tokens) - len(prompt))) > 0:
         nodes, levels = tree(tokens)
+        if drafts is not None:
+            drafts.append(nodes)
         path = ()
         while path == () or path in nodes:
             path = (*path, int(logits(tokens + path)[0].argmax()))

@@ -3,6 +3,7 @@
 Truth: `generate_plain` alone, and the prompts' own ids.
 """
 
+import copy
 import dataclasses
 import fcntl
 import functools
@@ -37,7 +38,8 @@ def answer(source, output, **kwargs):
     prompts, bad = read_prompts(source)
     assert bad == []
     kwargs = {"adapter": tiny_adapter(1), "batch_size": 1, "max_new_tokens": 20, "draft": DRAFT, **kwargs}
-    return answer_prompts(lettered_target(), prompts=prompts, output=output, source=source, **kwargs)
+    target = kwargs.pop("target", lettered_target())
+    return answer_prompts(target, prompts=prompts, output=output, source=source, **kwargs)
 
 
 def with_draft_vocabulary(token_ids):
@@ -130,6 +132,59 @@ def test_a_prompt_that_cannot_be_answered_gets_its_error_and_is_tried_again(tmp_
     write(pathlib.Path(source), [LINES[0], *bad, LINES[1]])
     assert answer(source, output).errors == 0
     assert not any("error" in record for record in read(output).values())
+
+
+def chat_target():
+    """The lettered target, whose turns begin with Q, and its answers with R."""
+    tokenizer = copy.deepcopy(lettered_target().tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'Q' + m.content }}{% endfor %}{% if add_generation_prompt %}R{% endif %}"
+    )
+    return dataclasses.replace(lettered_target(), tokenizer=tokenizer)
+
+
+def test_messages_and_user_turns_are_given_by_the_chat_template(tmp_path):
+    messages = [{"role": role, "content": text} for role, text in (("user", "ab"), ("assistant", "c"), ("user", "de"))]
+    source = write(tmp_path / "p.jsonl", [{"id": 0, "messages": messages}, {"id": 1, "prompt": "xyz"}])
+    done = answer(source, tmp_path / "chat.jsonl", target=chat_target(), as_user_turns=True)
+    assert (done.prompts, done.errors) == (2, 0)
+    assert {i: record["text"] for i, record in read(tmp_path / "chat.jsonl").items()} == {
+        0: plain("QabQcQdeR", 20),
+        1: plain("QxyzR", 20),
+    }
+    answer(source, tmp_path / "raw.jsonl", target=chat_target())
+    assert read(tmp_path / "raw.jsonl")[1]["text"] == plain("xyz", 20)
+    with pytest.raises(InputError, match="made with prompts 'user turns', not None"):
+        answer(source, tmp_path / "chat.jsonl", target=chat_target())
+    # A target without a template answers the text, and says why it does not answer the messages.
+    done = answer(source, tmp_path / "none.jsonl", on_error=(said := []).append)
+    assert (done.prompts, done.errors) == (1, 1)
+    assert "its tokenizer has no chat template" in said[0]
+
+
+@pytest.mark.long
+def test_an_answer_ends_at_the_context(tmp_path):
+    source = write(tmp_path / "prompts.jsonl", [{"id": 0, "prompt": "ab" * 10, "max_new_tokens": 493}])
+    assert answer(source, tmp_path / "answers.jsonl").errors == 0
+    record = read(tmp_path / "answers.jsonl")[0]
+    assert (record["new_tokens"], record["finish_reason"]) == (492, "length")
+    assert record["text"] == generate_plain(lettered_target(), ["ab" * 10], 492).texts[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"id": 0, "prompt": "a", "messages": []}, '"prompt" and "messages" are both there; give one'),
+        ({"id": 0}, '"prompt" is missing'),
+        ({"id": 0, "messages": "a"}, "messages must be a list like"),
+        ({"id": 0, "messages": [{"role": "bot", "content": "a"}]}, "message 0 is of the unknown role 'bot'"),
+        ({"id": 0, "messages": [{"role": "system", "content": "a"}]}, 'messages have no turn of "user"'),
+    ],
+)
+def test_bad_messages_are_named_with_their_line(tmp_path, line, message):
+    prompts, [bad] = read_prompts(write(tmp_path / "prompts.jsonl", [line]))
+    assert prompts == []
+    assert bad.startswith(f"{tmp_path}/prompts.jsonl line 1: {message}")
 
 
 @pytest.mark.parametrize(

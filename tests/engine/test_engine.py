@@ -4,6 +4,7 @@ Truth: each request alone, in an engine of its own; greedy ones also by plain de
 stop strings and limits.
 """
 
+import copy
 import dataclasses
 import functools
 
@@ -296,6 +297,35 @@ def test_a_request_that_cannot_be_raises_at_once_and_leaves_the_engine_running(r
         engine.add(request_)
     assert "\n" not in str(caught.value)
     assert run(engine)[0][good].text == generate_plain(lettered_target(), ["abc"], 20).texts[0]
+
+
+def test_a_special_token_as_stop_string_ends_the_answer():
+    """It is in no text, so its id is looked for; on the device, so that no more is decoded."""
+    text = plain_text("abc")
+    last = text[20]
+    tokenizer = copy.deepcopy(lettered_target().tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": [last]})
+    target = dataclasses.replace(lettered_target(), tokenizer=tokenizer)
+    engine = engine_of(1, target=target)
+    engine.add(Request("abc", 60, stop=[last, "zzz"]))
+    answer = run(engine)[0][0]
+    end = text.index(last)
+    assert [LETTERS[token] for token in answer.tokens] == list(text[: end + 1])
+    assert answer.text == text[:end]
+    assert answer.finish_reason == "stop"
+    assert engine._state.finished.tolist() == [True]
+    with pytest.raises(InputError, match=f"has the special token '{last}' within it"):
+        engine.add(Request("abc", stop=[f"x{last}"]))
+
+
+def test_an_answer_ends_at_the_context_where_asked():
+    engine = Engine(lettered_target(), tiny_adapter(2), EngineConfig(1, max_length=50), DRAFT)
+    engine.add(Request("abc", 100, eos_token_ids=(), to_context=True))
+    answer = run(engine)[0][0]
+    assert answer.text == plain_text("abc")[:47]
+    assert answer.finish_reason == "length"
+    with pytest.raises(InputError, match="the prompt has 50 tokens, but the context is 50"):
+        engine.add(Request("a" * 50, to_context=True))
 
 
 def test_aborting_what_is_unknown_or_has_ended_is_no_error():

@@ -1,0 +1,210 @@
+"""decode.py with a chat model as a user runs it: turns in the terminal, Ctrl-C, the first line, drafts in the text and
+as a page.
+
+Truth: plain decoding of the ids that transformers' `apply_chat_template` gives.
+"""
+
+import html.parser
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from kangaroo_jax import generate_plain, load_target
+from tests.bench.models import CONFIG, CONTEXT, save_model
+from tests.decode_commands import decode_in_one_process
+from tests.train.runs import LESS_OPTIMIZATION
+
+ROOT = pathlib.Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"XLA_FLAGS": LESS_OPTIMIZATION, "NO_COLOR": "1"}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    save_model(folder)
+    # Answers go on to their limits.
+    (folder / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": CONFIG.vocab_size - 1}))
+    return folder
+
+
+def flags(work, *more):
+    return [f"--model={work}/model", f"--adapter={work}/adapter", "--max_draft_len=2", *more]
+
+
+def expected(work, *turns, most=24, raw=None):
+    """Plain decoding's answer to the last turn."""
+    target = load_target(str(work / "model"), "float32")
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    options = {"add_generation_prompt": True, "return_dict": False}
+    ids = target.tokenizer.encode(raw) if raw else target.tokenizer.apply_chat_template(messages, **options)
+    return generate_plain(target, [ids], most).texts[0]
+
+
+def chat(work, *more, said):
+    command = [sys.executable, "decode.py", *flags(work, "--chat", *more)]
+    return subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, input=said, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.long
+def test_a_chat_of_three_turns(work):
+    done = chat(work, "--max_new_tokens=24", said="hello you\n\n/what\nand then\n/reset\nhello you\n/exit\nmore\n")
+    assert done.returncode == 0, done.stderr
+    first, rest = done.stdout.split("\n", 1)
+    assert first.startswith("each turn is given by the model's chat template; /reset forgets")
+    one = expected(work, "hello you").strip()
+    two = expected(work, "hello you", one, "and then").lstrip()
+    summary = r"\[24 tokens, accept length \d\.\d\d, \d+\.\d tokens/s; ended at the limit\]"
+    shape = re.escape(
+        "\n> hello you\n{}\n#\n\n> \n> /what\n(unknown command /what; @)\n\n> and then\n{}\n#\n\n> /reset\n"
+    )
+    shape += re.escape("(the conversation begins again)\n\n> hello you\n{}\n#\n\n> /exit\n")
+    for text in (one, two, one):
+        shape = shape.replace(r"\{\}", re.escape(text) + r"\s*", 1)
+    assert re.fullmatch(shape.replace(r"\#", summary).replace("@", ".*"), rest), rest
+
+
+@pytest.mark.long
+def test_a_conversation_begins_with_messages_and_goes_on_after_a_bad_turn(work):
+    beginning = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    (work / "beginning.json").write_text(json.dumps(beginning))
+    done = chat(work, f"--messages={work}/beginning.json", "--max_new_tokens=8", said=f"{'x' * CONTEXT}\nthree\n")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        rf"\(the conversation has \d+ tokens, but the context is {CONTEXT}; .*/reset.*\)\n\n", done.stderr
+    )
+    assert f"\n> three\n{expected(work, 'one', 'two', 'three', most=8).lstrip()}\n[8 tokens" in done.stdout
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_the_answer_and_not_the_program(work):
+    command = [sys.executable, "-u", "decode.py", *flags(work, "--chat", "--max_draft_len=1")]
+    running = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        running.stdin.write("hello\n")
+        running.stdin.flush()
+        shown = ""
+        while "> hello\n" not in shown or shown.endswith("> hello\n"):
+            shown += running.stdout.read(1)
+        running.send_signal(signal.SIGINT)  # one character of an answer of hundreds was there
+        out, error = running.communicate("again\n/exit\n", timeout=200)
+    finally:
+        running.kill()
+    assert running.returncode == 0, error
+    assert error == ""
+    before, _, after = (shown + out).partition("[ended by Ctrl-C]\n\n")
+    assert expected(work, "hello", most=600).lstrip().startswith(before.rpartition("> hello\n")[2].rstrip("\n"))
+    assert re.search(r"> again\n[\s\S]+\n\[\d+ tokens, accept length", after)
+
+
+MESSAGES = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "<c> & d"))]
+
+
+@pytest.fixture(scope="module")
+def results(work):
+    (work / "messages.json").write_text(json.dumps(MESSAGES))
+    common = ("--max_new_tokens=24", "--json")
+    lines = [
+        flags(work, *common, "--prompt=hi"),
+        flags(work, *common, "--prompt=hi", "--raw"),
+        flags(work, *common, f"--messages={work}/messages.json", "--show_drafts", f"--html={work}/drafts.html"),
+        flags(work, *common, f"--messages={work}/messages.json", "--tree", f"--html={work}/tree.html", "--stop=e"),
+        flags(work, *common[1:], "--prompt=hi", "--max_new_tokens=10000"),
+    ]
+    done = decode_in_one_process(lines, ENVIRONMENT)
+    assert [code for code, _, _ in done] == [0] * len(lines), done
+    return [(out, json.loads(out.splitlines()[-1])["text"]) for _, out, _ in done]
+
+
+@pytest.mark.long
+def test_the_first_line_says_how_the_prompt_was_given(work, results):
+    (turn, turn_text), (raw, raw_text), (messages, messages_text), *_ = results
+    assert turn.startswith(
+        f"the prompt as a user's turn of the model's chat template (--raw: as it is):\n\nhi\n\n{turn_text}"
+    )
+    assert raw.startswith(f"the prompt as it is, without the model's chat template (--raw):\n\nhi{raw_text}")
+    assert messages.startswith(f"the messages of {work}/messages.json, by the model's chat template:\n\n")
+    assert turn_text == expected(work, "hi")
+    assert raw_text == expected(work, raw="hi")
+    assert messages_text == expected(work, *(message["content"] for message in MESSAGES))
+
+
+@pytest.mark.long
+def test_an_answer_ends_at_the_context(work, results):
+    assert len(results[4][1]) >= CONTEXT - 40  # a token is a character
+
+
+@pytest.mark.long
+def test_the_text_with_markers_is_the_text(results):
+    out, text = results[2]
+    legend = "{+drafted and accepted+}, [-drafted and rejected-], added by the target\n\n<c> & d\n\n"
+    marked = out.partition(legend)[2]
+    assert "{+" in marked[: 2 * len(text)]
+    shown = re.sub(r"\{\+(.*?)\+\}", r"\1", re.sub(r"\[-.*?-\]", "", marked), flags=re.DOTALL)
+    assert shown.startswith(text + "\n")
+
+
+class Page(html.parser.HTMLParser):
+    """The text of the answer's spans, and everything that would be loaded."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.kinds, self.text, self.loaded, self._kind = [], "", [], None
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.loaded += [attributes[name] for name in ("src", "href") if name in attributes]
+        self._kind = attributes["class"] if "data-r" in attributes and tag == "span" else None
+        self.kinds += [self._kind] if self._kind else []
+
+    def handle_endtag(self, tag):
+        self._kind = None
+
+    def handle_data(self, data):
+        if self._kind in ("a", "t"):
+            self.text += data
+
+
+@pytest.mark.long
+def test_the_page_has_the_text_and_needs_nothing_else(work, results):
+    for name, (_, text) in (("drafts", results[2]), ("tree", results[3])):
+        page = Page(work / f"{name}.html")
+        assert page.text == text
+        assert {"a", "t", "x"} <= set(page.kinds)
+        assert page.loaded == []
+        source = (work / f"{name}.html").read_text()
+        assert "&lt;c&gt; &amp; d" in source
+        assert "http" not in source
+        data = re.search(r'<script type="application/json" id="data">(.*?)</script>', source, re.DOTALL).group(1)
+        assert len(json.loads(data)) == source.count("<button data-r=")
+
+
+@pytest.mark.long
+def test_colours_are_for_terminals_that_want_them():
+    code = "from kangaroo_jax.cli.answer import legend; print(legend())"
+    script = f"import pty, sys; sys.exit(pty.spawn([sys.executable, '-c', {code!r}]))"
+    for variables, colours in (({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
+        environment = (
+            {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"TERM": "xterm"} | variables
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+        )
+        assert ("\033[32mdrafted and accepted\033[0m" in done.stdout) == colours, done
+        assert ("{+drafted and accepted+}" in done.stdout) != colours
