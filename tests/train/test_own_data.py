@@ -79,7 +79,7 @@ def test_a_record_is_trained_on_or_held_out(own, tmp_path):
         config.target, config.dtype, jax.sharding.Mesh([[[jax.devices()[0]]]], ("data", "fsdp", "model"))
     )
     data = own_data.write(config, target, output, lambda _: None)
-    parts = [set(rows.record_ids(range(len(rows)))) for rows in load_rows(data, target, 64, config.seed, quiet=True)]
+    parts = [set(rows.record_ids(range(len(rows)))) for rows in load_rows(data, target, 64, config.seed)]
     assert len(parts[0]) == COUNT * 3 // 4
     assert parts[0].isdisjoint(parts[1])
     assert len(parts[0] | parts[1]) == COUNT
