@@ -121,7 +121,7 @@ class EngineConfig:
 
     Attributes:
       max_batch: slots: sequences that are decoded together.
-      max_length: most tokens of a prompt and its answer together; None means the target's max_position_embeddings.
+      max_length: most tokens of a prompt and its answer together; None means the target's context.
 
     Raises:
       InputError: for a value out of range.

@@ -43,7 +43,7 @@ def ask_question(
         "kangaroo": functools.partial(generate, target, adapter, draft=draft),
         "plain": functools.partial(generate_plain, target),
     }
-    context = target.config.max_position_embeddings
+    context = target.config.context
     conversation: dict[str, list[str]] = {method: [] for method in METHODS}
     prompt_tokens: dict[str, list[int]] = {method: [] for method in METHODS}
     generations: dict[str, list[list[Generation]]] = {method: [] for method in METHODS}

@@ -29,7 +29,7 @@ def gguf_source(path: pathlib.Path) -> Source:
         config=config,
         eos_token_ids=config.eos_token_ids,
         weights=gguf_weights(file, config),
-        read_tokenizer=functools.partial(gguf_tokenizer, file),
+        read_tokenizer=functools.partial(gguf_tokenizer, file, config.vocab_size),
     )
 
 

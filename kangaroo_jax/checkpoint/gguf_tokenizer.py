@@ -11,12 +11,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from kangaroo_jax.checkpoint.gguf_file import GGUFFile
+from kangaroo_jax.checkpoint.sentencepiece_bpe import add_special, sentencepiece_bpe
+from kangaroo_jax.checkpoint.tokenizer import check_ids
 from kangaroo_jax.errors import InputError, one_line
-
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -65,11 +65,12 @@ _COMPOSED = ("qwen2",)  # Qwen's tokenizer.json normalises text to NFC; llama.cp
 _BEGIN_WITH_BOS = ("llama-bpe", "llama3", "llama-v3", "tekken")  # where the file does not say
 
 
-def gguf_tokenizer(file: GGUFFile) -> Any:
+def gguf_tokenizer(file: GGUFFile, vocab_size: int) -> Any:
     """The tokenizer and chat template in a GGUF file; None where there is none.
 
     Raises:
-      InputError: for a kind of tokenizer that is not supported, or metadata that do not fit together.
+      InputError: for a kind of tokenizer that is not supported, metadata that do not fit together, or ids that a model
+        of `vocab_size` lacks.
     """
     kind = _get(file, "model")
     if kind in (None, "none", "no_vocab"):
@@ -86,18 +87,14 @@ def gguf_tokenizer(file: GGUFFile) -> Any:
     if not isinstance(types, list) or len(types) != len(tokens):
         raise InputError(f"{file.path}: tokenizer.ggml.token_type must have an entry for each of {len(tokens)} tokens")
     try:
-        tokenizer = _sentencepiece(file, tokens, types) if kind == "llama" else _byte_level(file, tokens)
-        added = [
-            AddedToken(token, special=kind == _CONTROL, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind in (_CONTROL, _USER_DEFINED) and token
-        ]
-        tokenizer.add_tokens(added)
-        return _for_transformers(file, tokenizer, tokens)
+        tokenizer = _sentencepiece(file, tokens, types) if kind == "llama" else _byte_level(file, tokens, types)
+        found = _for_transformers(file, tokenizer, tokens)
     except InputError:
         raise
     except Exception as error:  # tokenizers raises bare exceptions
         raise InputError(f"{file.path}: its tokenizer could not be read ({one_line(error)})") from None
+    check_ids(found, vocab_size, file.path)
+    return found
 
 
 def _get(file: GGUFFile, key: str, default: Any = None) -> Any:
@@ -115,7 +112,7 @@ def _special(file: GGUFFile, key: str, tokens: Sequence[str]) -> str | None:
     return tokens[number]
 
 
-def _byte_level(file: GGUFFile, tokens: Sequence[str]) -> Tokenizer:
+def _byte_level(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
     """BPE on bytes, after the text is split into words."""
     pre = _get(file, "pre")
     split = next((steps for names, steps in _SPLITS.items() if pre in names), None)
@@ -139,6 +136,7 @@ def _byte_level(file: GGUFFile, tokens: Sequence[str]) -> Tokenizer:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
     tokenizer.decoder = decoders.ByteLevel()
+    add_special(tokenizer, tokens, types)
     return tokenizer
 
 
@@ -148,39 +146,11 @@ def _merge(line: str) -> tuple[str, str]:
 
 
 def _sentencepiece(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
-    """SentencePiece's BPE: the pair with the best score first, and bytes for what is in no token."""
     scores = _get(file, "scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise InputError(f"{file.path}: tokenizer.ggml.scores must have an entry for each of {len(tokens)} tokens")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    pairs = []
-    for i, token in enumerate(tokens):
-        if types[i] in (_UNKNOWN, _CONTROL, _BYTE):
-            continue
-        for cut in range(1, len(token)):
-            left, right = vocabulary.get(token[:cut]), vocabulary.get(token[cut:])
-            if left is not None and right is not None:
-                pairs.append((-scores[i], left, right, (token[:cut], token[cut:])))
-    pairs.sort()
-    unknown = _special(file, "unknown", tokens) or next(
-        (t for t, k in zip(tokens, types, strict=True) if k == _UNKNOWN), None
-    )
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocabulary,
-            [pair for *_, pair in pairs],
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=_BYTE in types,
-        )
-    )
-    prefix = _get(file, "add_space_prefix", True)
-    spaces = [normalizers.Replace(" ", "▁")]
-    # Before each text between special tokens, as in llama.cpp.
-    tokenizer.normalizer = normalizers.Sequence(([normalizers.Prepend("▁")] if prefix else []) + spaces)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if prefix else []))
-    return tokenizer
+    prefix = "always" if _get(file, "add_space_prefix", True) else "never"
+    return sentencepiece_bpe(tokens, scores, types, prefix=prefix)
 
 
 def _for_transformers(file: GGUFFile, tokenizer: Tokenizer, tokens: Sequence[str]) -> Any:

@@ -110,8 +110,8 @@ def load_target(
         return tensor
 
     samples = {}
-    for path, leaf in zip(parameter_paths(abstract), jax.tree.leaves(abstract), strict=True):
-        for name_here in parameter_rule(path, leaf.shape).names:
+    for place, leaf in zip(parameter_paths(abstract), jax.tree.leaves(abstract), strict=True):
+        for name_here in parameter_rule(place, leaf.shape).names:
             full = tensor_name(name_here)
             rows = read(full, (fingerprint.sample_index(weights.found[full][0]),))
             samples[name_here] = fingerprint.sample(rows)

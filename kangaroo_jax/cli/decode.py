@@ -339,7 +339,7 @@ def _chat(given: DraftOverrides, sampling: SamplingConfig) -> None:
     target, adapter, draft = _load(given)
     conversation = Conversation(target, messages)
     engine = Engine(target, adapter, EngineConfig(1), draft)
-    most = _MAX_NEW_TOKENS.value if _MAX_NEW_TOKENS.present else target.config.max_position_embeddings
+    most = _MAX_NEW_TOKENS.value if _MAX_NEW_TOKENS.present else target.config.context
 
     def request(ids: list[int]) -> Request:
         return Request(ids, most, sampling, _STOP.value, to_context=True, drafts=_SHOW_DRAFTS.value)

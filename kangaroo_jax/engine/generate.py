@@ -77,7 +77,7 @@ def generate(
       draft: exit layer, gamma, eta and trees; `adapter.draft` is what tuning found for the adapter.
       sampling: temperature, top-p, top-k, and a seed for all or one per prompt; greedy by default.
       eos_token_ids: tokens that end a sequence, kept in its tokens; None means the target's own.
-      max_length: most tokens of prompt and answer together; None means the target's max_position_embeddings.
+      max_length: most tokens of prompt and answer together; None means the target's context.
       stop: strings that end a sequence; the text ends before them.
       on_text: called with a prompt's index and the next piece of its text, once per chunk of tokens.
 
@@ -132,7 +132,7 @@ def generate_many(
       draft: exit layer, gamma, eta and trees.
       sampling: where a request does not say; a seed for all, or one per request.
       eos_token_ids: where a request does not say; None means the target's own.
-      max_length: most tokens of prompt and answer together; None means the target's max_position_embeddings.
+      max_length: most tokens of prompt and answer together; None means the target's context.
       stop: where a request does not say.
 
     Returns:

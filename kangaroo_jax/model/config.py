@@ -89,5 +89,13 @@ class ModelConfig:
             raise InputError(f"head_dim must be even for rotary embeddings, found {self.head_dim}")
 
     @property
+    def context(self) -> int:
+        """Positions that the model was made for. Linear scaling multiplies them (Vicuna-16k: 4096 by 4), llama3's are
+        counted in max_position_embeddings already."""
+        scaling = self.rope_scaling
+        stretched = scaling is not None and scaling.kind == "linear"
+        return int(self.max_position_embeddings * scaling.factor) if stretched else self.max_position_embeddings
+
+    @property
     def queries_per_kv(self) -> int:
         return self.num_attention_heads // self.num_key_value_heads

@@ -84,7 +84,7 @@ def check_target_folder(config: TrainConfig) -> None:
 
 def check_context(config: TrainConfig, model: ModelConfig, name: str) -> None:
     """Raises `InputError` for sequences that are longer than the context of the target called `name`."""
-    context = model.max_position_embeddings
+    context = model.context
     if config.sequence_length > context:
         raise InputError(
             f"sequence_length: expected at most {context}, the context of {name}; found {config.sequence_length}"

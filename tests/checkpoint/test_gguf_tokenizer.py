@@ -3,38 +3,27 @@ transformers' way of splitting text."""
 
 from __future__ import annotations
 
-import io
 import json
 import pathlib
-import random
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from kangaroo_jax import demo
 from kangaroo_jax.checkpoint.gguf_file import GGUFFile
 from kangaroo_jax.checkpoint.gguf_tokenizer import gguf_tokenizer
 from kangaroo_jax.errors import InputError
+from tests.checkpoint.texts import TEXTS, random_texts, train_sentencepiece
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
-
-TEXTS = [
-    "def main():\n    print('hello', 42)\n",
-    "It's 2023, isn't it? I'LL pay 1234567 EUR.",
-    "  two  spaces,\ttabs\t\tand\r\nlines\n\n\n ",
-    "naïve café, Ünïcödé, 一二三 こんにちは, русский, עברית, १२३ ½ ²",
-    "emoji 🦘🦘 and joined 👩‍👩‍👧, a\u0301 combining",
-    "snake_case CamelCase HTTPServer a+b==c != [x]{y}<z>/path\\to",
-    "",
-    " ",
-]
 
 
 def from_metadata(**entries: object):
     """The tokenizer of a file with these entries under tokenizer.ggml."""
     template = {"tokenizer.chat_template": entries.pop("chat_template", None)}
     metadata = {f"tokenizer.ggml.{key}": value for key, value in entries.items() if value is not None}
-    return gguf_tokenizer(GGUFFile(pathlib.Path("model.gguf"), metadata | template, {}))
+    return gguf_tokenizer(GGUFFile(pathlib.Path("model.gguf"), metadata | template, {}), 4096)
 
 
 def byte_level(pre: str = "gpt-2", **entries: object):
@@ -134,24 +123,7 @@ def test_chat_template_and_special_tokens_of_the_file() -> None:
 
 @pytest.fixture(scope="module")
 def sentencepiece_model():
-    """A small SentencePiece model with Llama's settings, trained on this project's text."""
-    sentencepiece = pytest.importorskip("sentencepiece")
-    lines = (pathlib.Path(__file__).parents[2] / "docs" / "decode.md").read_text().splitlines()
-    written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=written,
-        vocab_size=700,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        user_defined_symbols=["<tool>"],
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        minloglevel=2,
-    )
-    return sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    return SentencePieceProcessor(model_proto=train_sentencepiece())
 
 
 def sentencepiece_entries(model) -> dict[str, object]:
@@ -181,9 +153,7 @@ def sentencepiece_entries(model) -> dict[str, object]:
 
 def test_sentencepiece_tokenizer_gives_the_tokens_of_sentencepiece(sentencepiece_model) -> None:
     tokenizer = from_metadata(**sentencepiece_entries(sentencepiece_model))
-    rng = random.Random(0)
-    words = (pathlib.Path(__file__).parents[2] / "docs" / "train.md").read_text().split()
-    texts = [*TEXTS, *(" ".join(rng.choices(words, k=30)) for _ in range(50)), "a\ufffdb", "▁"]
+    texts = [*TEXTS, *random_texts(), "a\ufffdb", "▁"]
     for text in texts:
         expected = sentencepiece_model.encode(text)
         assert tokenizer.encode(text, add_special_tokens=False) == expected, text

@@ -26,7 +26,9 @@ import pytest
 import safetensors.numpy
 
 from kangaroo_jax import demo
+from kangaroo_jax.checkpoint import folder_source
 from kangaroo_jax.checkpoint.target import default_dtype, load_target, save_target
+from kangaroo_jax.engine.prompts import encode_prompts
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.families import all_families
 from kangaroo_jax.model.sharding import make_mesh
@@ -169,6 +171,30 @@ def test_stored_rotary_frequencies_and_tied_head_are_no_surplus(tmp_path: pathli
     jax.tree.map(np.testing.assert_array_equal, before.model, load_target(folder, "float32").model)
 
 
+@needs_torch
+def test_a_head_that_is_not_the_embedding_it_should_be_tied_to_is_used_as_in_transformers(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from tests.fixtures.make_hf_logits import logits_of
+
+    monkeypatch.setattr(folder_source, "_BAND", 100)  # several, the last of which differs alone
+    folder = shutil.copytree(FIXTURES / "tied", tmp_path / "target")
+    tensors = read_tensors(folder)
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[-1] = head[0] + 1
+    write_tensors(folder, tensors | {"lm_head.weight": head})
+    target = load_target(folder, "float32")
+    assert not target.config.tie_word_embeddings
+    assert target.fingerprint != load_target(FIXTURES / "tied", "float32").fingerprint
+    tokens = np.arange(12)[None]
+    expected = logits_of(read_by_transformers(folder, torch.float32), tokens)
+    assert_same_logits(forward(target.model, jnp.asarray(tokens)), expected, 1e-4)
+    write_tensors(folder, tensors | {"lm_head.weight": head[:-1]})
+    refused(folder, "lm_head.weight", "wrong shape")
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saved_target_loads_as_identical_arrays(variant: str, tmp_path: pathlib.Path) -> None:
     target = load_target(FIXTURES / variant, "bfloat16")
@@ -176,6 +202,20 @@ def test_saved_target_loads_as_identical_arrays(variant: str, tmp_path: pathlib.
     again = load_target(tmp_path, "bfloat16")
     jax.tree.map(np.testing.assert_array_equal, target.model, again.model)
     assert again.config == target.config
+
+
+def test_linear_rope_scaling_multiplies_the_context_and_llama3s_does_not(tmp_path: pathlib.Path) -> None:
+    linear = load_target(FIXTURES / "linear", "float32")
+    given = linear.config.max_position_embeddings
+    factor = linear.config.rope_scaling.factor
+    assert factor > 1
+    last = int(given * factor)
+    assert len(encode_prompts(linear, [[1] * (last - 1)], 1, None)[0]) == last - 1
+    with pytest.raises(InputError, match=f"the context is {last}"):
+        encode_prompts(linear, [[1] * last], 1, None)
+    llama3 = load_target(FIXTURES / "llama3", "float32")
+    with pytest.raises(InputError, match=f"the context is {llama3.config.max_position_embeddings};"):
+        encode_prompts(llama3, [[1] * llama3.config.max_position_embeddings], 1, None)
 
 
 def test_generation_config_overrides_the_end_of_sequence(folder: pathlib.Path) -> None:

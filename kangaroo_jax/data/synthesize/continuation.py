@@ -60,4 +60,4 @@ class Continuation:
         }
 
     def _room(self) -> int:
-        return self._target.config.max_position_embeddings - len(self._prompt)
+        return self._target.config.context - len(self._prompt)

@@ -43,7 +43,7 @@ class Conversation:
         self.key: str | None = None
         self._index, self._kind = index, Kind.of(index, settings)
         self._template, self._frame, self._settings = template, frame, settings
-        self._room = template.target.config.max_position_embeddings  # tokens
+        self._room = template.target.config.context  # tokens
         if questions is None:
             self._room = min(self._room, settings.conversation_tokens)
         self._given = None if questions is None else [turn for turn in questions if turn.role != "system"]
