@@ -22,7 +22,7 @@ for name in sys.argv[1:]:
 def _modules():
     for path in sorted(_PACKAGE.rglob("*.py")):
         parts = path.relative_to(_PACKAGE).with_suffix("").parts
-        if parts[0] not in ("cli", "bench"):
+        if parts[0] not in ("cli", "bench") and parts[-1] != "__main__":
             yield ".".join(("kangaroo_jax", *parts)).removesuffix(".__init__")
 
 
