@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kangaroo_jax.checkpoint.adapter import load_adapter
     from kangaroo_jax.checkpoint.target import load_target
     from kangaroo_jax.config import DraftConfig, EngineConfig, SamplingConfig, TreeConfig
+    from kangaroo_jax.engine.conversation import Conversation
     from kangaroo_jax.engine.engine import Engine
     from kangaroo_jax.engine.generate import Generation, generate, generate_many, generate_plain
     from kangaroo_jax.engine.requests import Answer, Finished, Request, TextDelta
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # As in the block above, which type checkers read.
 _MODULES = {
     "Answer": "engine.requests",
+    "Conversation": "engine.conversation",
     "DraftConfig": "config",
     "Engine": "engine.engine",
     "EngineConfig": "config",
@@ -40,6 +42,7 @@ _MODULES = {
 
 __all__ = [
     "Answer",
+    "Conversation",
     "DraftConfig",
     "Engine",
     "EngineConfig",

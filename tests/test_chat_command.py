@@ -59,16 +59,15 @@ def test_a_chat_of_three_turns(work):
     assert done.returncode == 0, done.stderr
     first, rest = done.stdout.split("\n", 1)
     assert first.startswith("each turn is given by the model's chat template; /reset forgets")
-    one = expected(work, "hello you").strip()
-    two = expected(work, "hello you", one, "and then").lstrip()
-    summary = r"\[24 tokens, accept length \d\.\d\d, \d+\.\d tokens/s; ended at the limit\]"
-    shape = re.escape(
-        "\n> hello you\n{}\n#\n\n> \n> /what\n(unknown command /what; @)\n\n> and then\n{}\n#\n\n> /reset\n"
+    one = expected(work, "hello you").lstrip()
+    two = expected(work, "hello you", one.strip(), "and then").lstrip()
+    rest = re.sub(r"\[24 tokens, accept length \d\.\d\d, \d+\.\d tokens/s; ended at the limit\]", "#", rest)
+    rest = re.sub(r"\(unknown command /what; .*\)", "?", rest)
+    first = f"> hello you\n{one}\n#\n\n"
+    assert rest == (
+        f"\n{first}> \n> /what\n?\n\n> and then\n{two}\n#\n\n"
+        f"> /reset\n(the conversation begins again)\n\n{first}> /exit\n"
     )
-    shape += re.escape("(the conversation begins again)\n\n> hello you\n{}\n#\n\n> /exit\n")
-    for text in (one, two, one):
-        shape = shape.replace(r"\{\}", re.escape(text) + r"\s*", 1)
-    assert re.fullmatch(shape.replace(r"\#", summary).replace("@", ".*"), rest), rest
 
 
 @pytest.mark.long
@@ -128,12 +127,12 @@ def results(work):
     ]
     done = decode_in_one_process(lines, ENVIRONMENT)
     assert [code for code, _, _ in done] == [0] * len(lines), done
-    return [(out, json.loads(out.splitlines()[-1])["text"]) for _, out, _ in done]
+    return [(out, json.loads(out.splitlines()[-1])) for _, out, _ in done]
 
 
 @pytest.mark.long
 def test_the_first_line_says_how_the_prompt_was_given(work, results):
-    (turn, turn_text), (raw, raw_text), (messages, messages_text), *_ = results
+    (turn, turn_text), (raw, raw_text), (messages, messages_text) = ((out, done["text"]) for out, done in results[:3])
     assert turn.startswith(
         f"the prompt as a user's turn of the model's chat template (--raw: as it is):\n\nhi\n\n{turn_text}"
     )
@@ -146,12 +145,12 @@ def test_the_first_line_says_how_the_prompt_was_given(work, results):
 
 @pytest.mark.long
 def test_an_answer_ends_at_the_context(work, results):
-    assert len(results[4][1]) >= CONTEXT - 40  # a token is a character
+    assert results[4][1]["new_tokens"] == CONTEXT - len("B<user> hi\n<assistant> ")  # a character is a token, as BOS
 
 
 @pytest.mark.long
 def test_the_text_with_markers_is_the_text(results):
-    out, text = results[2]
+    out, text = results[2][0], results[2][1]["text"]
     legend = "{+drafted and accepted+}, [-drafted and rejected-], added by the target\n\n<c> & d\n\n"
     marked = out.partition(legend)[2]
     assert "{+" in marked[: 2 * len(text)]
@@ -183,16 +182,18 @@ class Page(html.parser.HTMLParser):
 
 @pytest.mark.long
 def test_the_page_has_the_text_and_needs_nothing_else(work, results):
-    for name, (_, text) in (("drafts", results[2]), ("tree", results[3])):
+    kinds = set()
+    for name, (_, done) in (("drafts", results[2]), ("tree", results[3])):
         page = Page(work / f"{name}.html")
-        assert page.text == text
-        assert {"a", "t", "x"} <= set(page.kinds)
+        assert page.text == done["text"]
+        kinds |= set(page.kinds)
         assert page.loaded == []
         source = (work / f"{name}.html").read_text()
         assert "&lt;c&gt; &amp; d" in source
         assert "http" not in source
         data = re.search(r'<script type="application/json" id="data">(.*?)</script>', source, re.DOTALL).group(1)
-        assert len(json.loads(data)) == source.count("<button data-r=")
+        assert len(json.loads(data)) == source.count("<button data-r=") == done["rounds"]
+    assert {"a", "t", "x"} <= kinds
 
 
 @pytest.mark.long
