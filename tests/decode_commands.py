@@ -1,4 +1,4 @@
-"""Runs many `decode.py` command lines in one process, most of whose time is Python's imports."""
+"""Runs many command lines in one process, most of whose time is Python's imports."""
 
 import json
 import pathlib
@@ -7,11 +7,12 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# JAX looks for a cluster once in a process only, hence --num_processes.
 RUNNER = """
-import contextlib, io, json, os, sys
+import contextlib, importlib, io, json, os, sys
 from absl.testing import flagsaver
-from kangaroo_jax.cli import decode
+
+module, command, *common = sys.argv[1:]
+main = importlib.import_module(module).main
 
 lines, results = json.load(sys.stdin), []
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -21,7 +22,7 @@ for line in lines:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         saved = flagsaver.save_flag_values()
         try:
-            decode.main(["decode.py", "--num_processes=1", *line])
+            main([command, *common, *line])
         except SystemExit as stop:
             code = stop.code
         flagsaver.restore_flag_values(saved)
@@ -31,9 +32,15 @@ json.dump(results, sys.stdout)
 
 
 def decode_in_one_process(lines, environment):
-    """Exit code, standard output and standard error of each line of flags."""
+    """Exit code, standard output and standard error of `decode.py` with each line of flags."""
+    # JAX looks for a cluster once in a process only.
+    return run_in_one_process(["kangaroo_jax.cli.decode", "decode.py", "--num_processes=1"], lines, environment)
+
+
+def run_in_one_process(command, lines, environment):
+    """The same of a command: its module, its name and flags that all lines have."""
     done = subprocess.run(
-        [sys.executable, "-c", RUNNER],
+        [sys.executable, "-c", RUNNER, *command],
         input=json.dumps(lines),
         capture_output=True,
         text=True,

@@ -129,21 +129,26 @@ def _synthesize() -> None:
 
 
 def _settings() -> SynthesisConfig:
-    return SynthesisConfig(
-        conversations=_DEFAULT.conversations if _CONVERSATIONS.value is None else _CONVERSATIONS.value,
-        seed=_SEED.value,
-        turns=_TURNS.value,
-        several_turns=_SEVERAL_TURNS.value,
-        greedy=_GREEDY.value,
-        temperature=_TEMPERATURE.value,
-        top_p=_TOP_P.value,
-        answer_temperature=_ANSWER_TEMPERATURE.value,
-        question_tokens=_QUESTION_TOKENS.value,
-        answer_tokens=_ANSWER_TOKENS.value,
-        conversation_tokens=_CONVERSATION_TOKENS.value,
-        batch_size=_BATCH_SIZE.value,
-        texts=_TEXTS.value,
-    )
+    """What the flags say; a flag out of range is named before anything is loaded."""
+    fields = {
+        "conversations": _DEFAULT.conversations if _CONVERSATIONS.value is None else _CONVERSATIONS.value,
+        "seed": _SEED.value,
+        "turns": _TURNS.value,
+        "several_turns": _SEVERAL_TURNS.value,
+        "greedy": _GREEDY.value,
+        "temperature": _TEMPERATURE.value,
+        "top_p": _TOP_P.value,
+        "answer_temperature": _ANSWER_TEMPERATURE.value,
+        "question_tokens": _QUESTION_TOKENS.value,
+        "answer_tokens": _ANSWER_TOKENS.value,
+        "conversation_tokens": _CONVERSATION_TOKENS.value,
+        "batch_size": _BATCH_SIZE.value,
+        "texts": _TEXTS.value,
+    }
+    try:
+        return SynthesisConfig(**fields)
+    except InputError as error:
+        raise InputError(str(error).replace("data.synthesis.", "--")) from None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ whatever the batch size and wherever a run was killed."""
 
 import collections
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -14,7 +15,7 @@ from kangaroo_jax.data.encode import Encoder
 from kangaroo_jax.data.records import find_sources, read_records
 from kangaroo_jax.data.synthesize.conversation import normalised
 from kangaroo_jax.data.synthesize.mix import Kind
-from kangaroo_jax.data.synthesize.record_file import check_place
+from kangaroo_jax.data.synthesize.record_file import RecordFile, check_place
 from kangaroo_jax.data.synthesize.run import write_records
 from kangaroo_jax.data.synthesize.sources import Continued, Regenerated, SelfAsked
 from kangaroo_jax.engine.requests import Answer
@@ -200,6 +201,33 @@ def test_a_killed_run_goes_on(written, tmp_path, at, cut):
     assert beside(output) == ["a.jsonl", "a.jsonl.settings.json"]
 
 
+def test_gaps_before_what_is_there_are_filled(written, tmp_path):
+    """A kill leaves records of larger indices than some that were on their way."""
+    output = tmp_path / "a.jsonl"
+    with pytest.raises(Kill):
+        write(output, on_progress=lambda tally: (_ for _ in ()).throw(Kill) if tally.records == 40 else None)
+    part, third = output.with_name("a.jsonl.part"), written[0].read_bytes().splitlines(keepends=True)[2]
+    assert part.read_bytes().count(third) == 1
+    part.write_bytes(part.read_bytes().replace(third, b""))
+    write(output, 12)
+    assert output.read_bytes() == b"".join(written[0].read_bytes().splitlines(keepends=True)[:12])
+
+
+@pytest.mark.parametrize("order", itertools.permutations([2, 5, 9]))
+def test_of_equal_keys_the_smallest_index_is_kept_in_whatever_order_they_come(tmp_path, order):
+    output = tmp_path / "a.jsonl"
+    with RecordFile(output, {}, lambda record: record["key"], "--output") as file:
+        for count, index in enumerate(order, 1):
+            file.add({"index": index, "key": "same"})
+            assert len(file) == 1
+            assert not file.is_duplicate(min(order[:count]), "same")
+            assert file.is_duplicate(min(order[:count]) + 1, "same")
+        file.add({"index": 3, "key": "other"})
+        file.add({"index": 0, "dropped": "empty"})
+        file.settle(2)
+    assert [record["index"] for record in read(output)] == [2, 3]
+
+
 def test_killed_between_the_last_two_files(written, tmp_path):
     """The output is there, and so is what it was made of."""
     output = tmp_path / "a.jsonl"
@@ -228,6 +256,15 @@ def test_more_are_added_and_fewer_taken_from_what_a_killed_run_left(written, tmp
     assert output.read_bytes() == b"".join(lines)
     with pytest.raises(InputError, match=f"has {COUNT} records, more than the 12 that are wanted"):
         write(output, 12)
+
+
+def test_a_conversation_ends_at_its_limit(tmp_path):
+    write(tmp_path / "a.jsonl", 20, settings=dataclasses.replace(SETTINGS, conversation_tokens=22))
+    found = read(tmp_path / "a.jsonl")
+    lengths = [len(record["token_ids"]) for record in found]
+    assert max(lengths) == 22
+    assert all(record["end"] == "length" for record, length in zip(found, lengths, strict=True) if length == 22)
+    assert {len(record["learned"]) for record in found} == {1}  # there is no room for a second turn
 
 
 def test_the_mix_is_exact_by_index():

@@ -14,7 +14,6 @@ from kangaroo_jax.engine.requests import Answer, Request
 
 _LEAST_ANSWER = 16  # tokens that there is room for, or the conversation ends before the question
 _LEAST_TURN = 128  # the same for a further question and its answer
-_QUESTION, _ANSWER = range(2)
 _BROKEN = "\ufffd"
 
 
@@ -74,7 +73,7 @@ class Conversation:
             sampling,
             stop=self._frame.turn_stop if self._asking else (),
             eos_token_ids=self._frame.turn_ends if self._asking else None,
-            seed=seed_of(settings.seed, self._index, len(self._answers), _QUESTION if self._asking else _ANSWER),
+            seed=seed_of(settings.seed, self._index),  # random numbers depend on the prompt, too
             stream=False,
         )
 

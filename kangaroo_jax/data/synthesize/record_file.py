@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from kangaroo_jax import resumable
+from kangaroo_jax.data.records import Source
 from kangaroo_jax.errors import InputError
 
 Record = dict[str, Any]
@@ -23,6 +24,8 @@ Record = dict[str, Any]
 def check_place(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
     """Where records are to go, if they can: raises `InputError` for a folder that is missing, and the like."""
     output = pathlib.Path(path).expanduser()
+    if not Source(output.name).holds_records:
+        raise InputError(f"{flag}={path}: training would read it as one text; give it a name that ends in .jsonl")
     if not output.parent.is_dir():
         raise InputError(f"{flag}={path}: there is no folder {output.parent}; create it")
     if output.is_dir():
