@@ -265,13 +265,18 @@ def test_more_are_added_and_fewer_taken_from_what_a_killed_run_left(written, tmp
         write(output, 12)
 
 
-def test_a_conversation_ends_at_its_limit(tmp_path):
-    write(tmp_path / "a.jsonl", 20, settings=dataclasses.replace(SETTINGS, answer_tokens=40, conversation_tokens=30))
-    found = read(tmp_path / "a.jsonl")
-    lengths = [len(record["token_ids"]) for record in found]
-    assert max(lengths) == 30
-    assert all(record["end"] == "length" for record, length in zip(found, lengths, strict=True) if length == 30)
-    assert {len(record["learned"]) for record in found} == {1}  # there is no room for a second turn
+@pytest.mark.parametrize(("limit", "answer", "goes_on"), [(30, 24, False), (30, 20, False), (180, 40, True)])
+def test_a_conversation_ends_at_its_limit(limit, answer, goes_on):
+    settings = dataclasses.replace(SETTINGS, several_turns=1.0, answer_tokens=40, conversation_tokens=limit)
+    job = SelfAsked(chat_target(), settings).job(0)
+    job.start()
+    assert job.request().max_new_tokens == SETTINGS.question_tokens
+    job.take(Answer(0, [0, 1, VOCABULARY - 1], "ab", [], [], "eos", 0.0, 0.0))
+    prompt = len(["<b>", "<u>", "a", "b", "<e>", "<a>"])
+    assert job.request().max_new_tokens == min(limit - prompt, 40)
+    record = job.take(Answer(0, [0] * (answer - 1) + [VOCABULARY - 1], "a" * (answer - 1), [], [], "eos", 0.0, 0.0))
+    assert (record is None) == goes_on
+    assert goes_on or len(record["token_ids"]) == prompt + answer <= limit
 
 
 def test_the_mix_is_exact_by_index():
