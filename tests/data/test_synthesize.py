@@ -127,6 +127,13 @@ def test_tokens_are_the_template_s_around_what_the_target_wrote(records):
     assert several > 1
 
 
+@pytest.mark.parametrize("text", ["a<u>b", "a\ufffdb"])
+def test_a_question_that_would_be_read_as_other_tokens_is_left_out(text):
+    job = SelfAsked(chat_target(), SETTINGS).job(0)
+    job.start()
+    assert job.take(Answer(0, [0, 0, VOCABULARY - 1], text, [], [], "eos", 0.0, 0.0)) == "question not text"
+
+
 @pytest.mark.parametrize(("end", "learned"), [("<e>", True), ("<e2>", False)])
 def test_the_template_s_end_of_an_answer_is_learned_where_it_is_the_target_s_own(end, learned):
     target = chat_target()
@@ -197,7 +204,7 @@ def test_a_killed_run_goes_on(written, tmp_path, at, cut):
         part.write_bytes(part.read_bytes()[: -cut or None])
     done = write(output, batch_size=5)
     assert output.read_bytes() == written[0].read_bytes()
-    assert done.before > 5 or at == 1
+    assert at == 1 or (done.before > 5 and done.tokens < written[1].tokens)
     assert beside(output) == ["a.jsonl", "a.jsonl.settings.json"]
 
 
@@ -213,7 +220,7 @@ def test_gaps_before_what_is_there_are_filled(written, tmp_path):
     assert output.read_bytes() == b"".join(written[0].read_bytes().splitlines(keepends=True)[:12])
 
 
-@pytest.mark.parametrize("order", itertools.permutations([2, 5, 9]))
+@pytest.mark.parametrize("order", list(itertools.permutations([2, 5, 9])))
 def test_of_equal_keys_the_smallest_index_is_kept_in_whatever_order_they_come(tmp_path, order):
     output = tmp_path / "a.jsonl"
     with RecordFile(output, {}, lambda record: record["key"], "--output") as file:
@@ -258,13 +265,18 @@ def test_more_are_added_and_fewer_taken_from_what_a_killed_run_left(written, tmp
         write(output, 12)
 
 
-def test_a_conversation_ends_at_its_limit(tmp_path):
-    write(tmp_path / "a.jsonl", 20, settings=dataclasses.replace(SETTINGS, conversation_tokens=22))
-    found = read(tmp_path / "a.jsonl")
-    lengths = [len(record["token_ids"]) for record in found]
-    assert max(lengths) == 22
-    assert all(record["end"] == "length" for record, length in zip(found, lengths, strict=True) if length == 22)
-    assert {len(record["learned"]) for record in found} == {1}  # there is no room for a second turn
+@pytest.mark.parametrize(("limit", "answer", "goes_on"), [(30, 24, False), (30, 20, False), (180, 40, True)])
+def test_a_conversation_ends_at_its_limit(limit, answer, goes_on):
+    settings = dataclasses.replace(SETTINGS, several_turns=1.0, answer_tokens=40, conversation_tokens=limit)
+    job = SelfAsked(chat_target(), settings).job(0)
+    job.start()
+    assert job.request().max_new_tokens == SETTINGS.question_tokens
+    job.take(Answer(0, [0, 1, VOCABULARY - 1], "ab", [], [], "eos", 0.0, 0.0))
+    prompt = len(["<b>", "<u>", "a", "b", "<e>", "<a>"])
+    assert job.request().max_new_tokens == min(limit - prompt, 40)
+    record = job.take(Answer(0, [0] * (answer - 1) + [VOCABULARY - 1], "a" * (answer - 1), [], [], "eos", 0.0, 0.0))
+    assert (record is None) == goes_on
+    assert goes_on or len(record["token_ids"]) == prompt + answer <= limit
 
 
 def test_the_mix_is_exact_by_index():
@@ -350,9 +362,10 @@ def test_a_base_model_continues_texts(tmp_path):
 
 def test_what_cannot_be_is_one_line(written, tmp_path):
     target = chat_target()
+    (tmp_path / "folder.jsonl").mkdir()
     cases = [
         (lambda: check_place(str(tmp_path / "no" / "a.jsonl"), "--output"), "--output=.*there is no folder"),
-        (lambda: check_place(str(tmp_path), "--output"), "is a folder; give a file"),
+        (lambda: check_place(str(tmp_path / "folder.jsonl"), "--output"), "is a folder; give a file"),
         (lambda: SelfAsked(chat_target(None), SETTINGS), "has no chat template, so it is not known how a user's turn"),
         (lambda: SelfAsked(dataclasses.replace(target, tokenizer=None), SETTINGS), "has no tokenizer"),
         (lambda: SelfAsked(chat_target("{{ '<b>' }}"), SETTINGS), "leaves out or changes what the user says"),

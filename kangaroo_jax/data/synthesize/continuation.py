@@ -46,13 +46,11 @@ class Continuation:
         """Takes what was decoded: the record, or why there is none."""
         if not answer.text:
             return "continuation empty"
-        tokenizer, ids = self._target.tokenizer, self._prompt + answer.tokens
-        kept = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        prompt, text = tokenizer.decode(self._prompt, **kept), tokenizer.decode(ids, **kept)
+        ids = self._prompt + answer.tokens
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         return {
-            "prompt": prompt,
-            # As a part of all of the text: some tokenizers leave out the space before what they decode alone.
-            "completion": text.removeprefix(prompt) if text.startswith(prompt) else answer.text,
+            "prompt": self._target.tokenizer.decode(self._prompt, **options),
+            "completion": answer.text,
             "answers": "greedy" if self._greedy else "sampled",
             "end": answer.finish_reason,
             "token_ids": ids,

@@ -14,7 +14,6 @@ from kangaroo_jax.engine.requests import Answer, Request
 
 _LEAST_ANSWER = 16  # tokens that there is room for, or the conversation ends before the question
 _LEAST_TURN = 128  # the same for a further question and its answer
-_BROKEN = "\ufffd"
 
 
 class Conversation:
@@ -102,7 +101,7 @@ class Conversation:
             return self._finish("question cut")
         if not key:
             return self._finish("question empty")
-        if _BROKEN in text or self._frame.special.intersection(answer.tokens[:-1]):
+        if not self._frame.is_text(text, answer.tokens[:-1]):
             return self._finish("question not text")
         if key in self._keys:
             return self._finish("question repeated")
@@ -112,6 +111,8 @@ class Conversation:
 
     def _ask(self, question: str) -> Record | str | None:
         """Has a question answered."""
+        if self._answers and not self._frame.is_text(question):
+            return self._finish("question not text")
         self._turns.append(Turn("user", question))
         if self._answers:
             space = " " if self._frame.spaced_next else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kangaroo_jax.checkpoint import chat_template
@@ -15,11 +15,13 @@ from kangaroo_jax.errors import InputError
 
 # Private-use characters, which no template contains, in place of what the turns say.
 _STANDIN = "\ue0f4\ue0f5{}\ue0f6"
+_BROKEN = "\ufffd"  # a part of a character
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """The text around the turns, without spaces at its ends: a tokenizer joins them with what follows.
+    """The text around the turns. Where the target is to go on, it has no space at its end: the tokenizer joins spaces
+    with what follows.
 
     Attributes:
       opening: before the first user's text.
@@ -29,7 +31,7 @@ class Frame:
       spaced_next: whether a space was left off before the next user's text.
       turn_ends: token ids that end a user's turn.
       turn_stop: strings that do.
-      special: all ids of special tokens: one within a user's turn is none of its text.
+      special: all special tokens, id -> text.
     """
 
     opening: str
@@ -39,7 +41,15 @@ class Frame:
     spaced_next: bool
     turn_ends: tuple[int, ...]
     turn_stop: tuple[str, ...]
-    special: frozenset[int]
+    special: Mapping[int, str]
+
+    def is_text(self, text: str, tokens: Sequence[int] = ()) -> bool:
+        """Whether a text, and the tokens it was written with, have neither special tokens nor halves of characters."""
+        return not (
+            _BROKEN in text
+            or any(token in self.special for token in tokens)
+            or any(special in text for special in self.special.values())
+        )
 
 
 class Template:
@@ -65,7 +75,12 @@ class Template:
 
     def ids(self, turns: Sequence[Turn]) -> list[int]:
         """Token ids of a conversation, up to where the answer begins. Raises `BadRecord` if the template refuses it."""
-        return self._encode(self._text(turns).rstrip(" "))
+        if self.name:
+            return self._encode(self._text(turns).rstrip(" "))
+        try:
+            return chat_template.prompt_ids(_messages(turns), self.target.tokenizer)
+        except chat_template.TemplateRefusal as error:
+            raise BadRecord(str(error)) from None
 
     def opening_ids(self, frame: Frame) -> list[int]:
         """Token ids of what stands before the first user's text."""
@@ -87,16 +102,16 @@ class Template:
         except BadRecord:
             to_next = None
         tokenizer = self.target.tokenizer
-        special = frozenset(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+        special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         mark = to_answer.strip()
         first = encode(tokenizer, mark)[:1]
         marked = bool(first) and first[0] in special
         ends = dict.fromkeys([*self.target.eos_token_ids, *(first if marked else [])])
         return Frame(
             opening=opening.rstrip(" "),
-            to_answer=to_answer.rstrip(" "),
+            to_answer=to_answer.rstrip(" ") if self.name else to_answer,
             to_next=None if to_next is None else to_next.rstrip(" "),
-            spaced_answer=to_answer.endswith(" "),
+            spaced_answer=bool(self.name) and to_answer.endswith(" "),
             spaced_next=to_next is not None and to_next.endswith(" "),
             turn_ends=tuple(ends)[:MAX_EOS],
             turn_stop=(mark,) if mark and not marked else (),
@@ -108,11 +123,10 @@ class Template:
         if self.name:
             answer = _STANDIN.format("answer")
             return chat.render([*turns, Turn("assistant", answer)], tokenizer, self.name).text.partition(answer)[0]
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
-            return chat_template.prompt_text(messages, tokenizer)
+            return chat_template.prompt_text(_messages(turns), tokenizer)
         except chat_template.TemplateRefusal as error:
-            raise BadRecord(f"the chat template refuses a conversation ({error})") from None
+            raise BadRecord(str(error)) from None
 
     def _encode(self, text: str) -> list[int]:
         """A beginning as token ids: with a named template, the tokenizer has to add BOS."""
@@ -127,6 +141,10 @@ class Template:
                 raise BadRecord("the chat template leaves out or changes what the user says")
             pieces.append(before)
         return [*pieces, rest]
+
+
+def _messages(turns: Sequence[Turn]) -> list[chat_template.Message]:
+    return [{"role": turn.role, "content": turn.text} for turn in turns]
 
 
 def encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
