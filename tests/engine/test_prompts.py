@@ -36,7 +36,7 @@ def chat_target(target_with):
     def make(tokenizer, template, context=4000):
         tokenizer.chat_template = template
         target = target_with(tokenizer)
-        target.config.max_position_embeddings = context
+        target.config.context = context
         return target
 
     return make
@@ -67,13 +67,13 @@ def test_special_tokens_in_a_message_stay_text(tokenizer, name, chat_target):
 @pytest.mark.parametrize("text", ["<s>yes", "yes", "<s>"])
 def test_bos_is_there_once(text, target_with):
     target = target_with(wrapped(byte_tokenizer().backend_tokenizer))
-    target.config.max_position_embeddings = 100
+    target.config.context = 100
     assert encode(target, text) == [256, *text.removeprefix("<s>").encode()]
 
 
 def test_special_tokens_of_raw_text_are_tokens(target_with):
     target = target_with(byte_tokenizer(*SPECIAL))
-    target.config.max_position_embeddings = 100
+    target.config.context = 100
     assert encode(target, "<|im_start|>a") == [258, 97]
 
 
