@@ -16,7 +16,8 @@ from tests.decode_commands import decode_in_one_process
 from tests.train.runs import LESS_OPTIMIZATION
 
 ROOT = pathlib.Path(__file__).parents[1]
-PROMPTS = [{"id": i, "prompt": f"{i}: class Stack{i}", "max_new_tokens": 60 + 7 * i % 60} for i in range(60)]
+COUNT = 30
+PROMPTS = [{"id": i, "prompt": f"{i}: class Stack{i}", "max_new_tokens": 60 + 7 * i % 60} for i in range(COUNT)]
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +132,11 @@ def test_mistakes_are_one_line_and_exit_code_2(results, work, i):
 def test_batch_4_equals_batch_1(results, work):
     (four, out, _), (one, as_json, _) = results[len(MISTAKES) :][:2]
     assert (four, one) == (0, 0)
-    assert out.startswith("60 prompts answered, 0 were before, 0 could not be; ")
+    assert out.startswith(f"{COUNT} prompts answered, 0 were before, 0 could not be; ")
     assert read(work / "batch4.jsonl") == read(work / "batch1.jsonl")
-    assert set(read(work / "batch4.jsonl")) == set(range(60))
+    assert set(read(work / "batch4.jsonl")) == set(range(COUNT))
     last = json.loads(as_json.splitlines()[-1])
-    assert (last["prompts"], last["errors"], last["bad_lines"]) == (60, 0, 0)
+    assert (last["prompts"], last["errors"], last["bad_lines"]) == (COUNT, 0, 0)
     assert last["new_tokens"] == sum(record["new_tokens"] for record in read(work / "batch1.jsonl").values())
 
 
@@ -144,7 +145,7 @@ def test_samples_do_not_depend_on_the_batch_size(results, work):
     sampled = read(work / "sampled4.jsonl")
     assert sampled == read(work / "sampled1.jsonl")
     greedy = read(work / "batch4.jsonl")
-    assert sum(sampled[i]["text"] != greedy[i]["text"] for i in sampled) > 30
+    assert sum(sampled[i]["text"] != greedy[i]["text"] for i in sampled) > COUNT // 2
 
 
 def test_bad_lines_are_listed_and_the_rest_answered(results, work):

@@ -67,6 +67,7 @@ def check_tree_rounds(trees, topk, budget, gamma):
         assert levels == out.draft_lengths[0], eta
 
 
+@pytest.mark.long
 def test_tree_rounds_are_those_of_generate(trees):
     check_tree_rounds(trees, topk=2, budget=5, gamma=3)  # a budget that cuts
 

@@ -45,7 +45,7 @@ def cache_copies(text, batch=1):
         ((2, 4, 7), 1, None),
         pytest.param((7,), 2, None, marks=pytest.mark.long),
         pytest.param((4, 9), 1, _TREE, marks=pytest.mark.long),
-        ((9,), 2, _TREE),
+        pytest.param((9,), 2, _TREE, marks=pytest.mark.long),
     ],
 )
 def test_kangaroo_rounds_do_not_copy_the_cache(widths, batch, tree):

@@ -102,7 +102,12 @@ def reference(target, adapter, prompt, max_new_tokens, draft, length=128, drafts
 
 @pytest.mark.parametrize(
     ("exit_layer", "max_draft_len", "threshold", "adapter_layers"),
-    [(1, 4, 0.0, 1), (2, 6, 0.1, 1), (3, 3, 0.2, 2), (4, 6, 0.3, 1)],
+    [
+        pytest.param(1, 4, 0.0, 1, marks=pytest.mark.long),
+        (2, 6, 0.1, 1),
+        (3, 3, 0.2, 2),
+        pytest.param(4, 6, 0.3, 1, marks=pytest.mark.long),
+    ],
 )
 def test_rounds_equal_the_definition(exit_layer, max_draft_len, threshold, adapter_layers):
     target, adapter = tiny_target(), tiny_adapter(exit_layer, num_layers=adapter_layers)

@@ -196,10 +196,10 @@ def p_value(tokens, batch, distribution, places=slice(0, NEW)):
 # and of thousands; each filter alone, both and none. Settings of one gamma share a compiled program.
 SETTINGS = [
     # temperature, top_p, top_k, gamma, eta, batch
-    (1.0, 0.8, 9, 1, 0.0, 1),
+    pytest.param(1.0, 0.8, 9, 1, 0.0, 1, marks=pytest.mark.long),
     pytest.param(0.7, 0.95, 9, 1, 1.0, 1, marks=pytest.mark.long),
     pytest.param(1.0, 1.0, 0, 2, 0.0, 4, marks=pytest.mark.long),
-    (1.3, 1.0, 0, 2, 0.6, 4),
+    pytest.param(1.3, 1.0, 0, 2, 0.6, 4, marks=pytest.mark.long),
     pytest.param(1.3, 0.9, 0, 3, 1.0, 4000, marks=pytest.mark.long),
     pytest.param(0.7, 0.8, 0, 3, 0.0, 4000, marks=pytest.mark.long),
     pytest.param(1.3, 1.0, 4, 4, 0.0, 4000, marks=pytest.mark.long),

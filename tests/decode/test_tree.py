@@ -135,6 +135,7 @@ def test_a_tree_is_accepted_further():
     assert tree.mean_accept_length > 1.05 * single.mean_accept_length
 
 
+@pytest.mark.long
 def test_neighbours_change_nothing():
     target, adapter = tiny_target(), tiny_adapter(2)
     draft = dataclasses.replace(TREE, threshold=0.2)
@@ -153,7 +154,9 @@ def test_neighbours_change_nothing():
         assert together.draft_lengths[i] == alone.draft_lengths[0]
 
 
-@pytest.mark.parametrize("backend", [CpuBackend(), DenseBackend()], ids=["cpu", "dense"])
+@pytest.mark.parametrize(
+    "backend", [CpuBackend(), pytest.param(DenseBackend(), marks=pytest.mark.long)], ids=["cpu", "dense"]
+)
 def test_caches_hold_what_prefill_of_the_committed_tokens_would_leave(backend):
     model, adapter = tiny_target().model, tiny_adapter(2).model
     prompts = [[1, 2, 3], list(range(20, 31))]
@@ -188,6 +191,7 @@ def test_caches_hold_what_prefill_of_the_committed_tokens_would_leave(backend):
     np.testing.assert_allclose(state.draft.last, expected.draft.last, atol=2e-4)
 
 
+@pytest.mark.long
 def test_sampled_text_is_that_of_plain_decoding_with_the_same_seed():
     # Trees hold no random numbers, so every token is drawn as plain decoding draws it.
     target, adapter = tiny_target(), tiny_adapter(2)

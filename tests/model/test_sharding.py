@@ -261,6 +261,7 @@ def on_8_devices(small_target):
     return on_virtual_devices(_ON_8_DEVICES, small_target), (small_target / "model.safetensors").stat().st_size
 
 
+@pytest.mark.long
 def test_losses_are_the_same_on_1_2_4_and_8_devices(on_8_devices):
     one, *others = (row["losses"] for row in on_8_devices[0]["rows"])
     assert len(set(one)) == 4

@@ -242,6 +242,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error_and_leaves_the_others_
     assert checkpoints.newest(output, parameters, stored["optimizer"], lambda *_: None).step == 10
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_names_step_and_records_and_saves_nothing(settings, tmp_path, small_target_folder):
     output = tmp_path / "run"
     small = settings | {"target": str(small_target_folder), "exit_layer": 1}

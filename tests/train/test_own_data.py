@@ -73,6 +73,7 @@ def test_the_target_writes_the_data_and_goes_on_where_it_was_interrupted(own, tm
     assert checkpoint(output / "4")["position"]["step"] == 4
 
 
+@pytest.mark.long
 def test_a_record_is_trained_on_or_held_out(own, tmp_path):
     config, output = configured(own, output=str(tmp_path / "own")), tmp_path / "own"
     target = load_target(

@@ -349,6 +349,7 @@ def test_a_cache_made_under_an_earlier_fingerprint_of_the_target_is_used(rows, s
     assert TeacherCache(rows, now, tmp_path).folder == TeacherCache(rows, before, tmp_path).folder
 
 
+@pytest.mark.long
 def test_a_run_that_stopped_goes_on_bit_for_bit_without_computing_again(
     data, small_target_folder, tmp_path, monkeypatch
 ):
