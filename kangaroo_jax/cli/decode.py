@@ -116,6 +116,7 @@ _SHOW_DRAFTS = flags.DEFINE_bool(
 _HTML = flags.DEFINE_string("html", None, "File to write the same into, as a page for a browser.")
 _JSON = flags.DEFINE_bool("json", False, "End the output with one line: a JSON object of the results.")
 
+_NO_LIMIT = 2**31 - 1  # new tokens; the context ends an answer
 _PREFLIGHT_PROMPT = 1024  # tokens
 _PREFLIGHT_EXIT_LAYER = 2  # the paper's for 7B; memory hardly depends on it
 
@@ -339,7 +340,7 @@ def _chat(given: DraftOverrides, sampling: SamplingConfig) -> None:
     target, adapter, draft = _load(given)
     conversation = Conversation(target, messages)
     engine = Engine(target, adapter, EngineConfig(1), draft)
-    most = _MAX_NEW_TOKENS.value if _MAX_NEW_TOKENS.present else target.config.context
+    most = _MAX_NEW_TOKENS.value if _MAX_NEW_TOKENS.present else _NO_LIMIT
 
     def request(ids: list[int]) -> Request:
         return Request(ids, most, sampling, _STOP.value, to_context=True, drafts=_SHOW_DRAFTS.value)

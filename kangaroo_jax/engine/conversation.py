@@ -8,6 +8,7 @@ from kangaroo_jax.checkpoint import chat_template
 from kangaroo_jax.checkpoint.chat_template import Message, TemplateRefusal
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.engine.prompts import encode_prompt, require_template
+from kangaroo_jax.errors import InputError
 
 
 class Conversation:
@@ -25,13 +26,18 @@ class Conversation:
       max_length: of prompt and answer together; None means the target's context.
 
     Raises:
-      InputError: for a target that cannot chat, or messages of unknown roles.
+      InputError: for a target that cannot chat, messages of unknown roles, or a user's turn that nothing answers.
     """
 
     def __init__(self, target: Target, messages: Sequence[Message] = (), max_length: int | None = None):
         require_template(target)
         for i, message in enumerate(messages):
             chat_template.check_message(message, f"message {i}")
+        if messages and messages[-1]["role"] == "user":
+            raise InputError(
+                "the conversation begins with messages that end with a user's turn, which nothing answers; end with an "
+                "assistant's or a system turn"
+            )
         self._target = target
         self._beginning = tuple(messages)
         self._max_length = max_length

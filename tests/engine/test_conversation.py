@@ -153,6 +153,8 @@ def test_bad_turns_leave_the_conversation_as_it_was():
         Conversation(tiny_target())
     with pytest.raises(InputError, match="message 0 is of the unknown role 'robot'"):
         Conversation(chat_target(), [{"role": "robot", "content": "a"}])
+    with pytest.raises(InputError, match="end with a user's turn, which nothing answers"):
+        Conversation(chat_target(), [{"role": "user", "content": "a"}])
     conversation = Conversation(chat_target(), max_length=90)
     first = conversation.ask("hi")
     conversation.answered([3] * 4, "dddd")
