@@ -45,7 +45,10 @@ class TextPrinter:
         self._write(self._stripped(delta.text))
 
     def finish(self, answer: Answer) -> None:
-        """Prints the rest."""
+        """Prints the rest of an answer."""
+
+    def interrupt(self) -> None:
+        """Prints what ends a text that is not gone on with."""
 
     def _stripped(self, text: str) -> str:
         text = text.lstrip() if self._strip else text
@@ -76,6 +79,9 @@ class DraftPrinter(TextPrinter):
 
     def finish(self, answer: Answer) -> None:
         self._show(self._spans.finish(answer))
+        self.interrupt()
+
+    def interrupt(self) -> None:
         self._write(self._close())
 
     def _show(self, spans: Sequence[Span]) -> None:

@@ -93,6 +93,7 @@ def _answer(engine: Engine, conversation: Conversation, request: Request, printe
                     text, tokens = text + event.text, [*tokens, *event.tokens]
     if answer is None:
         engine.abort(id)
+        printer.interrupt()
         print("\n[ended by Ctrl-C]\n")
         conversation.answered(tokens, text)
         return
