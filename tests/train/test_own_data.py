@@ -1,7 +1,10 @@
 """Runs whose target writes their data first: `data.files=self`."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -13,7 +16,7 @@ from kangaroo_jax.errors import InputError
 from kangaroo_jax.train import own_data
 from kangaroo_jax.train.loop import train
 
-from .runs import checkpoint, configured
+from .runs import LESS_OPTIMIZATION, ROOT, checkpoint, configured
 
 COUNT = 24
 
@@ -86,6 +89,42 @@ def test_a_record_is_trained_on_or_held_out(own, tmp_path):
     assert len(parts[0] | parts[1]) == COUNT
     prompts = [json.loads(line)["prompt"] for line in pathlib.Path(data.files).read_text().splitlines()]
     assert len(set(prompts)) == COUNT
+
+
+SCRIPT = """
+import json, pathlib, sys
+import jax
+from kangaroo_jax.checkpoint.target import load_target
+from kangaroo_jax.train import own_data
+from kangaroo_jax.train.settings import make_mesh
+from tests.train.runs import configured
+
+settings, output, devices = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
+config = configured(settings, output=str(output))
+assert jax.device_count() == devices
+own_data.write(config, load_target(config.target, config.dtype, make_mesh(config)), output, lambda _: None)
+"""
+
+
+@pytest.mark.long
+def test_several_devices_write_the_same(own, small_target_folder, tmp_path):
+    """Two groups of two devices, which hold half of each layer; a batch of 3 is made a multiple of the groups."""
+    own = own | {"target": str(small_target_folder), "exit_layer": 1, "data.synthesis.greedy": 1.0}
+    own |= {"data.synthesis.batch_size": 3, "dtype": "float32"}
+    written = []
+    for devices, mesh in ((1, {}), (4, {"mesh.model": 2})):
+        output = tmp_path / str(devices)
+        flags = f"{LESS_OPTIMIZATION} --xla_force_host_platform_device_count={devices}"
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, json.dumps(own | mesh | {"batch_size": 4}), str(output), str(devices)],
+            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        written.append(output.with_name(f"{devices}.data.jsonl").read_text())
+    assert written[0] == written[1]
+    assert written[0].count("\n") == COUNT
 
 
 def test_what_cannot_be_is_one_line(own, tmp_path, monkeypatch):
