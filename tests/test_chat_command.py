@@ -113,7 +113,8 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(work):
         running.stdin.flush()
         shown = ""
         while "> hello\n" not in shown or shown.endswith("> hello\n"):
-            shown += running.stdout.read(1)
+            shown += (read := running.stdout.read(1))
+            assert read, running.stderr.read()  # it has ended
         running.send_signal(signal.SIGINT)  # one character of an answer of hundreds was there
         out, error = running.communicate("again\n/exit\n", timeout=200)
     finally:
