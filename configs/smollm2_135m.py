@@ -8,7 +8,7 @@ The LM head has 49,152 rows and is most of what a draft step reads, so drafts co
 begins with cross entropy: from the start that `layer` gives, the draft model's distribution hardly overlaps with the
 target's, and total variation would have next to no gradient.
 
-Hardware: one GPU; on 2 CPU cores, days. Tried so far, on an H200, a minute and a quarter beside two other runs: 5,709
+Hardware: one GPU. Tried so far, on an H200, a minute and a quarter beside two other runs: 5,709
 conversations, --config.teacher=online --config.dtype=bfloat16 --config.steps=700 --config.cross_entropy_steps=300,
 stopped after 494 of these steps. That is too little: 1.3 tokens per round, slower than plain decoding on a CPU
 (docs/dev/gpu.md). These steps have not been run.
