@@ -20,7 +20,7 @@ def decode(*flags, **kwargs):
 
 
 def test_compare_prints_text_table_and_json():
-    done = decode("--compare", "--json", "--max_new_tokens=24", "--prompt=import os\n")
+    done = decode("--compare", "--json", "--max_new_tokens=24", "--prompt=import os\n", "--max_draft_len=2")
     assert done.returncode == 0, done.stderr.decode()
     out = done.stdout.decode()
     assert out.startswith("import os\n")

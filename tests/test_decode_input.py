@@ -16,7 +16,7 @@ from tests.decode_commands import decode_in_one_process
 from tests.train.runs import LESS_OPTIMIZATION
 
 ROOT = pathlib.Path(__file__).parents[1]
-COUNT = 30
+COUNT = 16
 PROMPTS = [{"id": i, "prompt": f"{i}: class Stack{i}", "max_new_tokens": 60 + 7 * i % 60} for i in range(COUNT)]
 
 

@@ -120,6 +120,7 @@ def test_the_command_itself():
     assert done.stderr == b"train.py: error: --config.stepz: there is no such setting; did you mean steps?\n"
 
 
+@pytest.mark.long
 def test_a_configuration_imports_its_neighbours_from_any_folder(tmp_path):
     """As where the package is installed: the repository is not on the path, only kangaroo_jax is."""
     (tmp_path / "packages").mkdir()

@@ -352,7 +352,11 @@ print(status("VmHWM") - before)
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("numpy", "float16"), ("numpy", "bfloat16"), pytest.param("torch", "float16", marks=needs_torch)],
+    [
+        ("numpy", "float16"),
+        pytest.param("numpy", "bfloat16", marks=pytest.mark.long),
+        pytest.param("torch", "float16", marks=[needs_torch, pytest.mark.long]),
+    ],
 )
 def test_peak_host_memory_is_below_1_3_of_the_checkpoint(kind: str, dtype: str, tmp_path: pathlib.Path) -> None:
     """On CPU, where the weights themselves are host memory too."""

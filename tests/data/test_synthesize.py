@@ -55,6 +55,7 @@ def records(written):
     return read(written[0])
 
 
+@pytest.mark.long
 def test_the_batch_size_changes_nothing(written, tmp_path):
     write(tmp_path / "b.jsonl", batch_size=5)
     assert (tmp_path / "b.jsonl").read_bytes() == written[0].read_bytes()

@@ -22,8 +22,8 @@ from tests.decode.test_lossless import full_forward
 
 TOKEN = st.integers(0, VOCABULARY - 1)
 # exit layer, gamma, K, budget: narrow and wide, budgets that cut and that do not, one level, one path.
-_LONG = [pytest.param(*shape, marks=pytest.mark.long) for shape in ((2, 6, 4, 20), (4, 3, 1, 3))]
-SHAPES = [(1, 4, 3, 7), (3, 1, 5, 3), *_LONG]
+_LONG = [pytest.param(*shape, marks=pytest.mark.long) for shape in ((2, 6, 4, 20), (3, 1, 5, 3), (4, 3, 1, 3))]
+SHAPES = [(1, 4, 3, 7), *_LONG]
 
 
 @pytest.mark.parametrize(("exit_layer", "gamma", "topk", "budget"), SHAPES)
@@ -112,6 +112,7 @@ def test_rounds_equal_the_definition(exit_layer, gamma, topk, budget, threshold,
     assert len(seen) > 1  # drafts both accepted and refused
 
 
+@pytest.mark.long
 def test_a_tree_of_width_one_is_the_single_sequence():
     target, adapter = tiny_target(), tiny_adapter(4)
     single = DraftConfig(4, 3, 0.0)
@@ -128,6 +129,7 @@ PROMPTS = [[1, 2, 3], list(range(30))]
 TREE = DraftConfig(2, 3, 0.1, TreeConfig(3, 9))
 
 
+@pytest.mark.long
 def test_a_tree_is_accepted_further():
     target, adapter = tiny_target(), tiny_adapter(2)
     tree = generate(target, adapter, PROMPTS, 50, dataclasses.replace(TREE, threshold=0.0))
@@ -210,7 +212,7 @@ def with_draft_vocabulary(adapter, target, token_ids):
     return dataclasses.replace(adapter, model=model)
 
 
-@pytest.mark.parametrize("tree", [None, TREE.tree], ids=["single", "tree"])
+@pytest.mark.parametrize("tree", [pytest.param(None, marks=pytest.mark.long), TREE.tree], ids=["single", "tree"])
 def test_a_draft_vocabulary_changes_drafts_and_not_tokens(tree):
     target, whole = tiny_target(), tiny_adapter(2)
     draft = DraftConfig(2, 3, 0.0, tree)

@@ -38,9 +38,8 @@ _RANDOM = np.random.default_rng(0)
 PROMPTS = [_RANDOM.integers(0, VOCABULARY, 41).tolist() for _ in range(4)]
 
 
-QUICK_AND_LONG = [
-    pytest.param(kind, marks=[] if kind == "tree of two levels" else [pytest.mark.long]) for kind in DRAFTS
-]
+def kinds(*quick):
+    return [pytest.param(kind, marks=[] if kind in quick else [pytest.mark.long]) for kind in DRAFTS]
 
 
 @functools.cache
@@ -53,7 +52,7 @@ def limits(reserve):
     return [CAPACITY - reserve - len(PROMPTS[0]) + extra for extra in (-1, 0, 1)]
 
 
-@pytest.mark.parametrize("kind", ["sequence", *QUICK_AND_LONG[1:]])
+@pytest.mark.parametrize("kind", kinds("sequence", "tree of two levels"))
 def test_answers_that_end_at_the_caches_end(kind):
     draft, reserve = DRAFTS[kind]
     for limit in limits(reserve):
@@ -61,7 +60,7 @@ def test_answers_that_end_at_the_caches_end(kind):
         assert out.tokens == [tokens[:limit] for tokens in plain()], limit
 
 
-@pytest.mark.parametrize("kind", QUICK_AND_LONG)
+@pytest.mark.parametrize("kind", kinds("sequence"))
 def test_slots_that_are_refilled_end_at_the_caches_end(kind):
     draft, reserve = DRAFTS[kind]
     for longest in limits(reserve):
@@ -72,7 +71,8 @@ def test_slots_that_are_refilled_end_at_the_caches_end(kind):
             assert answer.tokens == plain()[answer.id][: most[answer.id]], (longest, answer.id)
 
 
-@pytest.mark.parametrize("kind", ["sequence", pytest.param("tree of two levels", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["sequence", "tree of two levels"])
 def test_drafts_from_a_vocabulary_end_at_the_caches_end(kind):
     target, adapter = tiny_target(), tiny_adapter(2)
     model = nnx.clone(adapter.model)
@@ -84,7 +84,7 @@ def test_drafts_from_a_vocabulary_end_at_the_caches_end(kind):
         assert out.tokens == [tokens[:limit] for tokens in plain()], limit
 
 
-@pytest.mark.parametrize("kind", QUICK_AND_LONG)
+@pytest.mark.parametrize("kind", kinds("sequence"))
 def test_a_second_turn_ends_at_the_caches_end(kind):
     """A slot that holds the beginning of the prompt: the rest is prefilled behind it."""
     draft, reserve = DRAFTS[kind]

@@ -269,11 +269,13 @@ def test_losses_are_the_same_on_1_2_4_and_8_devices(on_8_devices):
         np.testing.assert_allclose(losses, one, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_draft_vocabulary_gives_the_same_figures_on_1_and_8_devices(on_8_devices):
     one, eight = on_8_devices[0]["reduced"]
     np.testing.assert_allclose(eight, one, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_each_byte_of_the_checkpoint_is_read_once_and_each_device_holds_its_part(on_8_devices):
     result, size = on_8_devices
     # The process has all devices here, so it reads everything; twice would be a device that reads for itself.
@@ -285,6 +287,7 @@ def test_each_byte_of_the_checkpoint_is_read_once_and_each_device_holds_its_part
         assert held[0] / parts <= found < 1.2 * held[0] / parts
 
 
+@pytest.mark.long
 def test_decoding_on_4_devices_gives_the_tokens_and_accept_lengths_of_one(on_8_devices):
     one, four = on_8_devices[0]["decoded"][:2]
     assert one == four
@@ -326,6 +329,7 @@ def test_a_round_gathers_no_cache(batches):
         assert mesh["gathered"] < cache / 2, mesh["mesh"]
 
 
+@pytest.mark.long
 def test_weights_in_the_memory_layouts_of_tpus_give_the_same_tokens(on_8_devices):
     plain, arranged = on_8_devices[0]["decoded"][:2], on_8_devices[0]["decoded"][2:]
     assert plain == arranged
