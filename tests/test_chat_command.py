@@ -9,11 +9,14 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from kangaroo_jax import generate_plain, load_target
 from tests.bench.models import CONFIG, CONTEXT, save_model
@@ -94,6 +97,20 @@ def test_a_conversation_begins_with_messages_and_goes_on_after_a_bad_turn(work):
         rf"\(the conversation has \d+ tokens, but the context is {CONTEXT}; .*/reset.*\)\n\n", done.stderr
     )
     assert f"\n> three\n{expected(work, 'one', 'two', 'three', most=8).lstrip()}\n[8 tokens" in done.stdout
+
+
+@pytest.mark.long
+def test_a_turn_without_an_answer_is_taken_back(work):
+    """NaN for the embedding of "~": no turn with it has a first token."""
+    shutil.copytree(work / "model", work / "broken")
+    weights = load_file(work / "model" / "model.safetensors")
+    weights["model.embed_tokens.weight"][load_target(work / "model").tokenizer.convert_tokens_to_ids("~")] = np.nan
+    save_file(weights, work / "broken" / "model.safetensors", metadata={"format": "pt"})
+    done = chat(work, f"--model={work}/broken", "--max_new_tokens=8", said="a~b\nthree\n")
+    assert done.returncode == 0, done.stderr
+    why = "the model's logits are not numbers in float32 at token 1 of the answer; the weights may be damaged"
+    assert done.stderr == f"({why})\n\n"
+    assert f"> three\n{expected(work, 'three', most=8).lstrip()}\n[8 tokens" in done.stdout
 
 
 @pytest.mark.long
