@@ -31,7 +31,11 @@ ENVIRONMENT = os.environ | {"XLA_FLAGS": LESS_OPTIMIZATION, "NO_COLOR": "1"}
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     save_model(folder)
-    # Answers go on to their limits: what ends them is a token that they do not hold.
+    # Answers go on to their limits: what ends them is a token that they do not hold, and not the tokenizer's EOS.
+    config = folder / "model" / "tokenizer_config.json"
+    named = json.loads(config.read_text())
+    del named["eos_token"]
+    config.write_text(json.dumps(named))
     written = [
         token for turn in ("hi", "hello") for token in plain(folder, prompt_ids(folder, turn), 740, []).tokens[0]
     ]

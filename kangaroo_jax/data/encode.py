@@ -57,13 +57,13 @@ class Encoder:
                 f"{target.name}: has no tokenizer, which training needs; expected tokenizer.json or tokenizer.model "
                 "beside its config.json"
             )
-        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        ends += target.eos_token_ids
+        ends = target.eos_token_ids
         if not ends:
             raise InputError(
                 f"{target.name}: neither the tokenizer nor config.json names an EOS token; set eos_token_id"
             )
-        self._target, self._tokenizer, self._template, self._end = target, tokenizer, template, ends[0]
+        self._target, self._tokenizer, self._template = target, tokenizer, template
+        self._end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
         self._spelled_by = (vocabulary_digest(tokenizer), template)
         special = (id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
         self._turn_ends = {*ends, *special}

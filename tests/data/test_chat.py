@@ -285,10 +285,18 @@ def test_what_a_target_lacks_is_named(target_with):
     target = target_with(byte_tokenizer())
     with pytest.raises(InputError, match=r"a.json:1: a conversation, but .* no chat template; set data.template to"):
         encode(target, "", conversation)
-    with pytest.raises(InputError, match="made token id 257, but the target's vocabulary has 257"):
-        encode(target_with(byte_tokenizer(), vocab_size=257), "", Text("a"))
+    with pytest.raises(InputError, match="made token id 258, but the target's vocabulary has 258"):
+        encode(target_with(byte_tokenizer("<pad>"), vocab_size=258), "", Text("a<pad>"))
     with pytest.raises(InputError, match="has no tokenizer"):
         Encoder(target_with(None), "")
     target.eos_token_ids, target.tokenizer.eos_token = (), None
     with pytest.raises(InputError, match="names an EOS token"):
         Encoder(target, "")
+
+
+@pytest.mark.parametrize(("name", "end"), [("</s>", 257), ("<s>", 256), ("<beyond>", 257)])
+def test_a_text_ends_with_the_tokenizers_eos_where_the_model_has_it(name, end, target_with):
+    tokenizer = byte_tokenizer("<beyond>")
+    tokenizer.eos_token = name
+    (tokens,) = encode(target_with(tokenizer, vocab_size=258), "", Text("a"))
+    assert tokens.ids.tolist() == [97, end]
