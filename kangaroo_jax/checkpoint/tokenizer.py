@@ -58,6 +58,15 @@ def end_tokens(configured: Sequence[int], tokenizer: Any, vocab_size: int) -> tu
     return tuple(dict.fromkeys(id for id in (*configured, *own) if 0 <= id < vocab_size))
 
 
+def not_in_vocabulary(id: int, tokenizer: Any, vocab_size: int) -> str:
+    """Why a text with a token that a model of `vocab_size` lacks cannot be used. The token is named where the tokenizer
+    has it."""
+    known = tokenizer is not None and tokenizer.is_fast and 0 <= id < 2**31
+    token = tokenizer.convert_ids_to_tokens(id) if known else None
+    found = f"token id {id}" if token is None else f"the token {token!r} (id {id})"
+    return f"{found} is outside the vocabulary of {vocab_size}; leave it out"
+
+
 def vocabulary_digest(tokenizer: Any) -> str:
     """Identifies what a tokenizer's ids stand for, however it makes them of a text."""
     vocabulary = sorted((id, token) for token, id in tokenizer.get_vocab().items())
