@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kangaroo_jax.engine.engine import Engine
     from kangaroo_jax.engine.generate import Generation, generate, generate_many, generate_plain
     from kangaroo_jax.engine.requests import Answer, Finished, Request, TextDelta
-    from kangaroo_jax.errors import InputError
+    from kangaroo_jax.errors import InputError, MachineError
 
 # As in the block above, which type checkers read.
 _MODULES = {
@@ -29,6 +29,7 @@ _MODULES = {
     "Finished": "engine.requests",
     "Generation": "engine.generate",
     "InputError": "errors",
+    "MachineError": "errors",
     "Request": "engine.requests",
     "SamplingConfig": "config",
     "TextDelta": "engine.requests",
@@ -49,6 +50,7 @@ __all__ = [
     "Finished",
     "Generation",
     "InputError",
+    "MachineError",
     "Request",
     "SamplingConfig",
     "TextDelta",

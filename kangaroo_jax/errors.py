@@ -13,8 +13,8 @@ class InputError(ValueError):
 
 
 class MachineError(RuntimeError):
-    """The request is right, but this machine, or another one of the run, cannot do it. One line, as above; the commands
-    exit with code 1."""
+    """The request is right, but this machine, another one of the run, or the type of its numbers cannot do it. One
+    line, as above; the commands exit with code 1."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from kangaroo_jax.checkpoint.target import load_target, save_target
+from kangaroo_jax.checkpoint.tokenizer import end_tokens
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.target import TargetModel
 from tests.tokens import byte_tokenizer
@@ -38,7 +39,8 @@ def target_with():
 
     def change(tokenizer, vocab_size=2000):
         config = SimpleNamespace(vocab_size=vocab_size)
-        return SimpleNamespace(config=config, tokenizer=tokenizer, name="test target", eos_token_ids=(257,))
+        ends = end_tokens((257,), tokenizer, vocab_size)
+        return SimpleNamespace(config=config, tokenizer=tokenizer, name="test target", eos_token_ids=ends)
 
     return change
 

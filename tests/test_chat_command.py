@@ -9,11 +9,14 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from kangaroo_jax import generate_plain, load_target
 from tests.bench.models import CONFIG, CONTEXT, save_model
@@ -28,7 +31,11 @@ ENVIRONMENT = os.environ | {"XLA_FLAGS": LESS_OPTIMIZATION, "NO_COLOR": "1"}
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     save_model(folder)
-    # Answers go on to their limits: what ends them is a token that they do not hold.
+    # Answers go on to their limits: what ends them is a token that they do not hold, and not the tokenizer's EOS.
+    config = folder / "model" / "tokenizer_config.json"
+    named = json.loads(config.read_text())
+    del named["eos_token"]
+    config.write_text(json.dumps(named))
     written = [
         token for turn in ("hi", "hello") for token in plain(folder, prompt_ids(folder, turn), 740, []).tokens[0]
     ]
@@ -94,6 +101,20 @@ def test_a_conversation_begins_with_messages_and_goes_on_after_a_bad_turn(work):
         rf"\(the conversation has \d+ tokens, but the context is {CONTEXT}; .*/reset.*\)\n\n", done.stderr
     )
     assert f"\n> three\n{expected(work, 'one', 'two', 'three', most=8).lstrip()}\n[8 tokens" in done.stdout
+
+
+@pytest.mark.long
+def test_a_turn_without_an_answer_is_taken_back(work):
+    """NaN for the embedding of "~": no turn with it has a first token."""
+    shutil.copytree(work / "model", work / "broken")
+    weights = load_file(work / "model" / "model.safetensors")
+    weights["model.embed_tokens.weight"][load_target(work / "model").tokenizer.convert_tokens_to_ids("~")] = np.nan
+    save_file(weights, work / "broken" / "model.safetensors", metadata={"format": "pt"})
+    done = chat(work, f"--model={work}/broken", "--max_new_tokens=8", said="a~b\nthree\n")
+    assert done.returncode == 0, done.stderr
+    why = "the model's logits are not numbers in float32 at token 1 of the answer; the weights may be damaged"
+    assert done.stderr == f"({why})\n\n"
+    assert f"> three\n{expected(work, 'three', most=8).lstrip()}\n[8 tokens" in done.stdout
 
 
 @pytest.mark.long

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.bench.models import save_model
 from tests.decode_commands import decode_in_one_process
@@ -61,6 +63,15 @@ def flags_of_tuned(work, output, *more):
     return [*flags(work, output, "--batch_size=1", *more), f"--adapter={work}/tuned", f"--input={work}/two.jsonl"]
 
 
+def write_broken_model(work):
+    """The model with NaN for the embedding of "~", which no prompt but one has."""
+    shutil.copytree(work / "model", work / "broken")
+    weights = load_file(work / "model" / "model.safetensors")
+    token = json.loads((work / "model" / "tokenizer.json").read_text())["model"]["vocab"]["~"]
+    weights["model.embed_tokens.weight"][token] = np.nan
+    save_file(weights, work / "broken" / "model.safetensors", metadata={"format": "pt"})
+
+
 TUNED = {"max_draft_len": 3, "threshold": 0.125, "tree_topk": 2, "tree_budget": 6}
 BAD_LINE = '{"id": "x", "prompt": 7}'
 MISTAKES = [
@@ -85,6 +96,10 @@ MISTAKES = [
 ]
 
 
+def broken_flags(work):
+    return [f"--model={work}/broken", f"--adapter={work}/adapter"]
+
+
 @pytest.fixture(scope="module")
 def results(work):
     """One process does the mistakes, then a whole run at batch 4, one at batch 1, and one with bad lines, twice."""
@@ -100,6 +115,9 @@ def results(work):
     (work / "mixed.jsonl").write_text("\n".join(mixed))
     (work / "bad.jsonl").write_text(BAD_LINE)
     (work / "two.jsonl").write_text("".join(json.dumps(line) + "\n" for line in good))
+    write_broken_model(work)
+    broken = [{"id": "bad", "prompt": "a~b"}, *good]
+    (work / "broken.jsonl").write_text("".join(json.dumps(line) + "\n" for line in broken))
     shutil.copytree(work / "adapter", work / "tuned")
     (work / "tuned" / "decode.json").write_text(json.dumps(TUNED))
     lines += [
@@ -111,6 +129,9 @@ def results(work):
         flags_of_tuned(work, "tree.jsonl"),
         flags_of_tuned(work, "tree.jsonl", "--notree"),
         flags_of_tuned(work, "no-tree.jsonl", "--notree"),
+        [*flags(work, "broken-answers.jsonl"), *broken_flags(work), f"--input={work}/broken.jsonl"],
+        ["--prompt=a~b", *broken_flags(work), "--max_draft_len=2"],
+        ["--prompt=a~b", *broken_flags(work), "--max_draft_len=2", "--compare", "--show_drafts"],
         flags(work, "sampled4.jsonl", "--temperature=0.9", "--top_p=0.95", "--seed=3", "--stop=ab", "--batch_size=4"),
         flags(work, "sampled1.jsonl", "--temperature=0.9", "--top_p=0.95", "--seed=3", "--stop=ab", "--batch_size=1"),
     ]
@@ -174,6 +195,18 @@ def test_a_file_of_bad_lines_alone_and_other_settings(results, work):
     assert not (work / "none.jsonl").exists()
     assert refused == 2
     assert "made with max_new_tokens 128, not 100" in why
+
+
+def test_logits_that_are_not_numbers_are_one_line_and_exit_code_1(results, work):
+    why = "the model's logits are not numbers in float32 at token 1 of the answer; the weights may be damaged"
+    (code, out, error), *single = results[len(MISTAKES) + 9 :][:3]
+    assert (code, error) == (1, f"{work}/broken.jsonl id 'bad': {why}\n")
+    assert out.startswith("2 prompts answered, 0 were before, 1 could not be; ")
+    answers, expected = read(work / "broken-answers.jsonl"), read(work / "batch1.jsonl")
+    assert answers.pop("bad") == {"id": "bad", "error": why}
+    assert {i: answer["text"] for i, answer in answers.items()} == {i: expected[i]["text"] for i in (0, 1)}
+    for code, out, error in single:
+        assert (code, out, error) == (1, "", f"decode.py: error: {why}\n")
 
 
 def test_a_tuned_tree_is_drafted_unless_a_flag_says_otherwise(results, work):

@@ -16,7 +16,7 @@ class Source:
 
     Attributes:
       config: shape and constants.
-      eos_token_ids: what ends a text.
+      eos_token_ids: what ends a text, as the configuration says.
       weights: the tensors, by Hugging Face's names.
       read_tokenizer: reads the tokenizer, of transformers; None where the checkpoint has none.
     """

@@ -20,6 +20,7 @@ from kangaroo_jax.checkpoint.folder_source import folder_source
 from kangaroo_jax.checkpoint.gguf_source import gguf_source
 from kangaroo_jax.checkpoint.hub import find_checkpoint
 from kangaroo_jax.checkpoint.mapping import check_tensors, fill_module, parameter_rule
+from kangaroo_jax.checkpoint.tokenizer import end_tokens
 from kangaroo_jax.checkpoint.weights import DTYPES, Pieces
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ModelConfig
@@ -37,7 +38,8 @@ class Target:
       tokenizer: a transformers tokenizer, or None if the checkpoint has none.
       name: the folder, file or hub id it came from.
       fingerprint: identifies the weights whatever dtype they were loaded in; adapters record it.
-      eos_token_ids: from generation_config.json where there is one, else config.json; or from a GGUF file's metadata.
+      eos_token_ids: from generation_config.json where there is one, else config.json, or from a GGUF file's metadata;
+        and the tokenizer's.
       mesh: what the weights are split over; None where they are on one device.
       bytes_read: of weights, by this process, as the files' values are: blocks of a GGUF file after dequantising.
       earlier_fingerprints: what earlier versions of this package recorded for the same weights.
@@ -123,7 +125,7 @@ def load_target(
         tokenizer=tokenizer,
         name=name,
         fingerprint=current,
-        eos_token_ids=source.eos_token_ids,
+        eos_token_ids=end_tokens(source.eos_token_ids, tokenizer, config.vocab_size),
         mesh=mesh,
         bytes_read=bytes_read,
         earlier_fingerprints=tuple(earlier),

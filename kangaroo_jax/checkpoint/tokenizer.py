@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import processors
@@ -48,6 +49,22 @@ def check_ids(tokenizer: Any, vocab_size: int, where: pathlib.Path) -> None:
             f"{where}: the tokenizer has token id {largest}, but the model's vocabulary ends at "
             f"{vocab_size - 1}; use the tokenizer the weights were trained with"
         )
+
+
+def end_tokens(configured: Sequence[int], tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """The token ids that end a text: those that a checkpoint's configuration names, and its tokenizer's EOS, which may
+    be another one. Ids that a model of `vocab_size` lacks are left out: it never writes them."""
+    own = () if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return tuple(dict.fromkeys(id for id in (*configured, *own) if 0 <= id < vocab_size))
+
+
+def not_in_vocabulary(id: int, tokenizer: Any, vocab_size: int) -> str:
+    """Why a text with a token that a model of `vocab_size` lacks cannot be used. The token is named where the tokenizer
+    has it."""
+    known = tokenizer is not None and tokenizer.is_fast and 0 <= id < 2**31
+    token = tokenizer.convert_ids_to_tokens(id) if known else None
+    found = f"token id {id}" if token is None else f"the token {token!r} (id {id})"
+    return f"{found} is outside the vocabulary of {vocab_size}; leave it out"
 
 
 def vocabulary_digest(tokenizer: Any) -> str:

@@ -98,6 +98,11 @@ def _answer(engine: Engine, conversation: Conversation, request: Request, printe
         conversation.answered(tokens, text)
         return
     printer.finish(answer)
+    if answer.error is not None:
+        print()
+        _say(answer.error)
+        conversation.answered(answer.tokens, answer.text)
+        return
     print(f"\n[{_summary(answer)}]\n")
     conversation.answered(answer.tokens, answer.text, complete=answer.finish_reason != "stop")
 

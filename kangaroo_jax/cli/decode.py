@@ -301,7 +301,9 @@ def _answer_prompt(command: str, given: DraftOverrides, sampling: SamplingConfig
     engine = Engine(target, adapter, EngineConfig(1), draft)
     answer = stream(engine, Request(ids, most, sampling, _STOP.value, drafts=drafts), show)
     printer.finish(answer)
-    print("\n")
+    if answer.tokens:  # else nothing was printed
+        print("\n")
+    answer.checked()
     common = {"max_new_tokens": most, "sampling": sampling, "stop": _STOP.value}
     plain = functools.partial(generate_plain, target, [ids], **common)
     kangaroo = functools.partial(generate, target, adapter, [ids], draft=draft, **common)

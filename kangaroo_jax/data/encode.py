@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int
 
 from kangaroo_jax.checkpoint.chat_template import Span
 from kangaroo_jax.checkpoint.target import Target
-from kangaroo_jax.checkpoint.tokenizer import vocabulary_digest
+from kangaroo_jax.checkpoint.tokenizer import not_in_vocabulary, vocabulary_digest
 from kangaroo_jax.data import chat
 from kangaroo_jax.data.records import BadRecord, Conversation, Place, Source, Spelling, Text, Turn
 from kangaroo_jax.errors import InputError
@@ -57,13 +57,13 @@ class Encoder:
                 f"{target.name}: has no tokenizer, which training needs; expected tokenizer.json or tokenizer.model "
                 "beside its config.json"
             )
-        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        ends += target.eos_token_ids
+        ends = target.eos_token_ids
         if not ends:
             raise InputError(
                 f"{target.name}: neither the tokenizer nor config.json names an EOS token; set eos_token_id"
             )
-        self._target, self._tokenizer, self._template, self._end = target, tokenizer, template, ends[0]
+        self._target, self._tokenizer, self._template = target, tokenizer, template
+        self._end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
         self._spelled_by = (vocabulary_digest(tokenizer), template)
         special = (id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
         self._turn_ends = {*ends, *special}
@@ -95,8 +95,7 @@ class Encoder:
         """The tokens of each record, or the reason why it cannot be used. A fast tokenizer processes them in parallel.
 
         Raises:
-          InputError: for a conversation where there is no chat template or no fast tokenizer, or for token ids that
-            the target does not have.
+          InputError: for a conversation where there is no chat template or no fast tokenizer.
         """
         made: list[Tokens | BadRecord | None] = [None] * len(contents)
         # One call tokenises many texts, but adds special tokens to all of them or to none.
@@ -142,13 +141,14 @@ class Encoder:
                     made[i] = self._chat_tokens(ids, _covering(out.encodings[row].offsets, spans[i], len(text)))
                 except BadRecord as error:
                     made[i] = error
-        for tokens in made:
-            if isinstance(tokens, Tokens) and tokens.ids.max(initial=0) >= self._target.config.vocab_size:
-                raise InputError(
-                    f"{self._target.name}: the tokenizer made token id {tokens.ids.max()}, but the target's vocabulary "
-                    f"has {self._target.config.vocab_size}; expected the tokenizer that belongs to the weights"
-                )
-        return made
+        return [tokens if isinstance(tokens, BadRecord) else self._within_vocabulary(tokens) for tokens in made]
+
+    def _within_vocabulary(self, tokens: Tokens) -> Tokens | BadRecord:
+        """The tokens, if the target has a row for each: a tokenizer may have more, such as one for padding."""
+        beyond = tokens.ids[tokens.ids >= self._target.config.vocab_size]
+        if not len(beyond):
+            return tokens
+        return BadRecord(not_in_vocabulary(int(beyond[0]), self._tokenizer, self._target.config.vocab_size))
 
     def _is_space(self, token: int) -> bool:
         return token not in self._turn_ends and not self._tokenizer.decode([token]).strip()

@@ -1,6 +1,9 @@
 """Which token comes next, greedily or sampled: the one place where the two differ.
 
 Without `sampling` no random number and no distribution is in the compiled program.
+
+Where the target's logits are not numbers (in float16, activations overflow), there is no next token: `NO_TOKEN` stands
+in its place. A draft model's may be anything there: a drafted token is only proposed.
 """
 
 from __future__ import annotations
@@ -8,17 +11,19 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from kangaroo_jax.decode.sampling import TARGET, Sampling, accept_and_resample, probabilities, sample
+from kangaroo_jax.decode.sampling import DRAFT, TARGET, Sampling, accept_and_resample, probabilities, sample
 from kangaroo_jax.decode.state import Draft, DraftTree
+
+NO_TOKEN = -1
 
 
 @flax.struct.dataclass
 class Verdict:
     """What the target makes of a draft."""
 
-    tokens: Int[Array, "batch gamma+1"]  # meaningless beyond the accepted drafts + 1
+    tokens: Int[Array, "batch gamma+1"]  # meaningless beyond the accepted drafts + 1, of which the last may be NO_TOKEN
     accepted: Int[Array, " batch"]  # how many drafted tokens stand
     path: Int[Array, "batch gamma+1"] | None  # nodes of a tree, from x_n to the last accepted, then padding
 
@@ -35,7 +40,8 @@ class Verdict:
 def pick_token(
     logits: Float[Array, "batch vocab"], sampling: Sampling | None, positions: Int[Array, " batch"], purpose: int
 ) -> tuple[Int[Array, " batch"], Float[Array, "batch vocab"] | None]:
-    """The next token, and the distribution it was drawn from (None in greedy decoding).
+    """The next token, and the distribution it was drawn from (None in greedy decoding). Where the logits are not
+    numbers, the target's token is `NO_TOKEN`, and a draft any.
 
     Args:
       logits: float32.
@@ -44,9 +50,26 @@ def pick_token(
       purpose: `sampling.DRAFT` or `sampling.TARGET`.
     """
     if sampling is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
-    probs = probabilities(logits, sampling)
-    return sample(sampling.keys, positions, purpose, probs), probs
+        tokens, probs = _likeliest(logits), None
+    else:
+        probs = probabilities(logits, sampling)
+        tokens = sample(sampling.keys, positions, purpose, probs)
+    return tokens if purpose == DRAFT else _if_numbers(logits, tokens), probs
+
+
+def _likeliest(logits: Float[Array, "*places vocab"]) -> Int[Array, "*places"]:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _are_numbers(logits: Float[Array, "*places vocab"]) -> Bool[Array, "*places"]:
+    """Whether the largest logit is a number: not NaN, which any NaN makes it, and not infinite."""
+    best = _likeliest(logits)[..., None]  # known already where tokens were chosen, so that this costs one number each
+    return jnp.isfinite(jnp.take_along_axis(logits, best, axis=-1)[..., 0])
+
+
+def _if_numbers(logits: Float[Array, "*places vocab"], tokens: Int[Array, "*places"]) -> Int[Array, "*places"]:
+    """Tokens that were chosen by logits; `NO_TOKEN` where these are not numbers."""
+    return jnp.where(_are_numbers(logits), tokens, NO_TOKEN)
 
 
 def pick_verified(
@@ -68,9 +91,14 @@ def pick_verified(
         return walk(_choices(logits, sampling, positions), drafted, draft.length, draft.tree)
     if sampling is not None:
         p, q = probabilities(logits, sampling), draft.probs[:, : drafted.shape[1]]
-        tokens, accepted = accept_and_resample(p, q, drafted, draft.length, sampling.keys, positions[:, 0])
+        # A draft ends where the target has no distribution to accept tokens by.
+        has_token = _are_numbers(logits)
+        length = jnp.minimum(draft.length, jnp.sum(jnp.cumprod(has_token, axis=1), axis=1, dtype=jnp.int32))
+        tokens, accepted = accept_and_resample(p, q, drafted, length, sampling.keys, positions[:, 0])
+        own = jnp.arange(logits.shape[1]) == accepted[:, None]
+        tokens = jnp.where(own & ~has_token, NO_TOKEN, tokens)
     else:
-        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        tokens = _if_numbers(logits, _likeliest(logits))
         agrees = (drafted == tokens[:, :-1]) & (jnp.arange(drafted.shape[1]) < draft.length[:, None])
         accepted = jnp.sum(jnp.cumprod(agrees, axis=1), axis=1, dtype=jnp.int32)
     return Verdict(jnp.pad(tokens, ((0, 0), (0, draft.tokens.shape[1] - drafted.shape[1]))), accepted, None)
@@ -80,11 +108,13 @@ def _choices(
     logits: Float[Array, "batch width vocab"], sampling: Sampling | None, positions: Int[Array, "batch width"]
 ) -> Int[Array, "batch width"]:
     """The target's own next token at each place: what plain decoding would choose there, with the same random
-    numbers."""
+    numbers; `NO_TOKEN` where the logits are none."""
     if sampling is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    probs = probabilities(logits, sampling)
-    return jax.vmap(lambda p, place: sample(sampling.keys, place, TARGET, p), 1, 1)(probs, positions)
+        tokens = _likeliest(logits)
+    else:
+        probs = probabilities(logits, sampling)
+        tokens = jax.vmap(lambda p, place: sample(sampling.keys, place, TARGET, p), 1, 1)(probs, positions)
+    return _if_numbers(logits, tokens)
 
 
 def walk(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from kangaroo_jax.decode.pick import pick_token
+from kangaroo_jax.decode.pick import NO_TOKEN, pick_token
 from kangaroo_jax.decode.sampling import TARGET, Sampling
 from kangaroo_jax.decode.state import DecodeState
 from kangaroo_jax.model.attention.backend import AttentionBackend
@@ -113,15 +113,16 @@ def prefill_piece(
     """
     with jax.named_scope("prefill"):
         positions = start[:, None] + jnp.arange(tokens.shape[1])
-        shallow, deep = (cache.replace(length=start) for cache in (prompts.shallow, prompts.deep))
+        end = start + lengths
+        shallow, deep = (cache.replace(length=start, prompt_end=end) for cache in (prompts.shallow, prompts.deep))
         hidden, shallow = shallow_apply(target, tokens, positions, shallow, exit_layer=exit_layer)
         normed, deep = deep_apply(target, hidden, positions, deep, exit_layer=exit_layer)
         draft = prompts.draft
         if draft_model is not None:
             draft = draft_model.after_prefill(draft, tokens, hidden, normed, start, lengths)
-        end = start + lengths
         last = jnp.take_along_axis(normed, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return Prompts(shallow.replace(length=end), deep.replace(length=end), draft), last
+        shallow, deep = (cache.replace(length=end, prompt_end=None) for cache in (shallow, deep))
+        return Prompts(shallow, deep, draft), last
 
 
 def first_tokens(
@@ -132,7 +133,7 @@ def first_tokens(
     *,
     sampled: bool,
 ) -> DecodeState:
-    """Complete prompts as sequences, each with its first token committed.
+    """Complete prompts as sequences, each with its first token committed; one that has none, `NO_TOKEN`, is finished.
 
     Args:
       target: the model.
@@ -143,11 +144,11 @@ def first_tokens(
     """
     logits = lm_head(target, last)
     tokens, _ = pick_token(logits, admission.sampling if sampled else None, prompts.deep.length, TARGET)
-    ended = jnp.any(tokens[:, None] == admission.eos_token_ids, axis=-1)
+    ended = (tokens == NO_TOKEN) | jnp.any(tokens[:, None] == admission.eos_token_ids, axis=-1)
     return DecodeState(
         token=tokens,
-        shallow=prompts.shallow,
-        deep=prompts.deep,
+        shallow=prompts.shallow.with_numbers_only(),
+        deep=prompts.deep.with_numbers_only(),
         draft=prompts.draft,
         num_output=jnp.ones_like(tokens),
         max_output=jnp.asarray(admission.max_output),
@@ -210,7 +211,7 @@ def prefill_and_admit(
       sampled: whether any of the prompts samples, static.
 
     Returns:
-      The state, and each prompt's first token.
+      The state, and each prompt's first token; `NO_TOKEN` where the logits are not numbers.
     """
     rows, time = tokens.shape
     if prompts is None:

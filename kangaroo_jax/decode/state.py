@@ -15,7 +15,7 @@ class DecodeState:
     """A batch of sequences between rounds: `shallow.length` = `deep.length` = n tokens of each have been processed.
     What a request asks for is data of its row. Every array's first axis is the batch (caches: see their backend)."""
 
-    token: Int[Array, " batch"]  # x_n, the last committed token, not yet processed
+    token: Int[Array, " batch"]  # x_n, the last committed token, not yet processed; `NO_TOKEN` where there is none
     shallow: KVCache  # of layers [0, exit_layer)
     deep: KVCache  # of layers [exit_layer, L)
     draft: PyTree | None  # the draft model's state; None in plain decoding
@@ -55,6 +55,7 @@ class Chunk:
     draft_lengths: Int[Array, "batch rounds"]  # tokens that each round drafted (levels of a tree)
     num_rounds: Int[Array, " batch"]
     finished: Bool[Array, " batch"]
+    failed: Bool[Array, " batch"]  # ended in this run as the target's logits were not numbers
     drafts: DraftRecord | None = None  # None: not recorded
 
     @classmethod
@@ -64,7 +65,8 @@ class Chunk:
         zero = jnp.zeros((batch,), jnp.int32)
         lengths = jnp.zeros((batch, rounds), jnp.int32)
         record = None if drafts is None else DraftRecord.empty(batch, rounds, drafts)
-        return cls(jnp.zeros((batch, room), jnp.int32), zero, lengths, lengths, zero, finished, record)
+        failed = jnp.zeros((batch,), bool)
+        return cls(jnp.zeros((batch, room), jnp.int32), zero, lengths, lengths, zero, finished, failed, record)
 
 
 @flax.struct.dataclass

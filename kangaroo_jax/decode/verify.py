@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kangaroo_jax.decode.pick import Verdict, pick_verified
+from kangaroo_jax.decode.pick import NO_TOKEN, Verdict, pick_verified
 from kangaroo_jax.decode.sampling import Sampling
 from kangaroo_jax.decode.state import Chunk, DecodeState, Draft, DraftRecord
 from kangaroo_jax.model.cache import KVCache, draft_mask
@@ -78,8 +78,8 @@ def commit(
     deep_hidden: Deep,
     deep: KVCache,
 ) -> tuple[DecodeState, Chunk]:
-    """Commits the accepted drafts and the target's next token, cut after the first EOS and at the sequence's last
-    allowed token.
+    """Commits the accepted drafts and the target's next token, cut after the first EOS, at the sequence's last allowed
+    token, and before a place where the target has none (`NO_TOKEN`), which ends the sequence.
 
     Rejected positions are rolled back by setting the caches' lengths; of a tree, the accepted path is moved to where a
     sequence would lie.
@@ -101,9 +101,12 @@ def commit(
         ends = is_eos & (index < count[:, None])
         count = jnp.where(jnp.any(ends, axis=1), 1 + jnp.argmax(ends, axis=1).astype(jnp.int32), count)
         count = jnp.where(state.finished, 0, count)
+        # Nothing is accepted beyond a place without a token, so it can only be the last one.
+        failed = jnp.any((target_tokens == NO_TOKEN) & (index < count[:, None]), axis=1)
+        count -= failed
 
         num_output = state.num_output + count
-        finished = state.finished | jnp.any(ends, axis=1) | (num_output >= state.max_output)
+        finished = state.finished | failed | jnp.any(ends, axis=1) | (num_output >= state.max_output)
         last = jnp.maximum(count - 1, 0)[:, None]
         token = jnp.where(state.finished, state.token, jnp.take_along_axis(target_tokens, last, axis=1)[:, 0])
 
@@ -137,6 +140,7 @@ def commit(
             draft_lengths=_write_rows(chunk.draft_lengths, draft.steps[:, None], chunk.num_rounds),
             num_rounds=chunk.num_rounds + ran,
             finished=finished,
+            failed=chunk.failed | failed,
             drafts=None if chunk.drafts is None else _record(chunk.drafts, chunk.num_rounds, draft, verdict),
         )
         return state, chunk

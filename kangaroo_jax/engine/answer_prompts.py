@@ -99,9 +99,9 @@ def answer_prompts(
 ) -> Tally:
     """Answers all prompts that `output` has no answer to yet, each with a line as soon as it is done.
 
-    A prompt that is empty or does not fit gets a line with its error, and is tried again by the next run. An answer
-    that would pass the target's context ends there. Of several processes, which see the same files, each takes its
-    share with its own devices; process 0 merges.
+    A prompt that is empty or does not fit, or whose answer fails (`Answer.error`), gets a line with its error, and is
+    tried again by the next run. An answer that would pass the target's context ends there. Of several processes, which
+    see the same files, each takes its share with its own devices; process 0 merges.
 
     Args:
       target: from `load_target`, with a tokenizer.
@@ -145,6 +145,13 @@ def answer_prompts(
         tally = Tally(len(share) + len(done), len(done))
         on_progress(tally)
         with resumable.LineWriter(path) as writer:
+
+            def fail(prompt: Prompt, error: str) -> None:
+                tally.errors += 1
+                writer.write(answer_file.record(prompt, None, error))
+                on_error(f"{source} id {prompt.id!r}: {error}")
+                on_progress(tally)
+
             engine = Engine(target, adapter, EngineConfig(batch_size), draft)
             by_request = {}
             for prompt in share:
@@ -153,19 +160,21 @@ def answer_prompts(
                     content = user_turn(prompt.content) if as_user_turns else prompt.content
                     ids = encode_prompt(target, content, 1, None, "the prompt")
                 except InputError as error:
-                    tally.errors += 1
-                    writer.write(answer_file.record(prompt, None, str(error)))
-                    on_error(f"{source} id {prompt.id!r}: {error}")
-                    on_progress(tally)
+                    fail(prompt, str(error))
                     continue
                 request = Request(ids, most, sampling, stop, seed=prompt.seed, stream=False, to_context=True)
                 by_request[engine.add(request)] = prompt
             while engine.busy:
                 for event in engine.step():
-                    if isinstance(event, Finished):
-                        writer.write(answer_file.record(by_request[event.id], event.answer))
-                        tally.add(event.answer, engine.compile_seconds)
-                        on_progress(tally)
+                    if not isinstance(event, Finished):
+                        continue
+                    prompt, answer = by_request[event.id], event.answer
+                    if answer.error is not None:
+                        fail(prompt, answer.error)
+                        continue
+                    writer.write(answer_file.record(prompt, answer))
+                    tally.add(answer, engine.compile_seconds)
+                    on_progress(tally)
         barrier("answers written")
         if first and process_count > 1:
             tally.errors = _merge(output, settings, by_id, source, process_count)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Int, PyTree
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter, check_exit_layer
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftConfig, EngineConfig, SamplingConfig
+from kangaroo_jax.decode.pick import NO_TOKEN
 from kangaroo_jax.decode.prefill import (
     Admission,
     Prompts,
@@ -436,7 +437,8 @@ class Engine:
             now = self._clock()
             for run, token in zip(launched.runs, tokens.tolist(), strict=False):  # more are padding
                 run.first = now
-                events += self._advance(run, [token], [], [], [])
+                failed = token == NO_TOKEN
+                events += self._advance(run, [] if failed else [token], [], [], [], failed)
             return events
         chunk = jax.device_get(launched.chunk)
         for i, run in enumerate(launched.runs):
@@ -450,6 +452,7 @@ class Engine:
                 chunk.accept_lengths[i, :num_rounds].tolist(),
                 chunk.draft_lengths[i, :num_rounds].tolist(),
                 _rounds(chunk, i) if run.drafts else [],
+                bool(chunk.failed[i]),
             )
         return events
 
@@ -460,15 +463,18 @@ class Engine:
         accept_lengths: list[int],
         draft_lengths: list[int],
         rounds: list[Round],
+        failed: bool,
     ) -> list[Event]:
-        """Takes what the device committed for a request."""
-        if run.ended or not tokens:
+        """Takes what the device committed for a request; `failed` says that there is no token after it."""
+        if run.ended or not (tokens or failed):
             return []
         run.tokens += tokens
         run.accept_lengths += accept_lengths
         run.draft_lengths += draft_lengths
         reason = None
-        if run.tokens[-1] in run.eos:
+        if failed:
+            reason = "error"
+        elif run.tokens[-1] in run.eos:
             reason = "eos"
         elif run.tokens[-1] in run.stop_tokens:
             reason = "stop"
@@ -484,7 +490,9 @@ class Engine:
                 rounds = _first_tokens(rounds, len(tokens))
                 run.tokens = run.tokens[: run.text.num_tokens]
         run.rounds += rounds
-        events: list[Event] = [TextDelta(run.id, piece, tokens, rounds)] if run.stream else []
+        events: list[Event] = []
+        if run.stream and (tokens or piece):
+            events.append(TextDelta(run.id, piece, tokens, rounds))
         return events if reason is None else [*events, self._finish(run, reason)]
 
     def _finish(self, run: _Run, reason: str) -> Finished:
@@ -511,6 +519,7 @@ class Engine:
             seconds=self._clock() - run.start,
             reused_tokens=run.reused,
             rounds=run.rounds if run.drafts else None,
+            error=_not_numbers(self.target, len(run.tokens) + 1) if reason == "error" else None,
         )
         return Finished(run.id, answer)
 
@@ -599,6 +608,15 @@ def resolve_exit_layer(target: Target, adapter: TrainedAdapter, draft: DraftConf
         )
     check_exit_layer(exit_layer, target.config)
     return exit_layer
+
+
+def _not_numbers(target: Target, place: int) -> str:
+    """Why an answer has no token `place`, counted from 1, and what to do."""
+    others = [name for name in ("float32", "bfloat16") if name != str(target.model.compute_dtype)]
+    advice = f"try --dtype={' or '.join(others)}"
+    if len(others) < 2:  # the largest numbers of these two are alike
+        advice = "the weights may be damaged"
+    return f"the model's logits are not numbers in {target.model.arithmetic} at token {place} of the answer; {advice}"
 
 
 def _special_tokens(tokenizer: Any, stop: Sequence[str]) -> tuple[int, ...]:

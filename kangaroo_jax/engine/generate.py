@@ -84,6 +84,7 @@ def generate(
     Raises:
       InputError: for an empty or too long prompt, ids outside the vocabulary, an exit layer that is out of range or
         not the adapter's, seeds that are not one per prompt.
+      MachineError: where the target's logits are not numbers, as they may be in float16.
     """
     return _generate(
         target, adapter, prompts, max_new_tokens, draft, sampling, eos_token_ids, max_length, stop, on_text
@@ -140,6 +141,7 @@ def generate_many(
 
     Raises:
       InputError: at once, before anything is decoded: as `generate` does, and for a batch size below 1.
+      MachineError: from the iterator, as `generate`; other answers may be lost with it. An `Engine` goes on.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, found {batch_size}")
@@ -167,7 +169,7 @@ def _answers(engine: Engine) -> Iterator[Answer]:
     while engine.busy:
         for event in engine.step():
             if isinstance(event, Finished):
-                yield event.answer
+                yield event.answer.checked(f"request {event.id}")
 
 
 def _generate(
@@ -194,7 +196,7 @@ def _generate(
     while engine.busy:
         for event in engine.step():
             if isinstance(event, Finished):
-                answers[event.id] = event.answer
+                answers[event.id] = event.answer.checked(f"prompt {event.id}" if len(ids) > 1 else "")
             elif isinstance(event, TextDelta) and event.text:
                 on_text(event.id, event.text)
     seconds = time.perf_counter() - start - engine.compile_seconds

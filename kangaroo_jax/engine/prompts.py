@@ -10,6 +10,7 @@ import numpy as np
 from kangaroo_jax.checkpoint import chat_template
 from kangaroo_jax.checkpoint.chat_template import Message, TemplateRefusal
 from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.checkpoint.tokenizer import not_in_vocabulary
 from kangaroo_jax.errors import InputError
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -55,7 +56,7 @@ def encode_prompt(target: Target, prompt: Prompt, max_new_tokens: int, max_lengt
         raise InputError(f"{name} is empty; give at least one token")
     for token in ids:
         if not 0 <= token < target.config.vocab_size:
-            raise InputError(f"{name}: token id {token} is outside the vocabulary of {target.config.vocab_size}")
+            raise InputError(f"{name}: {not_in_vocabulary(token, target.tokenizer, target.config.vocab_size)}")
     room = answer_room(target, ids, max_length)
     context = len(ids) + room
     if room < 1:

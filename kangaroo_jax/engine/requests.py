@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from kangaroo_jax.config import SamplingConfig
 from kangaroo_jax.engine.prompts import Prompt
+from kangaroo_jax.errors import MachineError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +84,12 @@ class Answer:
       accept_lengths: tokens committed by each round; with the first token, which prefill gives, they add up to the new
         tokens.
       draft_lengths: tokens drafted by each round.
-      finish_reason: "eos", "stop" (a stop string), or "length" (max_new_tokens, or the context).
+      finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens, or the context), or "error".
       prefill_seconds: wall-clock from the start of its prefill to its first token, compilation not counted.
       seconds: wall-clock from the start of its prefill to its end, its neighbours' prefills included, compilation not.
       reused_tokens: of the prompt, that a slot held already.
       rounds: what each round committed and drafted; None where the request did not ask for drafts.
+      error: why the answer ends before its end, in one line; None where it does not.
     """
 
     id: int
@@ -100,6 +102,20 @@ class Answer:
     seconds: float
     reused_tokens: int = 0
     rounds: list[Round] | None = None
+    error: str | None = None
+
+    def checked(self, name: str = "") -> Answer:
+        """The answer itself, if it came to its end.
+
+        Args:
+          name: of the request, in the message.
+
+        Raises:
+          MachineError: with `error`.
+        """
+        if self.error is not None:
+            raise MachineError(f"{name}: {self.error}" if name else self.error)
+        return self
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,13 +19,16 @@ from kangaroo_jax.model.config import ModelConfig
 class KVCache:
     """Keys and values of a run of layers, each pair in the layout of `backend`.
 
-    Rolling back is setting `length`: entries beyond it are masked, and overwritten by the next write.
+    Rolling back is setting `length`: entries beyond it are masked, and overwritten by the next write. A masked value is
+    multiplied by 0, and 0 * NaN is NaN, so values that are not numbers must not stay where others look past them: they
+    are zeros in the cache, but for those of a prompt while it is prefilled, which its later tokens have to see.
     """
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     length: Int[Array, " batch"]  # valid positions of each sequence
     backend: AttentionBackend = flax.struct.field(pytree_node=False)
+    prompt_end: Int[Array, " batch"] | None = None  # where each prompt ends; None where none is prefilled
 
     @classmethod
     def empty(
@@ -78,6 +81,10 @@ class KVCache:
         keys, values = zip(*pairs, strict=True)
         length = self.length.at[rows].set(new.length, mode="drop")
         return self.replace(keys=keys, values=values, length=length)
+
+    def with_numbers_only(self) -> KVCache:
+        """With zeros in place of values that are not numbers."""
+        return self.replace(values=tuple(jnp.where(jnp.isfinite(x), x, 0) for x in self.values))
 
     def _mapped(self, change: Callable[[Array, Array], tuple[Array, Array]]) -> KVCache:
         keys, values = zip(*map(change, self.keys, self.values), strict=True)

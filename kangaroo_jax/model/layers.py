@@ -31,6 +31,7 @@ class AttentionContext:
     mask: Bool[Array, "batch time keys"]  # True where a query may look
     start: Int[Array, " batch"] | None  # position of the first new entry in the cache; None without a cache
     backend: AttentionBackend | None = flax.struct.field(pytree_node=False)  # None without a cache
+    in_prompt: Bool[Array, "batch time"] | None = None  # as the cache's `prompt_end` says
 
 
 class RMSNorm(nnx.Module):
@@ -87,8 +88,12 @@ class Attention(nnx.Module):
         query, new_keys, new_values = turned[..., :-1, :], turned[..., -1, :], qkv[..., -1, :]
         if keys is None:
             return self._project(attend(query, new_keys, new_values, context.mask)), new_keys, new_values
-        keys, values = context.backend.write(keys, values, new_keys, new_values, context.start)
-        return self._project(context.backend.attend(query, keys, values, context.mask)), keys, values
+        # See `KVCache`. A position whose value is not a number still gets what it would get with it: NaN.
+        is_number = jnp.isfinite(new_values)
+        cached = is_number if context.in_prompt is None else is_number | context.in_prompt[:, :, None, None]
+        keys, values = context.backend.write(keys, values, new_keys, jnp.where(cached, new_values, 0), context.start)
+        mixed = context.backend.attend(query, keys, values, context.mask)
+        return self._project(jnp.where(is_number[:, :, :, None], mixed, jnp.nan)), keys, values
 
     def _project(self, mixed: Float[Array, "batch time kv_heads groups head_dim"]) -> Float[Array, "batch time hidden"]:
         out = dot("...k,kn->...n", mixed.reshape(*mixed.shape[:2], -1), self.o_proj[...])
@@ -144,10 +149,14 @@ def attention_context(
         # Kept out of the layers' fusions, where XLA would compute the cosines again in each.
         cos, sin = jax.lax.optimization_barrier((cos, sin))
     start = None if cache is None else cache.length
+    in_prompt = None
+    if cache is not None and cache.prompt_end is not None:
+        offsets = jnp.arange(time)  # not `positions`, which may be others than the places in the cache
+        in_prompt = start[:, None] + offsets < cache.prompt_end[:, None]
     if mask is None:
         first = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
         mask = kv_cache.causal_mask(first, time, time if cache is None else cache.capacity)
-    return AttentionContext(cos, sin, mask, start, None if cache is None else cache.backend)
+    return AttentionContext(cos, sin, mask, start, None if cache is None else cache.backend, in_prompt)
 
 
 def apply_layers(

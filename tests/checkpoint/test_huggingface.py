@@ -25,15 +25,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from kangaroo_jax import demo
+from kangaroo_jax import demo, generate_plain
 from kangaroo_jax.checkpoint import folder_source
-from kangaroo_jax.checkpoint.target import default_dtype, load_target, save_target
+from kangaroo_jax.checkpoint.target import Target, default_dtype, load_target, save_target
 from kangaroo_jax.engine.prompts import encode_prompts
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.families import all_families
 from kangaroo_jax.model.sharding import make_mesh
 from kangaroo_jax.model.target import shallow_apply
 from tests.checkpoint.forward import assert_same_logits, forward
+from tests.tokens import byte_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "hf_logits"
@@ -223,6 +224,44 @@ def test_generation_config_overrides_the_end_of_sequence(folder: pathlib.Path) -
     assert load_target(folder, "float32").eos_token_ids == (7, 9)
     (folder / "generation_config.json").unlink()
     assert load_target(folder, "float32").eos_token_ids == (2,)
+
+
+def with_eos(source: pathlib.Path, folder: pathlib.Path, configured: object, token: str | None) -> Target:
+    """A copy of a target whose configuration names one EOS and whose tokenizer another."""
+    shutil.copytree(source, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": configured}))
+    tokenizer = byte_tokenizer("<pad>", "<beyond>")
+    tokenizer.eos_token = token
+    tokenizer.save_pretrained(folder)
+    return load_target(folder, "float32")
+
+
+@pytest.mark.parametrize(
+    ("configured", "token", "expected"),
+    [
+        (7, "<s>", (7, 256)),
+        (257, "</s>", (257,)),
+        ([7, 257], "</s>", (7, 257)),
+        (7, None, (7,)),
+        # It is not written by a model that has no row for it.
+        (7, "<beyond>", (7,)),
+        ([7, 259], "<s>", (7, 256)),
+    ],
+)
+def test_eos_ids_are_the_configurations_and_the_tokenizers(configured, token, expected, target_folder, tmp_path):
+    target = with_eos(target_folder, tmp_path / "target", configured, token)
+    assert target.config.vocab_size == 259
+    assert target.eos_token_ids == expected
+
+
+def test_a_text_ends_at_the_tokenizers_eos_too(target, target_folder, tmp_path: pathlib.Path) -> None:
+    written = generate_plain(target, [[5]], 20, eos_token_ids=()).tokens[0]
+    end = written.index(written[6])
+    token = target.tokenizer.convert_ids_to_tokens(written[end])
+    other = with_eos(target_folder, tmp_path / "target", 257, token)
+    assert 257 not in written
+    assert generate_plain(other, [[5]], 20).tokens[0] == written[: end + 1]
+    assert generate_plain(other, [[5]], 20, eos_token_ids=[257]).tokens[0] == written  # unless the caller says
 
 
 # transformers beside us

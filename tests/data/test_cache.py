@@ -238,6 +238,21 @@ def test_bad_records_are_listed_and_skipped_up_to_a_share(tmp_path, data, encode
         open_(tmp_path / "cache", data, encoder, max_bad_share=0.01)
 
 
+def test_records_with_tokens_that_the_model_lacks_are_bad_records(tmp_path, data, target_with):
+    encoder = Encoder(target_with(byte_tokenizer("<pad>"), vocab_size=258), "vicuna_v1.1")
+    lines = data.read_text().splitlines()
+    for i in (7, 9):
+        lines[i] = json.dumps({"text": "a<pad>b"})
+    data.write_text("\n".join(lines))
+    report = Said()
+    cache = open_cache(tmp_path / "cache", find_sources(str(data)), encoder, 0.02, report)
+    assert len(cache) == 597
+    assert "2 bad" in report.text
+    assert "data.jsonl:8: the token '<pad>' (id 258) is outside the vocabulary of 258" in report.text
+    with pytest.raises(InputError, match=r"data.jsonl:8: the token '<pad>' .*; 1 more \(2 of 600 records are bad"):
+        open_(tmp_path / "cache", data, encoder, max_bad_share=0.001)
+
+
 def test_nothing_to_train_on_is_an_error(tmp_path, encoder):
     (tmp_path / "data.jsonl").write_text('{"conversations": []}\n{"text": " "}\n')
     with pytest.raises(InputError, match=r"data\.jsonl: nothing to train on in 1 files"):

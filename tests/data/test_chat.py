@@ -285,10 +285,26 @@ def test_what_a_target_lacks_is_named(target_with):
     target = target_with(byte_tokenizer())
     with pytest.raises(InputError, match=r"a.json:1: a conversation, but .* no chat template; set data.template to"):
         encode(target, "", conversation)
-    with pytest.raises(InputError, match="made token id 257, but the target's vocabulary has 257"):
-        encode(target_with(byte_tokenizer(), vocab_size=257), "", Text("a"))
     with pytest.raises(InputError, match="has no tokenizer"):
         Encoder(target_with(None), "")
     target.eos_token_ids, target.tokenizer.eos_token = (), None
     with pytest.raises(InputError, match="names an EOS token"):
         Encoder(target, "")
+
+
+@pytest.mark.parametrize(("name", "end"), [("</s>", 257), ("<s>", 256), ("<beyond>", 257)])
+def test_a_text_ends_with_the_tokenizers_eos_where_the_model_has_it(name, end, target_with):
+    tokenizer = byte_tokenizer("<beyond>")
+    tokenizer.eos_token = name
+    (tokens,) = encode(target_with(tokenizer, vocab_size=258), "", Text("a"))
+    assert tokens.ids.tolist() == [97, end]
+
+
+def test_a_record_with_a_token_that_the_model_lacks_is_bad_and_others_are_not(target_with):
+    target = target_with(byte_tokenizer("<pad>"), vocab_size=258)
+    spelled = Spelling(vocabulary_digest(target.tokenizer), "", (97, 258), ((0, 2),))
+    bad, good, numbered = encode(target, "", Text("a<pad>b"), Text("ab"), Text("a", spelling=spelled))
+    for record in (bad, numbered):
+        assert isinstance(record, BadRecord)
+        assert str(record).startswith("the token '<pad>' (id 258) is outside the vocabulary of 258; leave it out")
+    assert good.ids.tolist() == [97, 98, 257]

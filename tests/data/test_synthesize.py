@@ -7,6 +7,8 @@ import itertools
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from kangaroo_jax import InputError, generate_plain
@@ -359,6 +361,14 @@ def test_a_base_model_continues_texts(tmp_path):
         assert encoded.counts.tolist() == [start - 1 <= i < end - 1 for i in range(end)]
         if record["answers"] == "greedy":
             assert ids[start:] == generate_plain(target, [ids[:start]], SETTINGS.answer_tokens).tokens[0]
+
+
+def test_records_whose_logits_are_not_numbers_are_left_out(tmp_path):
+    target = chat_target()
+    model = jax.tree.map(lambda x: x, target.model)
+    model.norm.weight[...] *= jnp.nan
+    with pytest.raises(InputError, match=r"0 of the 2 records .* \(\d+ logits not numbers\)"):
+        write(tmp_path / "o", 2, target=dataclasses.replace(target, model=model))
 
 
 def test_what_cannot_be_is_one_line(written, tmp_path):

@@ -3,6 +3,8 @@
 Truth: transformers' `apply_chat_template`, and the bytes of the text.
 """
 
+import dataclasses
+
 import pytest
 
 from kangaroo_jax import InputError
@@ -112,3 +114,20 @@ def test_bad_prompts_are_one_line(template, prompt, message, chat_target):
 def test_a_message_in_place_of_a_list_is_named(chat_target):
     with pytest.raises(InputError, match="may be a list of messages; found a message"):
         encode_prompts(chat_target(byte_level(), CHATML), [USER], 1, None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a<beyond>", r"the token '<beyond>' \(id 259\) is outside the vocabulary of 259; leave it out"),
+        ([97, 259], r"the token '<beyond>' \(id 259\) is outside"),
+        ([97, 300], "token id 300 is outside"),
+        ([97, -1], "token id -1 is outside"),
+        ([97, 2**40], "token id 1099511627776 is outside"),
+    ],
+)
+def test_a_token_that_the_model_lacks_is_named(prompt, message, target):
+    target = dataclasses.replace(target, tokenizer=byte_tokenizer("<pad>", "<beyond>"))
+    assert encode_prompts(target, ["a<pad>"], 1, None) == [[97, 258]]
+    with pytest.raises(InputError, match=f"^prompt 1: {message}"):
+        encode_prompts(target, ["a", prompt], 1, None)

@@ -1,12 +1,20 @@
-"""Attention without a cache, a few queries at a time, against one product over everything."""
+"""Attention without a cache, a few queries at a time, against one product over everything. With a cache: values that
+are not numbers."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from flax import nnx
 
+from kangaroo_jax.model.attention.cpu import CpuBackend
+from kangaroo_jax.model.attention.dense import DenseBackend
 from kangaroo_jax.model.attention.uncached import attend
+from kangaroo_jax.model.cache import KVCache
+from kangaroo_jax.model.layers import Attention, attention_context
+from tests.decode.models import CONFIG
 
 BATCH, TIME, KV_HEADS, GROUPS, HEAD_DIM = 2, 11, 2, 3, 4
 
@@ -51,3 +59,32 @@ def test_scores_of_all_queries_never_exist_at_once():
     gradient = jax.jit(jax.grad(lambda query: attend(query, keys, values, mask, chunk=32).sum()))
     scores = BATCH * KV_HEADS * GROUPS * 512 * 512 * 4
     assert gradient.lower(query).compile().memory_analysis().temp_size_in_bytes < scores / 4
+
+
+@pytest.mark.parametrize("prompt_end", [None, 3, 6])
+@pytest.mark.parametrize("backend", [CpuBackend(), DenseBackend()], ids=["cpu", "dense"])
+def test_a_value_that_overflows_is_noticed_where_it_may_matter(backend, prompt_end):
+    """Position 3's value is infinite in float16, its input is not. It is NaN itself, and in a prompt so are those after
+    it; others, which may be other drafts, are as if it were not there."""
+    attention = Attention(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float16)
+    attention.qkv_proj[...] = attention.qkv_proj[...].at[:, :, -1].multiply(100)
+    x = np.random.default_rng(0).normal(size=(1, 6, CONFIG.hidden_size)).astype(np.float16)
+    x[:, 3] *= 10_000
+
+    def output(x):
+        cache = KVCache.empty(CONFIG, 1, 1, 8, jnp.float16, backend)
+        if prompt_end is not None:
+            cache = cache.replace(prompt_end=jnp.asarray([prompt_end]))
+        context = attention_context(CONFIG, jnp.arange(6)[None], cache, None, jnp.float16)
+        return np.asarray(attention(jnp.asarray(x), context, cache.keys[0], cache.values[0])[0][0], np.float32)
+
+    numbers = np.isfinite(output(x)).all(axis=-1).tolist()
+    assert np.isfinite(x).all()
+    if prompt_end == 6:
+        # In one product over all positions, infinity reaches those before it as well; the prompt fails either way.
+        assert numbers[3:] == [False, False, False]
+        return
+    assert numbers == [True, True, True, False, True, True]
+    harmless = x.copy()
+    harmless[:, 3] = 0
+    np.testing.assert_array_equal(output(x)[:3], output(harmless)[:3])

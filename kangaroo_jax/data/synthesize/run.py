@@ -18,6 +18,7 @@ from kangaroo_jax.engine.requests import Answer, Finished, Request
 from kangaroo_jax.errors import InputError
 
 _DUPLICATE = "duplicate"
+_FAILED = "logits not numbers"
 _TRIED = 64  # indices without any record after which the next are not tried
 _PER_RECORD = 4  # indices tried for each record that is wanted, at most
 
@@ -207,7 +208,7 @@ class _Run:
     def _take(self, answer: Answer) -> None:
         index, job = self.jobs.pop(answer.id)
         self.tally.tokens += len(answer.tokens)
-        self._go_on(index, job, job.take(answer))
+        self._go_on(index, job, job.take(answer) if answer.error is None else _FAILED)
 
     def _go_on(self, index: int, job: Job, outcome: Record | str | None) -> None:
         """With a job that has an outcome, or is to decode more."""
