@@ -298,11 +298,12 @@ def test_a_tree_that_is_accepted_always_is_found(monkeypatch):
 LOOKUPS = [
     # temperature, top_p, top_k, gamma, tokens, shortest and longest n-gram
     (1.0, 1.0, 0, 2, 3, 1, 2),
-    pytest.param(1.3, 0.9, 9, 3, 2, 1, 3, marks=pytest.mark.long),
-    pytest.param(1.0, 1.0, 0, 0, 2, 1, 2, marks=pytest.mark.long),  # without a draft model
+    (1.3, 0.9, 9, 3, 2, 1, 3),
+    (1.0, 1.0, 0, 0, 2, 1, 2),  # without a draft model
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("temperature", "top_p", "top_k", "gamma", "length", "min_ngram", "max_ngram"), LOOKUPS)
 def test_tokens_with_look_ups_are_distributed_as_the_target_s(
     temperature, top_p, top_k, gamma, length, min_ngram, max_ngram
@@ -318,6 +319,7 @@ def test_tokens_with_look_ups_are_distributed_as_the_target_s(
     assert 0.2 < (steps == gamma).mean() < 0.8
 
 
+@pytest.mark.long
 def test_looked_up_tokens_that_are_accepted_as_if_they_were_drawn_are_found(monkeypatch):
     def as_a_draft_model(tokens, vocabulary):
         return 0.5 * jax.nn.one_hot(tokens, vocabulary) + 0.5 / vocabulary

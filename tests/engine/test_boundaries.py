@@ -35,7 +35,7 @@ DRAFTS = {
     "tree of two levels": (DraftConfig(2, 2, 0.0, TreeConfig(4, 32)), 21),
     "tree of three levels": (DraftConfig(2, 3, 0.0, TreeConfig(3, 32)), 22),
     # x_n, what is looked up, and the place behind it where such a sequence idles while others take draft steps.
-    "look-up": (DraftConfig(2, 4, 0.0, lookup=LookupConfig(9, 1, 3)), 11),
+    "look-up": (DraftConfig(2, 4, 0.0, lookup=LookupConfig(20, 1, 3)), 22),
 }
 _RANDOM = np.random.default_rng(0)
 PROMPTS = [_RANDOM.integers(0, VOCABULARY, 41).tolist() for _ in range(4)]
@@ -52,8 +52,10 @@ def plain():
 
 
 def limits(reserve):
-    """Maximum new tokens, so that a round at the answer's end fills the caches exactly, and one fewer and more."""
-    return [CAPACITY - reserve - len(PROMPTS[0]) + extra for extra in (-1, 0, 1)]
+    """Maximum new tokens, so that a round at the answer's end fills the caches exactly, and one fewer and more; and as
+    many more as would go in if no kind of draft took more room than a sequence's."""
+    extras = sorted({-1, 0, 1, reserve - DRAFTS["sequence"][1]})
+    return [CAPACITY - reserve - len(PROMPTS[0]) + extra for extra in extras]
 
 
 @pytest.mark.parametrize("kind", ["sequence", *QUICK_AND_LONG[1:]])
