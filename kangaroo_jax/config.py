@@ -56,7 +56,7 @@ class LookupConfig:
     """
 
     max_tokens: int = 10
-    min_ngram: int = 2
+    min_ngram: int = 3
     max_ngram: int = 4
 
     def __post_init__(self) -> None:
@@ -98,13 +98,13 @@ class DraftConfig:
         check_count("max_draft_len", self.max_draft_len)
         if not is_number(self.threshold) or not 0.0 <= self.threshold <= 1.0:
             raise InputError(f"threshold must be between 0 and 1, found {self.threshold!r}")
+        if self.tree is not None and self.lookup is not None:
+            raise InputError("trees and look-ups exclude each other; leave one out (--notree, or --lookup_tokens=0)")
         if self.tree is not None and self.tree.budget < self.max_draft_len:
             raise InputError(
                 f"tree_budget must be at least max_draft_len ({self.max_draft_len}), or the deepest path cannot be "
                 f"verified; found {self.tree.budget}"
             )
-        if self.tree is not None and self.lookup is not None:
-            raise InputError("trees and look-ups exclude each other; leave one out (--notree, or --lookup_tokens=0)")
 
     def __str__(self) -> str:
         """How a report names it: gamma, eta, a tree's shape, and look-ups."""
