@@ -54,19 +54,11 @@ def draft_with_lookup(
     def draft_others(loop: tuple[Bool[Array, ""], Draft]) -> tuple[Bool[Array, ""], Draft]:
         before = state.replace(shallow=loop[1].shallow, draft=loop[1].carry)
         if draft_model is None:
-            return jnp.bool_(False), draft_nothing(target, before, sampling, exit_layer=exit_layer).replace(
-                length=count
-            )
-        return jnp.bool_(False), draft_sequence(
-            target,
-            draft_model,
-            before,
-            threshold,
-            sampling,
-            exit_layer=exit_layer,
-            max_draft_len=max_draft_len,
-            drafted_before=count,
-        )
+            drafted = draft_nothing(target, before, sampling, exit_layer=exit_layer).replace(length=count)
+        else:
+            static = {"exit_layer": exit_layer, "max_draft_len": max_draft_len}
+            drafted = draft_sequence(target, draft_model, before, threshold, sampling, **static, drafted_before=count)
+        return jnp.bool_(False), drafted
 
     batch, vocabulary = len(count), target.config.vocab_size
     nothing = Draft(

@@ -3,6 +3,7 @@
 Truth: a slow look-up in plain Python; plain decoding; the method's definition by complete forward passes.
 """
 
+import collections
 import dataclasses
 import functools
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from kangaroo_jax import DraftConfig, Engine, InputError, LookupConfig, TreeConfig, generate, generate_plain
 from kangaroo_jax.decode.lookup import History, look_up
+from kangaroo_jax.model.drafts.kangaroo import Adapter
 from tests.decode import test_lossless
 from tests.decode.models import VOCABULARY, tiny_adapter, tiny_target
 
@@ -139,6 +141,29 @@ def test_rounds_equal_the_definition_alone_and_in_a_batch(adapter_layers):
     ]
     assert {1, most + 1} < {accepted for accepted, _ in hits}
     assert any(accepted == most + 1 and drafted_next for accepted, drafted_next in hits)
+
+
+def test_a_round_takes_draft_steps_or_looks_up(monkeypatch):
+    """What ran, counted on the device: of one sequence, never both in one round."""
+    calls = collections.Counter()
+
+    def counted(name):
+        method = getattr(Adapter, name)
+
+        def call(*args):
+            jax.debug.callback(lambda: calls.update([name]))
+            return method(*args)
+
+        return call
+
+    for name in ("begin", "observe"):
+        monkeypatch.setattr(Adapter, name, counted(name))
+    draft = DraftConfig(2, 3, 0.1, lookup=LookupConfig(4, 2, 3))  # settings of no other test, whose programs are kept
+    out = generate(tiny_target(), tiny_adapter(2), [prompts()[0]], 60, draft)
+    jax.effects_barrier()
+    looked_up = sum(map(bool, out.lookup_lengths[0]))
+    assert calls == {"observe": looked_up, "begin": len(out.accept_lengths[0]) - looked_up}
+    assert looked_up > 3 and calls["begin"] > 3
 
 
 def test_trees_and_look_ups_exclude_each_other():
