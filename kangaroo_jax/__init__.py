@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kangaroo_jax.checkpoint.adapter import load_adapter
     from kangaroo_jax.checkpoint.target import load_target
-    from kangaroo_jax.config import DraftConfig, EngineConfig, SamplingConfig, TreeConfig
+    from kangaroo_jax.config import DraftConfig, EngineConfig, LookupConfig, SamplingConfig, TreeConfig
     from kangaroo_jax.engine.conversation import Conversation
     from kangaroo_jax.engine.engine import Engine
     from kangaroo_jax.engine.generate import Generation, generate, generate_many, generate_plain
@@ -29,6 +29,7 @@ _MODULES = {
     "Finished": "engine.requests",
     "Generation": "engine.generate",
     "InputError": "errors",
+    "LookupConfig": "config",
     "MachineError": "errors",
     "Request": "engine.requests",
     "SamplingConfig": "config",
@@ -50,6 +51,7 @@ __all__ = [
     "Finished",
     "Generation",
     "InputError",
+    "LookupConfig",
     "MachineError",
     "Request",
     "SamplingConfig",

@@ -1,7 +1,8 @@
 """Settings as frozen dataclasses, validated on construction.
 
-`DraftConfig` says how to draft (with `TreeConfig`, a tree), `SamplingConfig` how to choose tokens, `EngineConfig` how
-much to take on at a time, `TrainConfig` how to train an adapter.
+`DraftConfig` says how to draft (with `TreeConfig`, a tree; with `LookupConfig`, also from the text itself),
+`SamplingConfig` how to choose tokens, `EngineConfig` how much to take on at a time, `TrainConfig` how to train an
+adapter.
 """
 
 from __future__ import annotations
@@ -41,6 +42,34 @@ class TreeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LookupConfig:
+    """Drafts that are looked up in the sequence's own tokens: its last few tokens are searched for in what comes before
+    them, and what followed there is drafted (section "Drafts from the text itself" of docs/decode.md).
+
+    Attributes:
+      max_tokens: tokens that a look-up drafts; may be more than gamma, as each costs no draft step.
+      min_ngram: with fewer last tokens found again than this, nothing is looked up.
+      max_ngram: the most last tokens that are searched for; the place where the most of them are found is taken.
+
+    Raises:
+      InputError: for a value out of range.
+    """
+
+    max_tokens: int = 10
+    min_ngram: int = 3
+    max_ngram: int = 4
+
+    def __post_init__(self) -> None:
+        check_count("lookup_tokens", self.max_tokens)
+        check_count("lookup_min_ngram", self.min_ngram)
+        check_count("lookup_max_ngram", self.max_ngram)
+        if self.max_ngram < self.min_ngram:
+            raise InputError(
+                f"lookup_max_ngram must be at least lookup_min_ngram ({self.min_ngram}), found {self.max_ngram}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DraftConfig:
     """How a round drafts (paper, section 3.2).
 
@@ -50,15 +79,18 @@ class DraftConfig:
       threshold: eta; drafting stops after a token whose top-1 draft probability was below it, and in a tree at a depth
         where no path has this probability. 0 never stops early.
       tree: None drafts a single sequence.
+      lookup: a round drafts what is looked up where something is found, and else as the other settings say; None never
+        looks up.
 
     Raises:
-      InputError: for a value out of range.
+      InputError: for a value out of range, or a tree together with look-ups.
     """
 
     exit_layer: int | None = None
     max_draft_len: int = 6
     threshold: float = 0.6
     tree: TreeConfig | None = None
+    lookup: LookupConfig | None = None
 
     def __post_init__(self) -> None:
         if self.exit_layer is not None:
@@ -66,6 +98,8 @@ class DraftConfig:
         check_count("max_draft_len", self.max_draft_len)
         if not is_number(self.threshold) or not 0.0 <= self.threshold <= 1.0:
             raise InputError(f"threshold must be between 0 and 1, found {self.threshold!r}")
+        if self.tree is not None and self.lookup is not None:
+            raise InputError("trees and look-ups exclude each other; leave one out (--notree, or --lookup_tokens=0)")
         if self.tree is not None and self.tree.budget < self.max_draft_len:
             raise InputError(
                 f"tree_budget must be at least max_draft_len ({self.max_draft_len}), or the deepest path cannot be "
@@ -73,8 +107,11 @@ class DraftConfig:
             )
 
     def __str__(self) -> str:
-        """How a report names it: gamma, eta, and a tree's shape."""
+        """How a report names it: gamma, eta, a tree's shape, and look-ups."""
         shape = "" if self.tree is None else f", trees of K {self.tree.topk} and budget {self.tree.budget}"
+        lookup = self.lookup
+        if lookup is not None:
+            shape = f", look-ups of {lookup.max_tokens} tokens by {lookup.min_ngram} to {lookup.max_ngram}"
         return f"gamma {self.max_draft_len}, eta {self.threshold}{shape}"
 
 

@@ -248,6 +248,7 @@ def decoding(
     plan = Shapes(shape, accelerator=platform != "cpu").plan(prompt_tokens, max_new_tokens)
     backend = choose_backend(mesh if mesh.size > 1 or platform != "cpu" else None, machine.devices)
     static = {"exit_layer": draft.exit_layer, "backend": backend}
+    looks_up = draft.lookup is not None
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def placed(tree: PyTree, where: PyTree = None) -> PyTree:
@@ -259,13 +260,13 @@ def decoding(
 
     # Caches as large as the answer's end needs; the prompt is prefilled in a cache of its own beside them.
     capacity = capacity_class(max(plan.positions, plan.prompt_capacity))
-    empty = functools.partial(empty_slots, batch=1, max_eos=MAX_EOS, capacity=capacity, **static)
+    empty = functools.partial(empty_slots, batch=1, max_eos=MAX_EOS, capacity=capacity, looks_up=looks_up, **static)
     state = jax.eval_shape(empty, *weights)
     state = placed(state, batch_shardings(state, mesh) if mesh.size > 1 else None)
     kept = (jax.tree.map(lambda x: x.sharding, state), everywhere)
     prompts = None
     if plan.prompt_capacity > plan.width:
-        prompts = functools.partial(empty_prompts, rows=1, capacity=plan.prompt_capacity, **static)
+        prompts = functools.partial(empty_prompts, rows=1, capacity=plan.prompt_capacity, looks_up=looks_up, **static)
         prompts = jax.eval_shape(prompts, *weights)
         prompts = placed(prompts, batch_shardings(prompts, mesh) if mesh.size > 1 else None)
     admission = placed(Admission(array((1,)), array((1, MAX_EOS)), jax.eval_shape(lambda: Sampling.greedy(1))))

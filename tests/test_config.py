@@ -9,7 +9,7 @@ import re
 import pytest
 
 from kangaroo_jax.cli.draft_overrides import DraftOverrides
-from kangaroo_jax.config import DraftConfig, SamplingConfig, TreeConfig
+from kangaroo_jax.config import DraftConfig, LookupConfig, SamplingConfig, TreeConfig
 from kangaroo_jax.errors import InputError
 
 NAN = float("nan")
@@ -72,9 +72,51 @@ def test_what_is_given_goes_before_what_is_written(given, over_single, over_tree
             assert DraftOverrides(**given).over(written) == expected
 
 
+LOOKUP = DraftConfig(2, 6, 0.3, lookup=LookupConfig(8, 3, 5))
+NO_LOOK_UPS = "--lookup_min_ngram and --lookup_max_ngram change nothing without --lookup_tokens; give it"
+
+
+@pytest.mark.parametrize(
+    ("given", "over_single", "over_lookup"),
+    [
+        ({}, None, (8, 3, 5)),
+        ({"lookup_tokens": 0}, None, None),
+        ({"lookup_tokens": 12}, (12, 3, 4), (12, 3, 5)),
+        ({"lookup_tokens": 12, "lookup_min_ngram": 1, "lookup_max_ngram": 9}, (12, 1, 9), (12, 1, 9)),
+        ({"lookup_min_ngram": 5}, NO_LOOK_UPS, (8, 5, 5)),
+        ({"lookup_tokens": 4, "lookup_min_ngram": 5}, "lookup_max_ngram must be at least lookup_min_ngram", (4, 5, 5)),
+        ({"lookup_max_ngram": 2}, NO_LOOK_UPS, "lookup_max_ngram must be at least lookup_min_ngram (3), found 2"),
+        ({"tree": True, "lookup_tokens": 0}, None, None),
+    ],
+)
+def test_look_ups_that_are_given_go_before_what_is_written(given, over_single, over_lookup) -> None:
+    for written, expected in ((SINGLE, over_single), (LOOKUP, over_lookup)):
+        if isinstance(expected, str):
+            with pytest.raises(InputError, match=re.escape(expected)):
+                DraftOverrides(**given).over(written)
+        else:
+            draft = DraftOverrides(**given).over(written)
+            assert draft.lookup == (expected and LookupConfig(*expected))
+            assert (draft.max_draft_len, draft.tree is not None) == (6, bool(given.get("tree")))
+
+
+def test_a_tree_and_look_ups_are_refused_wherever_they_come_from() -> None:
+    message = "trees and look-ups exclude each other; leave one out (--notree, or --lookup_tokens=0)"
+    for given, written in (({"tree": True}, LOOKUP), ({"lookup_tokens": 5}, TREE)):
+        with pytest.raises(InputError, match=re.escape(message)):
+            DraftOverrides(**given).over(written)
+    with pytest.raises(InputError, match=re.escape(message)):
+        DraftOverrides(tree=True, tree_budget=4, lookup_tokens=5)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"lookup_tokens": -1}, "lookup_tokens must be a positive integer, found -1"),
+        ({"lookup_min_ngram": 0}, "lookup_min_ngram must be a positive integer, found 0"),
+        ({"lookup_max_ngram": 0}, "lookup_max_ngram must be a positive integer, found 0"),
+        ({"lookup_min_ngram": 4, "lookup_max_ngram": 3}, "lookup_max_ngram must be at least lookup_min_ngram (4)"),
+        ({"lookup_tokens": 0, "lookup_min_ngram": 4}, "change nothing with --lookup_tokens=0; leave them out"),
         ({"tree": False, "tree_topk": 3}, "change nothing with --notree"),
         ({"tree_topk": 0}, "tree_topk must be a positive integer, found 0"),
         ({"tree": True, "tree_budget": -1}, "tree_budget must be a positive integer, found -1"),
@@ -90,6 +132,7 @@ def test_what_cannot_be_given_is_named_before_anything_is_read(given, message) -
 def test_how_settings_are_named_in_reports() -> None:
     assert str(SINGLE) == "gamma 6, eta 0.3"
     assert str(TREE) == "gamma 6, eta 0.1, trees of K 3 and budget 12"
+    assert str(LOOKUP) == "gamma 6, eta 0.3, look-ups of 8 tokens by 3 to 5"
 
 
 def test_sampling_defaults_are_greedy() -> None:

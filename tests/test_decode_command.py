@@ -36,7 +36,16 @@ def test_compare_prints_text_table_and_json():
         assert row in out
     result = json.loads(out.splitlines()[-1])
     assert set(result) == {
-        *("new_tokens", "seconds", "tokens_per_second", "mean_accept_length", "rounds", "draft_steps", "text"),
+        *(
+            "new_tokens",
+            "seconds",
+            "tokens_per_second",
+            "mean_accept_length",
+            "rounds",
+            "lookup_rounds",
+            "draft_steps",
+            "text",
+        ),
         *("plain_tokens_per_second", "speedup", "identical"),
     }
     assert result["identical"] is True
@@ -87,6 +96,21 @@ def test_plain_decoding_gives_the_same_text_without_drafts(given):
 
 
 @pytest.mark.long
+def test_look_ups_are_shown_and_counted():
+    prompt = "--prompt=class Stack:\n    def push(self, item):\n        self.items.append(item)\n"
+    done = decode("--lookup_tokens=8", "--show_drafts", "--json", "--compare", "--max_new_tokens=64", prompt)
+    assert done.returncode == 0, done.stderr.decode()
+    *shown, last = done.stdout.decode().splitlines()
+    result = json.loads(last)
+    assert result["identical"] is True
+    assert 0 < result["lookup_rounds"] < result["rounds"]
+    assert result["draft_steps"] > 0
+    assert any(line.startswith("lookup rounds") for line in shown)
+    assert "{=looked up and accepted=}" in "".join(shown)
+    assert "".join(shown).count("{=") > 1
+
+
+@pytest.mark.long
 def test_profile_holds_the_named_scopes(tmp_path):
     done = decode(f"--profile={tmp_path}", "--max_new_tokens=8", "--max_draft_len=1", "--prompt=class Stack:\n")
     assert done.returncode == 0, done.stderr.decode()
@@ -126,6 +150,9 @@ MISTAKES = [
     (["--plain", "--compare"], "--compare and --plain do not go together"),
     (["--plain", "--adapter=x"], "--adapter and --plain do not go together"),
     (["--plain", "--threshold=0"], "--threshold and --plain do not go together"),
+    (["--plain", "--lookup_tokens=5"], "--lookup_tokens and --plain do not go together"),
+    (["--tree", "--lookup_tokens=5"], "trees and look-ups exclude each other; leave one out"),
+    (["--lookup_tokens=2000"], "lookup_tokens must be less than the target's context (1024), found 2000"),
     (["--plain", "--notree"], "--tree and --plain do not go together"),
     (["--chat", "--prompt=x"], "--prompt and --chat do not go together"),
     (["--chat", "--raw"], "--raw and --chat do not go together"),

@@ -251,7 +251,7 @@ def tree_verification(context: Context, tree: TreeConfig, levels: int) -> Part[t
             hidden=drafted.hidden + 1e-9 * state.draft.last,
             tree=drafted.tree.replace(parents=drafted.tree.parents + zero),
             shallow=state.shallow,
-            carry=state.draft.cache,
+            carry=state.draft,
         )
         verdict, hidden, deep = verify(
             model,

@@ -52,7 +52,7 @@ class QuestionDetails:
       prompt_tokens: tokens of each turn's prompt, by method.
       max_new_tokens: the limit of each turn's answer: the one asked for, or less where the context ends.
       cut: for each turn, whether an answer was ended by the end of the context, not by EOS or the limit asked for.
-      draft_lengths: tokens drafted by each of Kangaroo's rounds, for all turns in one list.
+      draft_lengths: draft steps of each of Kangaroo's rounds, for all turns in one list; 0 where one looked up.
       seconds: of each timed run of each turn, by method.
       compile_seconds: of all runs together; in no other time.
     """

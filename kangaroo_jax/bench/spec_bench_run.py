@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kangaroo_jax import DraftConfig, TreeConfig
+from kangaroo_jax import DraftConfig, LookupConfig, TreeConfig
 from kangaroo_jax.bench import spec_bench_answers, spec_bench_summary
 from kangaroo_jax.bench.spec_bench_answers import QuestionResult
 from kangaroo_jax.bench.spec_bench_ask import ask_question
@@ -65,6 +65,8 @@ class SpecBenchRun:
         """Spec-Bench's model_id by method."""
         name, draft = f"{self.model_name}-{self.dtype}", self.draft
         tree = "" if draft.tree is None else f"-tree{draft.tree.topk}x{draft.tree.budget}"
+        if draft.lookup is not None:
+            tree = f"-lookup{draft.lookup.max_tokens}n{draft.lookup.min_ngram}-{draft.lookup.max_ngram}"
         return {
             "kangaroo": f"{name}-kangaroo-gamma{draft.max_draft_len}-eta{draft.threshold}{tree}-exit{draft.exit_layer}",
             "plain": f"{name}-plain",
@@ -105,7 +107,8 @@ def write_report(folder: pathlib.Path, target: Target, settings: dict[str, Any])
 
 def _describe(settings: dict[str, Any]) -> str:
     tree = settings["tree"] and TreeConfig(**settings["tree"])
-    draft = DraftConfig(None, settings["max_draft_len"], settings["threshold"], tree)
+    lookup = (found := settings.get("lookup")) and LookupConfig(**found)  # not in folders from before look-ups
+    draft = DraftConfig(None, settings["max_draft_len"], settings["threshold"], tree, lookup)
     return (
         f"Spec-Bench, {settings['model']}, {settings['dtype']} on {settings['device']}, {draft}, exit layer "
         f"{settings['exit_layer']}, at most {settings['max_new_tokens']} new tokens, greedy, medians of "

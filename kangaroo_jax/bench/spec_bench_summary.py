@@ -121,7 +121,7 @@ def acceptance_by_position(results: Sequence[QuestionResult]) -> list[DraftPosit
     """For each position in a draft, how often it was accepted, given that it was verified.
 
     The last round of every turn is left out: the end of the answer may have cut it, and then its accept length does not
-    say how many drafts the target agreed with.
+    say how many drafts the target agreed with. So are rounds that looked up.
     """
     verified: Counter[int] = Counter()
     accepted: Counter[int] = Counter()
@@ -135,7 +135,8 @@ def acceptance_by_position(results: Sequence[QuestionResult]) -> list[DraftPosit
                 answer.accept_lengths[all_but_last], result.details.draft_lengths[all_but_last], strict=True
             ):
                 verified.update(range(1, drafted + 1))
-                accepted.update(range(1, length))  # the round's last token is no draft
+                if drafted:
+                    accepted.update(range(1, length))  # the round's last token is no draft
             start += rounds
     return [DraftPosition(k, verified[k], accepted[k]) for k in sorted(verified)]
 

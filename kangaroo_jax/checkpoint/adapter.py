@@ -22,7 +22,7 @@ from jaxtyping import Array, PyTree
 from kangaroo_jax.checkpoint import fingerprint
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.checkpoint.upstream import is_upstream, load_upstream
-from kangaroo_jax.config import DraftConfig, TreeConfig
+from kangaroo_jax.config import DraftConfig, LookupConfig, TreeConfig
 from kangaroo_jax.errors import InputError, one_line
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.config import ModelConfig
@@ -33,6 +33,7 @@ from kangaroo_jax.model.naming import parameter_paths
 TOKEN_IDS = "draft_vocabulary.token_ids"
 # Beside an adapter: how to draft with it, and a draft vocabulary in place of the one it was trained with.
 DRAFT_SETTINGS = "decode.json"
+_LOOKUP_SETTINGS = ("lookup_tokens", "lookup_min_ngram", "lookup_max_ngram")
 DRAFT_VOCABULARY = "draft_vocabulary.npy"
 # The held-out figure by which one step of a run is better than another.
 BEST_BY = "expected_acceptance"
@@ -200,22 +201,26 @@ def read_draft_settings(folder: pathlib.Path) -> DraftConfig:
 
     Raises:
       InputError: for a file that is not an object of `max_draft_len` and `threshold` and, for a tree, `tree_topk` and
-        `tree_budget`, or values out of range.
+        `tree_budget` or, for look-ups, `lookup_tokens`, `lookup_min_ngram` and `lookup_max_ngram`, or values out of
+        range.
     """
     path = folder / DRAFT_SETTINGS
     if not path.exists():
         return DraftConfig()
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        tree = None
+        tree = lookup = None
         if settings.keys() & {"tree_topk", "tree_budget"}:
             tree = TreeConfig(settings.pop("tree_topk"), settings.pop("tree_budget"))
-        return DraftConfig(None, settings.pop("max_draft_len"), settings.pop("threshold"), tree, **settings)
+        if settings.keys() & set(_LOOKUP_SETTINGS):
+            lookup = LookupConfig(*map(settings.pop, _LOOKUP_SETTINGS))
+        return DraftConfig(None, settings.pop("max_draft_len"), settings.pop("threshold"), tree, lookup, **settings)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise InputError(
-            f"{path}: expected an object with max_draft_len and threshold and, for trees, tree_topk and tree_budget; "
+            f"{path}: expected an object with max_draft_len and threshold and, for trees, tree_topk and tree_budget "
+            f"or, for look-ups, {', '.join(_LOOKUP_SETTINGS[:2])} and {_LOOKUP_SETTINGS[2]}; "
             "write it again with `python -m kangaroo_jax.bench tune`, or remove it"
         ) from None
 
@@ -269,6 +274,8 @@ def write_draft_settings(folder: str | pathlib.Path, draft: DraftConfig) -> path
     settings = {"max_draft_len": draft.max_draft_len, "threshold": draft.threshold}
     if draft.tree is not None:
         settings |= {"tree_topk": draft.tree.topk, "tree_budget": draft.tree.budget}
+    if draft.lookup is not None:
+        settings |= dict(zip(_LOOKUP_SETTINGS, dataclasses.astuple(draft.lookup), strict=True))
     scratch = path.with_suffix(".tmp")
     try:
         scratch.write_text(json.dumps(settings) + "\n", encoding="utf-8")

@@ -13,11 +13,21 @@ from kangaroo_jax.engine.requests import Answer, Finished, Request, TextDelta
 if TYPE_CHECKING:
     from kangaroo_jax.engine.engine import Engine
 
-_COLOURS = {Kind.ACCEPTED: "\033[32m", Kind.REJECTED: "\033[9;31m", Kind.TARGET: "\033[1m"}
+_COLOURS = {
+    Kind.ACCEPTED: "\033[32m",
+    Kind.LOOKED_UP: "\033[36m",
+    Kind.REJECTED: "\033[9;31m",
+    Kind.TARGET: "\033[1m",
+}
 _END_OF_COLOUR = "\033[0m"
 _ON_ONE_LINE = str.maketrans({"\n": "\\n", "\r": "\\r"})
 # As `git diff --word-diff` marks words.
-_MARKERS = {Kind.ACCEPTED: ("{+", "+}"), Kind.REJECTED: ("[-", "-]"), Kind.TARGET: ("", "")}
+_MARKERS = {
+    Kind.ACCEPTED: ("{+", "+}"),
+    Kind.LOOKED_UP: ("{=", "=}"),
+    Kind.REJECTED: ("[-", "-]"),
+    Kind.TARGET: ("", ""),
+}
 
 
 def stream(engine: Engine, request: Request, on_delta: Callable[[TextDelta], None]) -> Answer:
@@ -107,10 +117,11 @@ class DraftPrinter(TextPrinter):
         return closing
 
 
-def legend() -> str:
-    """What the colours or markers say, in one line."""
+def legend(looks_up: bool = False) -> str:
+    """What the colours or markers say, in one line; `looks_up`: whether there may be looked-up drafts."""
     names = {
         Kind.ACCEPTED: "drafted and accepted",
+        **({Kind.LOOKED_UP: "looked up and accepted"} if looks_up else {}),
         Kind.REJECTED: "drafted and rejected",
         Kind.TARGET: "added by the target",
     }

@@ -109,7 +109,7 @@ def _answer(engine: Engine, conversation: Conversation, request: Request, printe
 
 def _summary(answer: Answer) -> str:
     count = len(answer.tokens)
-    drafted = any(answer.draft_lengths)
+    drafted = any(answer.draft_lengths) or any(answer.lookup_lengths)
     accept = f"accept length {statistics.fmean(answer.accept_lengths):.2f}, " if drafted else ""
     ended = "; ended at the limit" if answer.finish_reason == "length" else ""
     return f"{count} tokens, {accept}{count / answer.seconds:.1f} tokens/s{ended}"

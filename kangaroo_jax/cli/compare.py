@@ -13,7 +13,11 @@ _RUNS = 3
 
 
 def summary(
-    new_tokens: int, accept_lengths: Sequence[int], draft_lengths: Sequence[int], seconds: float
+    new_tokens: int,
+    accept_lengths: Sequence[int],
+    draft_lengths: Sequence[int],
+    lookup_lengths: Sequence[int],
+    seconds: float,
 ) -> dict[str, Any]:
     """What the table and --json show of one way of decoding: an answer's tokens, and its rounds'."""
     return {
@@ -22,17 +26,21 @@ def summary(
         "tokens_per_second": round(new_tokens / seconds, 2),
         "mean_accept_length": round(statistics.fmean(accept_lengths), 3) if accept_lengths else 1.0,
         "rounds": len(accept_lengths),
+        "lookup_rounds": sum(map(bool, lookup_lengths)),
         "draft_steps": sum(draft_lengths),
     }
 
 
 def _summary(result: Generation, seconds: float) -> dict[str, Any]:
-    return summary(len(result.tokens[0]), result.accept_lengths[0], result.draft_lengths[0], seconds)
+    lengths = (result.accept_lengths[0], result.draft_lengths[0], result.lookup_lengths[0])
+    return summary(len(result.tokens[0]), *lengths, seconds)
 
 
 def print_table(columns: dict[str, dict[str, Any]]) -> None:
     """Prints a column for each way of decoding."""
     rows = list(next(iter(columns.values())))
+    if not any(column["lookup_rounds"] for column in columns.values()):
+        rows.remove("lookup_rounds")
     print(f"{'':20}" + "".join(f"{name:>12}" for name in columns))
     for row in rows:
         print(f"{row.replace('_', ' '):20}" + "".join(f"{column[row]:>12}" for column in columns.values()))

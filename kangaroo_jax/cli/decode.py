@@ -28,7 +28,7 @@ from kangaroo_jax.cli import command_line, drafts_page, preflight_flag, process_
 from kangaroo_jax.cli.compare import compare, print_table, summary
 from kangaroo_jax.cli.draft_overrides import DraftOverrides
 from kangaroo_jax.cli.prompt import read_messages, read_prompt
-from kangaroo_jax.config import DraftConfig, SamplingConfig, TreeConfig
+from kangaroo_jax.config import DraftConfig, LookupConfig, SamplingConfig, TreeConfig
 from kangaroo_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -94,6 +94,24 @@ _TREE_BUDGET = flags.DEFINE_integer(
     "Maximum number of a tree's tokens that are verified. Default: the adapter's decode.json, else "
     f"{TreeConfig().budget}.",
 )
+_LOOKUP_TOKENS = flags.DEFINE_integer(
+    "lookup_tokens",
+    None,
+    "Tokens drafted from the text itself where its last tokens stand in it before; 0 looks nothing up. Default: the "
+    "adapter's decode.json, else 0.",
+)
+_LOOKUP_MIN_NGRAM = flags.DEFINE_integer(
+    "lookup_min_ngram",
+    None,
+    "With fewer last tokens found, nothing is looked up. Default: the adapter's decode.json, else "
+    f"{LookupConfig().min_ngram}.",
+)
+_LOOKUP_MAX_NGRAM = flags.DEFINE_integer(
+    "lookup_max_ngram",
+    None,
+    f"Most last tokens that are searched for. Default: the adapter's decode.json, else {LookupConfig().max_ngram}.",
+)
+_LOOKUP = (_LOOKUP_TOKENS, _LOOKUP_MIN_NGRAM, _LOOKUP_MAX_NGRAM)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Sample at this temperature; 0 is greedy.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the most probable tokens that have this probability together.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many most probable tokens; 0 is all.")
@@ -156,7 +174,7 @@ def _check_flags() -> None:
             "--output, --batch_size and --data_parallel belong to --input, which is missing; give a file of prompts"
         )
     if _PLAIN.value:
-        drafting = (_ADAPTER, _EXIT_LAYER, _MAX_DRAFT_LEN, _THRESHOLD, _TREE, _TREE_TOPK, _TREE_BUDGET)
+        drafting = (_ADAPTER, _EXIT_LAYER, _MAX_DRAFT_LEN, _THRESHOLD, _TREE, _TREE_TOPK, _TREE_BUDGET, *_LOOKUP)
         for flag in (*drafting, _COMPARE, _SHOW_DRAFTS, _HTML, preflight_flag.PREFLIGHT):
             if flag.present:
                 raise InputError(f"--{flag.name} and --plain do not go together; give one")
@@ -174,7 +192,13 @@ def _exclude(flag: flags.FlagHolder, *others: flags.FlagHolder) -> None:
 def _settings() -> tuple[DraftOverrides, SamplingConfig]:
     """What the flags say about drafting and sampling; flags out of range are named before anything is loaded."""
     draft = DraftOverrides(
-        _EXIT_LAYER.value, _MAX_DRAFT_LEN.value, _THRESHOLD.value, _TREE.value, _TREE_TOPK.value, _TREE_BUDGET.value
+        _EXIT_LAYER.value,
+        _MAX_DRAFT_LEN.value,
+        _THRESHOLD.value,
+        _TREE.value,
+        _TREE_TOPK.value,
+        _TREE_BUDGET.value,
+        *(flag.value for flag in _LOOKUP),
     )
     sampling = SamplingConfig(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value, _SEED.value)
     if sampling.temperature == 0 and (sampling.top_p, sampling.top_k) != (1.0, 0):
@@ -289,7 +313,9 @@ def _answer_prompt(command: str, given: DraftOverrides, sampling: SamplingConfig
 
     drafts = _SHOW_DRAFTS.value or _HTML.value is not None
     printer = DraftPrinter(target.tokenizer, ids) if _SHOW_DRAFTS.value else TextPrinter()
-    beginning = _beginning(target, prompt, templated) + (f"{legend()}\n\n" if _SHOW_DRAFTS.value else "")
+    beginning = _beginning(target, prompt, templated)
+    if _SHOW_DRAFTS.value:
+        beginning += f"{legend(looks_up=draft.lookup is not None)}\n\n"
     shown_prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     before = iter([beginning + shown_prompt + ("\n\n" if templated else "")])
 
@@ -316,7 +342,8 @@ def _answer_prompt(command: str, given: DraftOverrides, sampling: SamplingConfig
         result, compiling_plain = compare(kangaroo, plain, greedy, str(target.model.dtype))
         compiling += compiling_plain
     else:
-        result = summary(len(answer.tokens), answer.accept_lengths, answer.draft_lengths, answer.seconds)
+        lengths = (answer.accept_lengths, answer.draft_lengths, answer.lookup_lengths)
+        result = summary(len(answer.tokens), *lengths, answer.seconds)
         print_table({"plain" if adapter is None else "Kangaroo": result})
     print(f"compilation, not counted above: {compiling:.1f} s (kept on disk for the next run)")
     if _HTML.value is not None:
@@ -352,7 +379,7 @@ def _chat(given: DraftOverrides, sampling: SamplingConfig) -> None:
 
     print(f"each turn is given by the model's chat template; {COMMANDS}")
     if _SHOW_DRAFTS.value:
-        print(legend())
+        print(legend(looks_up=draft.lookup is not None))
     print()
     chat(engine, conversation, request, printer)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kangaroo_jax.engine.draft_spans import Span
     from kangaroo_jax.engine.requests import Answer, Round
 
-_CLASSES = {"accepted": "a", "rejected": "x", "target": "t"}
+_CLASSES = {"accepted": "a", "looked up": "a l", "rejected": "x", "target": "t"}
 _VISIBLE = str.maketrans({"\n": "↵", "\r": "␍", "\t": "⇥", " ": "·"})
 
 
@@ -65,6 +65,7 @@ def render(tokenizer: Any, ids: Sequence[int], prompt: str, answer: Answer, name
             f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in _figures(answer)
         ),
         prompt=html.escape(prompt),
+        looked_up=' <span class="a l">looked up and accepted</span>' if any(answer.lookup_lengths) else "",
         answer="".join(_span(tokenizer, span) for span in spans),
         bars="".join(_bar(i, each) for i, each in enumerate(answer.rounds)),
         data=data.replace("<", "\\u003c"),  # nothing in it ends the script element
@@ -81,6 +82,7 @@ def _figures(answer: Answer) -> list[tuple[str, str]]:
         ("mean accept length", f"{mean:.2f}"),
         ("drafted tokens", str(drafted)),
         ("of them accepted", f"{accepted} ({accepted / drafted:.0%})" if drafted else "0"),
+        *([("rounds that looked up", str(looked_up))] if (looked_up := sum(map(bool, answer.lookup_lengths))) else []),
         ("tokens per second", f"{len(answer.tokens) / answer.seconds:.1f}"),
     ]
 
@@ -100,7 +102,8 @@ def _bar(number: int, each: Round) -> str:
     from kangaroo_jax.engine.draft_spans import rejected_path
 
     added = len(each.tokens) - each.accepted
-    heights = {"x": len(rejected_path(each.drafted)) if added else 0, "t": added, "a": each.accepted}
+    accepted = "a l" if each.looked_up else "a"
+    heights = {"x": len(rejected_path(each.drafted)) if added else 0, "t": added, accepted: each.accepted}
     parts = "".join(f'<i class="{kind}" style="--n:{n}"></i>' for kind, n in heights.items() if n)
     return f'<button data-r="{number}" aria-label="round {number + 1}">{parts}</button>'
 
@@ -118,7 +121,8 @@ def _round(tokenizer: Any, each: Round) -> dict[str, Any]:
         said = "accepted" if i < each.accepted else not_accepted
         rows.append([_token_text(tokenizer, token.id), f"{token.confidence:.2f}", said])
     rows += [[_token_text(tokenizer, token), "", "the target's"] for token in each.tokens[each.accepted :]]
-    title = f"drafted {len(each.drafted)}, accepted {each.accepted}, committed {len(each.tokens)}"
+    how = "looked up" if each.looked_up else "drafted"
+    title = f"{how} {len(each.drafted)}, accepted {each.accepted}, committed {len(each.tokens)}"
     return {"title": title, "rows": rows, "others": len(each.drafted) - len(accepted) - len(rejected)}
 
 

@@ -23,6 +23,7 @@ def draft_sequence(
     *,
     exit_layer: int,
     max_draft_len: int,
+    drafted_before: Int[Array, " batch"] | None = None,
 ) -> Draft:
     """Drafts 1 to `max_draft_len` tokens per sequence (paper, section 3.2), greedily or sampled.
 
@@ -40,9 +41,12 @@ def draft_sequence(
       sampling: the state's; None where every sequence is greedy.
       exit_layer: l, static.
       max_draft_len: gamma, static.
+      drafted_before: how many tokens a sequence's draft has already, which the caches hold: if any, nothing is drafted
+        for it here. It idles, and writes behind them. None: no sequence has any.
 
     Returns:
-      The draft, with caches that include every drafted position.
+      The draft, with caches that include every drafted position. Of a sequence that had a draft before, only its length
+      has a meaning.
     """
     batch = len(state.token)
     start = state.shallow.length  # n, the position of x_n
@@ -89,14 +93,19 @@ def draft_sequence(
         return add_token(k, active, drafted, carry, logits[:, 0])
 
     with jax.named_scope("draft"):
-        active = ~state.finished
+        active, length = ~state.finished, jnp.zeros((batch,), jnp.int32)
+        if drafted_before is not None:
+            active, length = active & (drafted_before == 0), drafted_before
         hidden, shallow = shallow_step(state.token, state.shallow, active)
+        if drafted_before is not None:
+            behind = jnp.where(drafted_before > 0, start + 1 + drafted_before, shallow.length)
+            shallow = shallow.replace(length=behind)
         carry, logits = draft_model.begin(target, state.draft, state.token, hidden, start)
         width = hidden.shape[-1]
         drafted = Draft(
             tokens=jnp.zeros((batch, max_draft_len), jnp.int32),
             confidence=jnp.zeros((batch, max_draft_len)),
-            length=jnp.zeros((batch,), jnp.int32),
+            length=length,
             hidden=jnp.zeros((batch, max_draft_len + 1, width), hidden.dtype).at[:, :1].set(hidden),
             shallow=shallow,
             carry=carry,
@@ -105,3 +114,18 @@ def draft_sequence(
         loop = add_token(jnp.int32(0), active, drafted, carry, logits)
         _, _, drafted = jax.lax.while_loop(lambda loop: (loop[0] < max_draft_len) & jnp.any(loop[1]), one_more, loop)
     return drafted
+
+
+def draft_nothing(target: TargetModel, state: DecodeState, sampling: Sampling | None, *, exit_layer: int) -> Draft:
+    """Plain decoding's draft: x_n through the shallow layers. Arguments as for `draft_sequence`."""
+    start, batch = state.shallow.length, len(state.token)
+    hidden, shallow = shallow_apply(target, state.token[:, None], start[:, None], state.shallow, exit_layer=exit_layer)
+    return Draft(
+        tokens=jnp.zeros((batch, 0), jnp.int32),
+        confidence=jnp.zeros((batch, 0)),
+        length=jnp.zeros((batch,), jnp.int32),
+        hidden=hidden,
+        shallow=shallow,
+        carry=None,
+        probs=None if sampling is None else jnp.zeros((batch, 0, target.config.vocab_size)),
+    )

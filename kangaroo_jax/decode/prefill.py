@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from kangaroo_jax.decode.lookup import History
 from kangaroo_jax.decode.pick import NO_TOKEN, pick_token
 from kangaroo_jax.decode.sampling import TARGET, Sampling
 from kangaroo_jax.decode.state import DecodeState
@@ -18,6 +19,7 @@ from kangaroo_jax.model.drafts.draft_model import DraftModel
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 
 Tree = TypeVar("Tree")
+Rows = TypeVar("Rows", Array, KVCache, History)  # what a state has of each sequence
 
 
 @flax.struct.dataclass
@@ -27,6 +29,7 @@ class Prompts:
     shallow: KVCache
     deep: KVCache
     draft: PyTree | None  # the draft model's state
+    history: History | None = None  # their tokens; None where nothing is looked up
 
 
 @flax.struct.dataclass
@@ -46,14 +49,16 @@ def empty_prompts(
     exit_layer: int,
     capacity: int,
     backend: AttentionBackend,
+    looks_up: bool = False,
 ) -> Prompts:
-    """Caches of `rows` prompts with room for `capacity` positions each."""
+    """Caches of `rows` prompts with room for `capacity` positions each; also of their tokens, where rounds look up."""
     config, dtype = target.config, target.compute_dtype
     shallow, deep = (
         KVCache.empty(config, layers, rows, capacity, dtype, backend)
         for layers in (exit_layer, config.num_hidden_layers - exit_layer)
     )
-    return Prompts(shallow, deep, None if draft_model is None else draft_model.init(rows, capacity, dtype, backend))
+    draft = None if draft_model is None else draft_model.init(rows, capacity, dtype, backend)
+    return Prompts(shallow, deep, draft, History.empty(rows, capacity) if looks_up else None)
 
 
 def empty_slots(
@@ -65,9 +70,11 @@ def empty_slots(
     exit_layer: int,
     capacity: int,
     backend: AttentionBackend,
+    looks_up: bool = False,
 ) -> DecodeState:
     """A state whose sequences all idle. `max_eos` is room for each one's EOS ids."""
-    caches = empty_prompts(target, draft_model, batch, exit_layer=exit_layer, capacity=capacity, backend=backend)
+    static = {"exit_layer": exit_layer, "capacity": capacity, "backend": backend, "looks_up": looks_up}
+    caches = empty_prompts(target, draft_model, batch, **static)
 
     def zeros() -> Int[Array, " batch"]:
         return jnp.zeros((batch,), jnp.int32)
@@ -83,6 +90,7 @@ def empty_slots(
         eos_token_ids=jnp.full((batch, max_eos), -1, jnp.int32),
         finished=jnp.ones((batch,), bool),
         sampling=Sampling.greedy(batch),
+        history=caches.history,
     )
 
 
@@ -120,9 +128,10 @@ def prefill_piece(
         draft = prompts.draft
         if draft_model is not None:
             draft = draft_model.after_prefill(draft, tokens, hidden, normed, start, lengths)
+        history = None if prompts.history is None else prompts.history.written(tokens, start)
         last = jnp.take_along_axis(normed, (lengths - 1)[:, None, None], axis=1)[:, 0]
         shallow, deep = (cache.replace(length=end, prompt_end=None) for cache in (shallow, deep))
-        return Prompts(shallow, deep, draft), last
+        return Prompts(shallow, deep, draft, history), last
 
 
 def first_tokens(
@@ -155,6 +164,7 @@ def first_tokens(
         eos_token_ids=jnp.asarray(admission.eos_token_ids),
         finished=ended | (admission.max_output <= 1),
         sampling=jax.tree.map(jnp.asarray, admission.sampling),
+        history=prompts.history,
     )
 
 
@@ -169,11 +179,13 @@ def prefill(
     capacity: int,
     backend: AttentionBackend,
     sampled: bool,
+    looks_up: bool = False,
 ) -> DecodeState:
     """A batch of its own: prompts, each one piece (arguments as for `prefill_piece` and `first_tokens`), in caches with
     room for `capacity` positions."""
     rows = len(tokens)
-    prompts = empty_prompts(target, draft_model, rows, exit_layer=exit_layer, capacity=capacity, backend=backend)
+    static = {"exit_layer": exit_layer, "capacity": capacity, "backend": backend, "looks_up": looks_up}
+    prompts = empty_prompts(target, draft_model, rows, **static)
     start = jnp.zeros((rows,), jnp.int32)
     prompts, last = prefill_piece(target, draft_model, prompts, tokens, start, lengths, exit_layer=exit_layer)
     return first_tokens(target, prompts, last, admission, sampled=sampled)
@@ -215,34 +227,35 @@ def prefill_and_admit(
     """
     rows, time = tokens.shape
     if prompts is None:
-        prompts = empty_prompts(target, draft_model, rows, exit_layer=exit_layer, capacity=time, backend=backend)
+        static = {"exit_layer": exit_layer, "capacity": time, "backend": backend}
+        prompts = empty_prompts(target, draft_model, rows, **static, looks_up=state.history is not None)
     prompts, last = prefill_piece(target, draft_model, prompts, tokens, start, lengths, exit_layer=exit_layer)
     with jax.named_scope("admit"):
         new = first_tokens(target, prompts, last, admission, sampled=sampled)
-        state = jax.tree.map(lambda old, new: _put(old, new, slots), state, new, is_leaf=_is_cache)
+        state = jax.tree.map(lambda old, new: _put(old, new, slots), state, new, is_leaf=_has_positions)
         return state, new.token
 
 
 def take_prompt(state: DecodeState, slot: Int[Array, ""]) -> Prompts:
     """What a slot of a running batch holds, as the beginning of a prompt."""
 
-    def take(x: Array | KVCache) -> Array | KVCache:
-        return x.row(slot) if isinstance(x, KVCache) else jax.lax.dynamic_slice_in_dim(x, slot, 1)
+    def take(x: Rows) -> Rows:
+        return x.row(slot) if _has_positions(x) else jax.lax.dynamic_slice_in_dim(x, slot, 1)
 
-    held = Prompts(state.shallow, state.deep, state.draft)
-    return jax.tree.map(take, held, is_leaf=_is_cache)
+    held = Prompts(state.shallow, state.deep, state.draft, state.history)
+    return jax.tree.map(take, held, is_leaf=_has_positions)
 
 
 def resize(state: Tree, capacity: int) -> Tree:
     """The same sequences in caches with room for `capacity` positions."""
-    return jax.tree.map(lambda x: x.resized(capacity) if _is_cache(x) else x, state, is_leaf=_is_cache)
+    return jax.tree.map(lambda x: x.resized(capacity) if _has_positions(x) else x, state, is_leaf=_has_positions)
 
 
-def _is_cache(x: object) -> bool:
-    return isinstance(x, KVCache)
+def _has_positions(x: object) -> bool:
+    return isinstance(x, KVCache | History)
 
 
-def _put(old: Array | KVCache, new: Array | KVCache, slots: Int[Array, " rows"]) -> Array | KVCache:
-    if isinstance(old, KVCache):
+def _put(old: Rows, new: Rows, slots: Int[Array, " rows"]) -> Rows:
+    if _has_positions(old):
         return old.with_rows(slots, new)
     return old.at[slots].set(new.astype(old.dtype), mode="drop")

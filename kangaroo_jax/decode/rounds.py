@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kangaroo_jax.config import DraftConfig, TreeConfig
-from kangaroo_jax.decode.draft import draft_sequence
-from kangaroo_jax.decode.sampling import Sampling
-from kangaroo_jax.decode.state import Chunk, DecodeState, Draft
+from kangaroo_jax.config import DraftConfig, LookupConfig, TreeConfig
+from kangaroo_jax.decode.draft import draft_nothing, draft_sequence
+from kangaroo_jax.decode.draft_lookup import draft_with_lookup
+from kangaroo_jax.decode.state import Chunk, DecodeState
 from kangaroo_jax.decode.tree import draft_tree
 from kangaroo_jax.decode.verify import commit, verify
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.draft_model import DraftModel
-from kangaroo_jax.model.target import TargetModel, shallow_apply
+from kangaroo_jax.model.target import TargetModel
 
 # Where plain decoding splits the layers; the result does not depend on it.
 _PLAIN_EXIT_LAYER = 1
@@ -34,19 +34,22 @@ class RoundShape:
 
     Attributes:
       exit_layer: l.
-      max_draft_len: gamma; 0 is plain decoding, which drafts nothing.
+      max_draft_len: gamma; 0 without a draft model.
       tree: None drafts a single sequence.
       widths: how many tokens a verification pass may hold (see `verify`).
+      lookup: what is looked up before anything else is drafted; None: nothing.
     """
 
     exit_layer: int
     max_draft_len: int
     tree: TreeConfig | None
     widths: tuple[int, ...]
+    lookup: LookupConfig | None = None
 
     @classmethod
-    def plain(cls) -> RoundShape:
-        return cls(_PLAIN_EXIT_LAYER, 0, None, (1,))
+    def plain(cls, lookup: LookupConfig | None = None, platform: str = "cpu") -> RoundShape:
+        """Without a draft model: plain decoding, but for what is looked up."""
+        return cls(_PLAIN_EXIT_LAYER, 0, None, _widths([1], lookup, platform), lookup)
 
     @classmethod
     def kangaroo(cls, exit_layer: int, draft: DraftConfig, num_tokens: int, platform: str) -> RoundShape:
@@ -54,38 +57,38 @@ class RoundShape:
 
         Args:
           exit_layer: l.
-          draft: gamma and trees.
+          draft: gamma, trees and look-ups.
           num_tokens: how many tokens can be drafted.
           platform: of the devices, for example "cpu".
 
         Raises:
           InputError: for a tree with more children per node than there are tokens to draft.
         """
-        gamma, tree = draft.max_draft_len, draft.tree
+        gamma, tree, lookup = draft.max_draft_len, draft.tree, draft.lookup
         if tree is not None and tree.topk > num_tokens:
             raise InputError(
                 f"tree_topk must be at most the {num_tokens} tokens that can be drafted, found {tree.topk}"
             )
         if tree is None:
-            full, fewer = gamma + 1, (2, 3, 5, 7, 9, 13)
+            widths = [*(width for width in (2, 3, 5, 7, 9, 13) if width <= gamma), gamma + 1]
         else:
             # What a tree of each depth holds.
-            *fewer, full = sorted({1 + tree.drafted(levels) for levels in range(1, gamma + 1)})
-        # Beside reading the weights, positions are free on accelerators; on CPU they are not.
-        fewer = [width for width in fewer if width < full] if platform == "cpu" else []
-        return cls(exit_layer, gamma, tree, (*_spread(fewer, _MAX_WIDTHS - 1), full))
+            widths = sorted({1 + tree.drafted(levels) for levels in range(1, gamma + 1)})
+        return cls(exit_layer, gamma, tree, _widths(widths, lookup, platform), lookup)
 
     @property
     def max_commit(self) -> int:
         """The most tokens that a round commits per sequence."""
-        return self.max_draft_len + 1
+        return 1 + max(self.max_draft_len, 0 if self.lookup is None else self.lookup.max_tokens)
 
     @property
     def positions(self) -> int:
         """The most positions from x_n on that a round fills in the caches."""
         # While a tree grows, each level but the last has its frontier in the caches; then all that is verified.
         growing = 0 if self.tree is None else 1 + self.tree.topk * (self.max_draft_len - 1)
-        return max(growing, self.widths[-1])
+        # While others take draft steps, a sequence whose draft was looked up idles, and writes one position behind it.
+        idling = 2 + self.lookup.max_tokens if self.lookup is not None and self.max_draft_len else 0
+        return max(growing, idling, self.widths[-1])
 
 
 def run_rounds(
@@ -118,7 +121,8 @@ def run_rounds(
     """
     state = state.replace(finished=state.finished | ~running)
     most_drafted = shape.widths[-1] - 1 if record else None
-    chunk = Chunk.empty(state.finished, max_chunk_tokens(tokens, shape), tokens, most_drafted)
+    room, looks_up = max_chunk_tokens(tokens, shape), shape.lookup is not None
+    chunk = Chunk.empty(state.finished, room, tokens, most_drafted, looks_up=looks_up)
 
     def goes_on(loop: tuple[DecodeState, Chunk]) -> Bool[Array, ""]:
         state, chunk = loop
@@ -151,8 +155,10 @@ def one_round(
     """One draft, one verification, one commit. Arguments as for `run_rounds`; `chunk` has room for the round."""
     sampling = state.sampling if sampled else None
     static = {"exit_layer": shape.exit_layer, "max_draft_len": shape.max_draft_len}
-    if draft_model is None:
-        drafted = _nothing_drafted(target, state, sampling, shape.exit_layer)
+    if shape.lookup is not None:
+        drafted = draft_with_lookup(target, draft_model, state, threshold, sampling, **static, lookup=shape.lookup)
+    elif draft_model is None:
+        drafted = draft_nothing(target, state, sampling, exit_layer=shape.exit_layer)
     elif shape.tree is None:
         drafted = draft_sequence(target, draft_model, state, threshold, sampling, **static)
     else:
@@ -163,19 +169,13 @@ def one_round(
     return commit(state, chunk, draft_model, drafted, verdict, hidden, deep)
 
 
-def _nothing_drafted(target: TargetModel, state: DecodeState, sampling: Sampling | None, exit_layer: int) -> Draft:
-    """Plain decoding's draft: x_n through the shallow layers."""
-    start, batch = state.shallow.length, len(state.token)
-    hidden, shallow = shallow_apply(target, state.token[:, None], start[:, None], state.shallow, exit_layer=exit_layer)
-    return Draft(
-        tokens=jnp.zeros((batch, 0), jnp.int32),
-        confidence=jnp.zeros((batch, 0)),
-        length=jnp.zeros((batch,), jnp.int32),
-        hidden=hidden,
-        shallow=shallow,
-        carry=None,
-        probs=None if sampling is None else jnp.zeros((batch, 0, target.config.vocab_size)),
-    )
+def _widths(widths: list[int], lookup: LookupConfig | None, platform: str) -> tuple[int, ...]:
+    """The widths that are compiled, for a draft model's drafts that need `widths`, ascending, and for look-ups."""
+    if lookup is not None and lookup.max_tokens >= widths[-1]:  # else the narrowest that holds them is taken
+        widths = [*widths, lookup.max_tokens + 1]
+    # Beside reading the weights, positions are free on accelerators; on CPU they are not.
+    fewer = widths[:-1] if platform == "cpu" else []
+    return (*_spread(fewer, _MAX_WIDTHS - 1), widths[-1])
 
 
 def _spread(widths: Sequence[int], count: int) -> list[int]:

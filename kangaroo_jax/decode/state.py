@@ -6,6 +6,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from kangaroo_jax.decode.lookup import History
 from kangaroo_jax.decode.sampling import Sampling
 from kangaroo_jax.model.cache import KVCache
 
@@ -24,6 +25,7 @@ class DecodeState:
     eos_token_ids: Int[Array, "batch eos"]  # tokens that end a sequence, padded with -1
     finished: Bool[Array, " batch"]  # such a sequence idles
     sampling: Sampling
+    history: History | None = None  # tokens at positions 0 .. n - 1; None where nothing is looked up
 
 
 @flax.struct.dataclass
@@ -52,21 +54,31 @@ class Chunk:
     tokens: Int[Array, "batch room"]  # beyond num_tokens, leftovers of rejected drafts
     num_tokens: Int[Array, " batch"]
     accept_lengths: Int[Array, "batch rounds"]  # tokens that each round committed; unused beyond num_rounds
-    draft_lengths: Int[Array, "batch rounds"]  # tokens that each round drafted (levels of a tree)
+    draft_lengths: Int[Array, "batch rounds"]  # draft steps that each round took: tokens, or levels of a tree
     num_rounds: Int[Array, " batch"]
     finished: Bool[Array, " batch"]
     failed: Bool[Array, " batch"]  # ended in this run as the target's logits were not numbers
     drafts: DraftRecord | None = None  # None: not recorded
+    # Tokens that each round looked up: 0 where it took draft steps. None: nothing is looked up.
+    lookup_lengths: Int[Array, "batch rounds"] | None = None
 
     @classmethod
-    def empty(cls, finished: Bool[Array, " batch"], room: int, rounds: int, drafts: int | None = None) -> Chunk:
+    def empty(
+        cls,
+        finished: Bool[Array, " batch"],
+        room: int,
+        rounds: int,
+        drafts: int | None = None,
+        *,
+        looks_up: bool = False,
+    ) -> Chunk:
         """Nothing committed. `drafts`: the most tokens that a round drafts, where they are to be recorded."""
         batch = len(finished)
         zero = jnp.zeros((batch,), jnp.int32)
         lengths = jnp.zeros((batch, rounds), jnp.int32)
         record = None if drafts is None else DraftRecord.empty(batch, rounds, drafts)
-        failed = jnp.zeros((batch,), bool)
-        return cls(jnp.zeros((batch, room), jnp.int32), zero, lengths, lengths, zero, finished, failed, record)
+        tokens, failed = jnp.zeros((batch, room), jnp.int32), jnp.zeros((batch,), bool)
+        return cls(tokens, zero, lengths, lengths, zero, finished, failed, record, lengths if looks_up else None)
 
 
 @flax.struct.dataclass
@@ -99,18 +111,22 @@ class Draft:
     """What a round drafted, with the shallow hidden states that verification starts from."""
 
     tokens: Int[Array, "batch drafts"]  # beyond `length`, unused
-    confidence: Float[Array, "batch drafts"]  # top-1 draft probability at each; in a tree, the probability of its path
+    # Top-1 draft probability at each; in a tree, the probability of its path; 1 where it was looked up.
+    confidence: Float[Array, "batch drafts"]
     length: Int[Array, " batch"]  # drafted tokens
     hidden: Float[Array, "batch drafts+1 hidden"]  # after the shallow layers, of x_n and the drafted tokens
     shallow: KVCache
-    carry: PyTree | None  # the draft model's, after its last step; None in plain decoding
-    # The distributions that the tokens were drawn from; None where they were not drawn: in greedy decoding, and in
-    # trees. For a vocabulary of 128,000 and gamma 6 they take 3 MB per sequence, written and read once a round: little
-    # beside a draft step's weights.
+    carry: PyTree | None  # the draft model's state, with what it has seen of the draft; None without a draft model
+    # The distributions that the tokens were drawn from, 1 at the token where it was looked up; None where they were not
+    # drawn: in greedy decoding, and in trees. For a vocabulary of 128,000 and gamma 6 they take 3 MB per sequence,
+    # written and read once a round: little beside a draft step's weights.
     probs: Float[Array, "batch drafts vocab"] | None
     tree: DraftTree | None = None  # None: each token follows the one before
+    looked_up: Bool[Array, " batch"] | None = None  # None: nothing is looked up
 
     @property
     def steps(self) -> Int[Array, " batch"]:
         """Draft steps taken, each of which drafted one more token in a row."""
-        return self.length if self.tree is None else self.tree.levels
+        if self.tree is not None:
+            return self.tree.levels
+        return self.length if self.looked_up is None else jnp.where(self.looked_up, 0, self.length)

@@ -124,6 +124,14 @@ def commit(
         if draft_model is not None:
             committed = Committed(start, count, path, draft.hidden, deep_hidden, step_positions, num_step_positions)
             after = draft_model.after_verify(state.draft, draft.carry, committed)
+        history = state.history
+        if history is not None:
+            # x_n and what follows it, but for the last token committed. What lies beyond is overwritten later.
+            history = history.written(jnp.concatenate([state.token[:, None], target_tokens[:, :-1]], axis=1), start)
+        lookup_lengths = chunk.lookup_lengths
+        if lookup_lengths is not None:
+            found = jnp.where(draft.looked_up, draft.length, 0)
+            lookup_lengths = _write_rows(lookup_lengths, found[:, None], chunk.num_rounds)
         state = state.replace(
             token=token,
             shallow=shallow.replace(length=start + count),
@@ -131,6 +139,7 @@ def commit(
             draft=after,
             num_output=num_output,
             finished=finished,
+            history=history,
         )
         ran = count > 0
         chunk = Chunk(
@@ -142,6 +151,7 @@ def commit(
             finished=finished,
             failed=chunk.failed | failed,
             drafts=None if chunk.drafts is None else _record(chunk.drafts, chunk.num_rounds, draft, verdict),
+            lookup_lengths=lookup_lengths,
         )
         return state, chunk
 

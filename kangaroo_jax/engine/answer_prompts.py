@@ -105,13 +105,13 @@ def answer_prompts(
 
     Args:
       target: from `load_target`, with a tokenizer.
-      adapter: from `load_adapter`; None decodes plainly.
+      adapter: from `load_adapter`; None decodes plainly, but for what `draft.lookup` finds.
       prompts: with ids of their own.
       output: the file of answer_file.
       source: the prompts' file, for messages.
       batch_size: as in `generate_many`, per process; the answers do not depend on it.
       max_new_tokens: of prompts that do not say.
-      draft: exit layer, gamma, eta.
+      draft: exit layer, gamma, eta, trees and look-ups.
       sampling: with one seed, for prompts that do not say.
       stop: strings that end an answer.
       as_user_turns: whether prompts that are text are a user's turn of the target's chat template.
@@ -208,6 +208,7 @@ def _settings(
         "dtype": target.model.arithmetic,
         "max_new_tokens": max_new_tokens,
         **({"adapter": None} if adapter is None else _drafting(target, adapter, draft)),
+        "lookup": None if draft.lookup is None else dataclasses.asdict(draft.lookup),
         **dataclasses.asdict(sampling),
         "stop": list(stop),
     }

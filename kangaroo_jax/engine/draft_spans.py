@@ -14,6 +14,7 @@ from kangaroo_jax.engine.text import TextStream
 
 class Kind(enum.StrEnum):
     ACCEPTED = "accepted"  # drafted, and the target's choice too
+    LOOKED_UP = "looked up"  # the same, but looked up in the sequence's own tokens
     REJECTED = "rejected"  # drafted, looked at, and not in the answer
     TARGET = "target"  # added by the target
 
@@ -82,7 +83,7 @@ class DraftSpans:
     def _add_round(self, round: Round) -> None:
         accepted, number = round.accepted, self._rounds
         self._rounds += 1
-        self._add(Kind.ACCEPTED, round.tokens[:accepted], number)
+        self._add(Kind.LOOKED_UP if round.looked_up else Kind.ACCEPTED, round.tokens[:accepted], number)
         added = round.tokens[accepted:]
         # Without a token of the target, the answer ended before it came to what was rejected.
         if added and (path := rejected_path(round.drafted)):

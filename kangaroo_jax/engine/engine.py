@@ -65,6 +65,7 @@ class _Run:
     tokens: list[int] = dataclasses.field(default_factory=list)
     accept_lengths: list[int] = dataclasses.field(default_factory=list)
     draft_lengths: list[int] = dataclasses.field(default_factory=list)
+    lookup_lengths: list[int] = dataclasses.field(default_factory=list)
     rounds: list[Round] = dataclasses.field(default_factory=list)  # where drafts are wanted
     chunks_ahead: int = 0  # launched and not read yet
     ended: bool = False
@@ -117,13 +118,15 @@ class Engine:
 
     Args:
       target: from `load_target`.
-      adapter: from `load_adapter`; None decodes plainly, one token per pass.
+      adapter: from `load_adapter`; None decodes plainly, one token per pass, but for what `draft.lookup` finds.
       config: slots and limits.
-      draft: exit layer, gamma, eta and trees; `adapter.draft` is what tuning found for the adapter.
+      draft: exit layer, gamma, eta, trees and look-ups; `adapter.draft` is what tuning found for the adapter. Without
+        an adapter, look-ups alone.
 
     Raises:
       InputError: for an exit layer that is out of range or not the adapter's, an adapter of another target, a tree
-        wider than the vocabulary, or a batch that the mesh's data axis does not divide.
+        wider than the vocabulary, look-ups longer than the context, or a batch that the mesh's data axis does not
+        divide.
     """
 
     def __init__(
@@ -438,7 +441,7 @@ class Engine:
             for run, token in zip(launched.runs, tokens.tolist(), strict=False):  # more are padding
                 run.first = now
                 failed = token == NO_TOKEN
-                events += self._advance(run, [] if failed else [token], [], [], [], failed)
+                events += self._advance(run, [] if failed else [token], [], [], [], [], failed)
             return events
         chunk = jax.device_get(launched.chunk)
         for i, run in enumerate(launched.runs):
@@ -451,6 +454,7 @@ class Engine:
                 chunk.tokens[i, : chunk.num_tokens[i]].tolist(),
                 chunk.accept_lengths[i, :num_rounds].tolist(),
                 chunk.draft_lengths[i, :num_rounds].tolist(),
+                [0] * num_rounds if chunk.lookup_lengths is None else chunk.lookup_lengths[i, :num_rounds].tolist(),
                 _rounds(chunk, i) if run.drafts else [],
                 bool(chunk.failed[i]),
             )
@@ -462,6 +466,7 @@ class Engine:
         tokens: list[int],
         accept_lengths: list[int],
         draft_lengths: list[int],
+        lookup_lengths: list[int],
         rounds: list[Round],
         failed: bool,
     ) -> list[Event]:
@@ -471,6 +476,7 @@ class Engine:
         run.tokens += tokens
         run.accept_lengths += accept_lengths
         run.draft_lengths += draft_lengths
+        run.lookup_lengths += lookup_lengths
         reason = None
         if failed:
             reason = "error"
@@ -520,6 +526,7 @@ class Engine:
             reused_tokens=run.reused,
             rounds=run.rounds if run.drafts else None,
             error=_not_numbers(self.target, len(run.tokens) + 1) if reason == "error" else None,
+            lookup_lengths=run.lookup_lengths[: len(lengths)],
         )
         return Finished(run.id, answer)
 
@@ -564,6 +571,7 @@ class Engine:
             "exit_layer": self.shapes.round.exit_layer,
             "capacity": capacity,
             "backend": self._backend,
+            "looks_up": self.shapes.round.lookup is not None,
         }
         where = None
         if self.target.mesh is not None:
@@ -572,8 +580,9 @@ class Engine:
         return self._program("empty", (capacity,), empty_slots, (), where, *self._weights, **static)(*self._weights)
 
     def _empty_prompts(self, capacity: int) -> Prompts:
-        exit_layer = self.shapes.round.exit_layer
-        return empty_prompts(*self._weights, 1, exit_layer=exit_layer, capacity=capacity, backend=self._backend)
+        shape = self.shapes.round
+        static = {"exit_layer": shape.exit_layer, "backend": self._backend, "looks_up": shape.lookup is not None}
+        return empty_prompts(*self._weights, 1, capacity=capacity, **static)
 
     def _kept(self) -> PyTree:
         """Where a program's results go: the state stays where it is, so that a program takes its own result."""
@@ -588,8 +597,12 @@ def round_shape(target: Target, adapter: TrainedAdapter | None, draft: DraftConf
     Raises:
       InputError: as `Engine`.
     """
+    context, lookup = target.config.context, draft.lookup
+    for name, length in () if lookup is None else (("tokens", lookup.max_tokens), ("max_ngram", lookup.max_ngram)):
+        if length >= context:
+            raise InputError(f"lookup_{name} must be less than the target's context ({context}), found {length}")
     if adapter is None:
-        return RoundShape.plain()
+        return RoundShape.plain(lookup, platform)
     num_tokens = adapter.model.num_tokens(target.config.vocab_size)
     return RoundShape.kangaroo(resolve_exit_layer(target, adapter, draft), draft, num_tokens, platform)
 
@@ -646,7 +659,11 @@ def _rounds(chunk: Chunk, row: int) -> list[Round]:
             for name in ("tokens", "parents", "confidence", "accepted")
         )
         rounds.append(
-            Round(chunk.tokens[row, start:end].tolist(), [DraftedToken(*each) for each in zip(*drafted, strict=True)])
+            Round(
+                chunk.tokens[row, start:end].tolist(),
+                [DraftedToken(*each) for each in zip(*drafted, strict=True)],
+                looked_up=chunk.lookup_lengths is not None and bool(chunk.lookup_lengths[row, i]),
+            )
         )
         start = end
     return rounds

@@ -35,7 +35,8 @@ class Generation:
       texts: their text without special tokens, cut before a stop string; None without a tokenizer.
       accept_lengths: tokens committed by each round; with the first token, which prefill gives, they add up to the
         new tokens.
-      draft_lengths: tokens drafted by each round.
+      draft_lengths: draft steps of each round: tokens that it drafted, or levels of its tree. 0 where it looked up.
+      lookup_lengths: tokens that each round looked up in the sequence's own; 0 where it found none.
       seconds: wall-clock.
     """
 
@@ -43,6 +44,7 @@ class Generation:
     texts: list[str] | None
     accept_lengths: list[list[int]]
     draft_lengths: list[list[int]]
+    lookup_lengths: list[list[int]]
     seconds: Seconds
 
     @property
@@ -54,7 +56,7 @@ class Generation:
 
 def generate(
     target: Target,
-    adapter: TrainedAdapter,
+    adapter: TrainedAdapter | None,
     prompts: Sequence[Prompt],
     max_new_tokens: int = 128,
     draft: DraftConfig = DraftConfig(),  # noqa: B008 - frozen
@@ -71,10 +73,10 @@ def generate(
 
     Args:
       target: from `load_target`.
-      adapter: from `load_adapter`.
+      adapter: from `load_adapter`; None: nothing is drafted but what `draft.lookup` finds.
       prompts: each a string, a list of token ids, or a list of messages; decoded together.
       max_new_tokens: most tokens per answer.
-      draft: exit layer, gamma, eta and trees; `adapter.draft` is what tuning found for the adapter.
+      draft: exit layer, gamma, eta, trees and look-ups; `adapter.draft` is what tuning found for the adapter.
       sampling: temperature, top-p, top-k, and a seed for all or one per prompt; greedy by default.
       eos_token_ids: tokens that end a sequence, kept in its tokens; None means the target's own.
       max_length: most tokens of prompt and answer together; None means the target's context.
@@ -125,12 +127,12 @@ def generate_many(
 
     Args:
       target: from `load_target`.
-      adapter: from `load_adapter`; None decodes plainly, one token per pass.
+      adapter: from `load_adapter`; None decodes plainly, one token per pass, but for what `draft.lookup` finds.
       requests: prompts (as for `generate`), or `Request`s, begun in this order. An answer's `id` is its
         request's place here.
       batch_size: sequences on the device at a time.
       max_new_tokens: most tokens per answer, where a request does not say.
-      draft: exit layer, gamma, eta and trees.
+      draft: exit layer, gamma, eta, trees and look-ups.
       sampling: where a request does not say; a seed for all, or one per request.
       eos_token_ids: where a request does not say; None means the target's own.
       max_length: most tokens of prompt and answer together; None means the target's context.
@@ -207,6 +209,7 @@ def _generate(
         texts=None if target.tokenizer is None else [answer.text for answer in answers],
         accept_lengths=[answer.accept_lengths for answer in answers],
         draft_lengths=[answer.draft_lengths for answer in answers],
+        lookup_lengths=[answer.lookup_lengths for answer in answers],
         seconds=Seconds(prefill, seconds - prefill, engine.compile_seconds),
     )
 

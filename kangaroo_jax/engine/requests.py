@@ -44,7 +44,8 @@ class DraftedToken:
     Attributes:
       id: token id.
       parent: place, in the round's drafted tokens, of the one that it follows; -1 for the last committed token.
-      confidence: the draft model's largest probability there; in a tree, the probability of the path to the token.
+      confidence: the draft model's largest probability there; in a tree, the probability of the path to the token; 1
+        where it was looked up.
       accepted: whether it is the target's choice too. Past the answer's end, it may be without being in the answer.
     """
 
@@ -61,10 +62,12 @@ class Round:
     Attributes:
       tokens: what it committed, as far as that belongs to the answer.
       drafted: each after the one that it follows.
+      looked_up: whether these were looked up in the sequence's own tokens.
     """
 
     tokens: list[int]
     drafted: list[DraftedToken]
+    looked_up: bool = False
 
     @property
     def accepted(self) -> int:
@@ -83,13 +86,14 @@ class Answer:
         are decoded together. None without a tokenizer.
       accept_lengths: tokens committed by each round; with the first token, which prefill gives, they add up to the new
         tokens.
-      draft_lengths: tokens drafted by each round.
+      draft_lengths: draft steps of each round: tokens that it drafted, or levels of its tree. 0 where it looked up.
       finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens, or the context), or "error".
       prefill_seconds: wall-clock from the start of its prefill to its first token, compilation not counted.
       seconds: wall-clock from the start of its prefill to its end, its neighbours' prefills included, compilation not.
       reused_tokens: of the prompt, that a slot held already.
       rounds: what each round committed and drafted; None where the request did not ask for drafts.
       error: why the answer ends before its end, in one line; None where it does not.
+      lookup_lengths: tokens that each round looked up in the sequence's own; 0 where it found none.
     """
 
     id: int
@@ -103,6 +107,7 @@ class Answer:
     reused_tokens: int = 0
     rounds: list[Round] | None = None
     error: str | None = None
+    lookup_lengths: Sequence[int] = ()
 
     def checked(self, name: str = "") -> Answer:
         """The answer itself, if it came to its end.

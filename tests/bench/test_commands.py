@@ -5,6 +5,9 @@ import re
 
 import pytest
 
+from kangaroo_jax import DraftConfig, LookupConfig
+from kangaroo_jax.checkpoint.adapter import write_draft_settings
+
 MISTAKES = [
     ([], "bench: error: expected a command, found ''"),
     (["rooflin"], "bench: error: expected a command, found 'rooflin'"),
@@ -192,6 +195,21 @@ def test_tune_writes_the_fastest_setting(commands, flags, saved, prompts, fakes)
     gamma, eta = fastest[-7:-5]
     assert written["max_draft_len"] == int(gamma)
     assert written["threshold"] == pytest.approx(float(eta))
+
+
+@pytest.mark.parametrize("topk", ["", pytest.param("2", marks=pytest.mark.long)])
+def test_tune_leaves_look_ups_as_they_are_unless_a_tree_is_faster(commands, flags, saved, prompts, topk):
+    path = write_draft_settings(saved[1], DraftConfig(lookup=LookupConfig(7, 1, 3)))
+    shapes = [f"--tree_topk={topk}", "--tree_budget=8", "--confirm=1"]
+    code, out, err = commands.run("tune", *flags, prompts, *SHORT, *shapes, "fake:times", "fake:decoding")
+    assert code == 0, err
+    written = json.loads(path.read_text())
+    path.unlink()
+    assert ("tree_topk" in written) == bool(topk)
+    assert [written.get(f"lookup_{name}") for name in ("tokens", "min_ngram", "max_ngram")] == (
+        [None] * 3 if topk else [7, 1, 3]
+    )
+    assert ("the settings of look-ups are removed" in out) == bool(topk)
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -139,6 +140,14 @@ def test_accept_lengths_and_draft_positions(by_hand):
     # Rounds that are not a turn's last, as (accept length, draft length): (3, 4), (1, 1), (4, 3), (1, 2).
     positions = [(row.position, row.verified, row.accepted) for row in summary.acceptance_by_position(by_hand)]
     assert positions == [(1, 4, 2), (2, 3, 2), (3, 2, 1), (4, 1, 0)]
+    # Rounds that looked up say nothing about the draft model.
+    looked_up = [
+        dataclasses.replace(
+            result, details=dataclasses.replace(result.details, draft_lengths=[0] * len(result.details.draft_lengths))
+        )
+        for result in by_hand
+    ]
+    assert summary.acceptance_by_position(looked_up) == []
 
 
 def test_table_has_no_figure_where_there_is_none(by_hand):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from kangaroo_jax import DraftConfig, InputError, TreeConfig, load_adapter
+from kangaroo_jax import DraftConfig, InputError, LookupConfig, TreeConfig, load_adapter
 from kangaroo_jax.bench import parts, tuning
 from kangaroo_jax.bench.acceptance import NOT_IN_TREE, Chains, Trees
 from kangaroo_jax.bench.tuning import Costs, Effort, Recording, best_of, measure_costs, predict, settings_of_trees
@@ -116,6 +116,9 @@ def test_written_settings_are_those_an_adapter_is_loaded_with(tmp_path):
     tree = DraftConfig(None, 5, 0.1, TreeConfig(3, 12))
     write_draft_settings(folder, tree)
     assert load_adapter(folder, small_target()).draft == tree
+    lookup = DraftConfig(None, 5, 0.1, lookup=LookupConfig(7, 1, 3))
+    write_draft_settings(folder, lookup)
+    assert load_adapter(folder, small_target()).draft == lookup
     write_draft_settings(folder, DraftConfig(None, 9, 0.25))
     assert load_adapter(folder, small_target()).draft == DraftConfig(None, 9, 0.25)
 
@@ -136,6 +139,11 @@ def test_written_settings_are_those_an_adapter_is_loaded_with(tmp_path):
         json.dumps({"max_draft_len": 6, "threshold": 0.5, "tree_topk": 3, "tree_budget": None}),
         json.dumps({"max_draft_len": 6, "threshold": 0.5, "tree_topk": 3, "tree_budget": 5}),
         json.dumps({"max_draft_len": 6, "threshold": 0.5, "tree": {"topk": 3, "budget": 12}}),
+        json.dumps({"max_draft_len": 6, "threshold": 0.5, "lookup_tokens": 3}),
+        json.dumps({"max_draft_len": 6, "threshold": 0.5, "lookup": None}),
+        json.dumps(
+            {"max_draft_len": 6, "threshold": 0.5, "lookup_tokens": 3, "lookup_min_ngram": 3, "lookup_max_ngram": 2}
+        ),
     ],
 )
 def test_wrong_settings_are_one_line_that_names_the_file(tmp_path, content):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from kangaroo_jax.config import TreeConfig
+from kangaroo_jax.config import LookupConfig, TreeConfig
 from kangaroo_jax.decode.prefill import Admission, empty_slots, prefill_and_admit
 from kangaroo_jax.decode.rounds import RoundShape, run_rounds
 from kangaroo_jax.decode.sampling import Sampling
@@ -23,7 +23,13 @@ EOS = np.full(4, -1, np.int32)
 def compiled_text(shape, adapter, donate, batch=1):
     model = tiny_target().model
     empty = functools.partial(
-        empty_slots, batch=batch, max_eos=4, exit_layer=shape.exit_layer, capacity=CAPACITY, backend=CpuBackend()
+        empty_slots,
+        batch=batch,
+        max_eos=4,
+        exit_layer=shape.exit_layer,
+        capacity=CAPACITY,
+        backend=CpuBackend(),
+        looks_up=shape.lookup is not None,
     )
     state = jax.eval_shape(empty, model, adapter)
     rounds = functools.partial(run_rounds, shape=shape, sampled=False, tokens=32)
@@ -51,6 +57,15 @@ def cache_copies(text, batch=1):
 def test_kangaroo_rounds_do_not_copy_the_cache(widths, batch, tree):
     shape = RoundShape(2, 6, tree, widths)
     assert cache_copies(compiled_text(shape, tiny_adapter(2).model, donate=True, batch=batch), batch) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rounds_that_look_up_do_not_copy_the_cache(batch):
+    lookup = LookupConfig(8)
+    shape = RoundShape(2, 6, None, (4, 7, 9), lookup)
+    assert cache_copies(compiled_text(shape, tiny_adapter(2).model, donate=True, batch=batch), batch) == []
+    assert cache_copies(compiled_text(RoundShape.plain(lookup), None, donate=True, batch=batch), batch) == []
 
 
 def test_plain_steps_do_not_copy_the_cache():

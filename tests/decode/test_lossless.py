@@ -69,8 +69,9 @@ def full_forward(exit_layer, length):
     return forward
 
 
-def reference(target, adapter, prompt, max_new_tokens, draft, length=128, drafts=None):
-    """The method as the paper states it, by whole forward passes. What each round drafted is appended to `drafts`."""
+def reference(target, adapter, prompt, max_new_tokens, draft, length=128, drafts=None, find=lambda tokens: []):
+    """The method as the paper states it, by whole forward passes. What each round drafted is appended to `drafts`.
+    What `find` finds is drafted in place of the adapter's tokens."""
 
     def logits(tokens):
         padded = np.zeros((1, length), np.int32)
@@ -81,10 +82,10 @@ def reference(target, adapter, prompt, max_new_tokens, draft, length=128, drafts
     tokens = [*prompt, int(logits(prompt)[0][len(prompt) - 1].argmax())]
     accept_lengths, draft_lengths, agreed = [], [], []
     while len(tokens) - len(prompt) < max_new_tokens:
-        drafted = []
-        while len(drafted) < draft.max_draft_len:
+        drafted = found = find(tokens)
+        while not found and len(drafted) < draft.max_draft_len:
             row = logits(tokens + drafted)[1][len(tokens) + len(drafted) - 1]
-            drafted.append(int(row.argmax()))
+            drafted = [*drafted, int(row.argmax())]
             if 1 / np.exp(row - row.max()).sum() < draft.threshold:
                 break
         if drafts is not None:

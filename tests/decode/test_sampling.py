@@ -20,10 +20,10 @@ import pytest
 import scipy.stats
 from flax import nnx
 
-from kangaroo_jax import DraftConfig, InputError, SamplingConfig, TreeConfig, generate, generate_plain
+from kangaroo_jax import DraftConfig, InputError, LookupConfig, SamplingConfig, TreeConfig, generate, generate_plain
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
-from kangaroo_jax.decode import pick, sampling
+from kangaroo_jax.decode import draft_lookup, pick, sampling
 from kangaroo_jax.decode.prefill import Admission, prefill
 from kangaroo_jax.decode.rounds import RoundShape, run_rounds
 from kangaroo_jax.model.attention.dense import DenseBackend
@@ -47,6 +47,9 @@ CONFIG = ModelConfig(
     max_position_embeddings=64,
 )
 PROMPTS = ([3, 14, 1], [7, 7], [0, 5, 10, 15], [9])
+# For look-ups: every token has been there, so that the first rounds look up; tokens that are in the text already; and
+# few, so that the other rows draft.
+REPETITIVE = ([*range(0, 16, 3), *range(1, 16, 3), *range(2, 16, 3)], [7, 1, 12, 5, 2, 7, 9, 14, 10], [9, 4, 11], [6])
 NO_EOS = np.full(4, -1, np.int32)
 
 
@@ -105,18 +108,20 @@ def exact(prompt, config, length=NEW):
 
 
 @functools.cache
-def program(gamma, batch, widths, new, accepts, residual, tree, walk):
+def program(gamma, batch, widths, new, accepts, residual, tree, walk, lookup, certain):
     """From keys and settings to tokens and statistics, in batches of `batch`; gamma 0 is plain decoding. `accepts` and
-    `residual`, or with a tree `walk`, are the rule's functions, which become part of what is compiled."""
-    prompts = batch_prompts(batch)
+    `residual`, or with a tree `walk`, or with look-ups also `certain`, are the rule's functions, which become part of
+    what is compiled."""
+    prompts = batch_prompts(batch, lookup)
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((batch, lengths.max()), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    shape = RoundShape(EXIT_LAYER, gamma, tree, widths) if gamma else RoundShape.plain()
-    capacity = int(lengths.max()) + new + gamma + 1 + (0 if tree is None else tree.topk * gamma + tree.budget)
+    shape = RoundShape(EXIT_LAYER, gamma, tree, widths, lookup) if gamma else RoundShape.plain(lookup)
+    capacity = int(lengths.max()) + new + shape.positions
     # Not the CPU's own: it updates sequence by sequence, which thousands are too many for.
     static = {"exit_layer": shape.exit_layer, "capacity": capacity, "backend": DenseBackend(), "sampled": True}
+    static["looks_up"] = lookup is not None
     eos = np.tile(NO_EOS, (batch, 1))
 
     def one_batch(target, adapter, settings, eta, key_words):
@@ -139,25 +144,28 @@ def program(gamma, batch, widths, new, accepts, residual, tree, walk):
     return jax.jit(run, compiler_options={"xla_backend_optimization_level": 1})
 
 
-def draw(config, gamma, eta, batch, widths=None, count=SAMPLES, new=NEW, tree=None, drafted=None):
+def draw(config, gamma, eta, batch, widths=None, count=SAMPLES, new=NEW, tree=None, drafted=None, lookup=None):
     """Tokens [count, new] of `count` sequences with a seed each; and the numbers of tokens that each round drafted and
     committed. `drafted`: the tokens that drafts are made of, if not all."""
     target, adapter = small_models()
     if drafted is not None:
         adapter = nnx.clone(adapter)
         adapter.draft_vocabulary = DraftVocabulary(target, jnp.asarray(drafted))
-    widths = widths or ((gamma if tree is None else tree.budget) + 1,)
-    run = program(gamma, batch, widths, new, sampling.accepts, sampling.residual, tree, pick.walk)
-    prompts = [prompt for _ in range(count // batch) for prompt in batch_prompts(batch)]
+    most = max(gamma, 0 if lookup is None else lookup.max_tokens) if tree is None else tree.budget
+    rule = (sampling.accepts, sampling.residual, tree, pick.walk, lookup, draft_lookup.certain)
+    run = program(gamma, batch, widths or (most + 1,), new, *rule)
+    prompts = [prompt for _ in range(count // batch) for prompt in batch_prompts(batch, lookup)]
     configs = [dataclasses.replace(config, seed=seed) for seed in range(count)]
     settings = sampling.Sampling.create(configs, prompts)
     tokens, chunk = jax.device_get(run(target, adapter if gamma else None, settings, np.float32(eta)))
     used = np.arange(chunk.draft_lengths.shape[-1]) < chunk.num_rounds[..., None]
-    return tokens.reshape(count, new), chunk.draft_lengths[used], chunk.accept_lengths[used]
+    steps = chunk.draft_lengths if lookup is None else chunk.draft_lengths + 100 * chunk.lookup_lengths
+    return tokens.reshape(count, new), steps[used], chunk.accept_lengths[used]
 
 
-def batch_prompts(batch):
-    return [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
+def batch_prompts(batch, lookup=None):
+    prompts = PROMPTS if lookup is None else REPETITIVE
+    return [prompts[i % len(prompts)] for i in range(batch)]
 
 
 def chi_square(counts, probs):
@@ -172,7 +180,7 @@ def chi_square(counts, probs):
     return ((observed - expected) ** 2 / expected).sum(), len(expected) - 1
 
 
-def p_value(tokens, batch, distribution, places=slice(0, NEW)):
+def p_value(tokens, batch, distribution, places=slice(0, NEW), prompts=PROMPTS):
     """The probability that right samples are as far from the enumerated distributions as these, or farther.
 
     Args:
@@ -181,7 +189,7 @@ def p_value(tokens, batch, distribution, places=slice(0, NEW)):
       distribution: from a prompt to the exact distribution of the tokens at `places`.
     """
     statistic, freedom = 0.0, 0
-    prompts = PROMPTS[:batch]
+    prompts = prompts[:batch]
     for i, prompt in enumerate(prompts):
         expected = distribution(prompt)
         cells = np.ravel_multi_index(tokens[i :: len(prompts), places].T, expected.shape)
@@ -285,6 +293,41 @@ def test_a_tree_that_is_accepted_always_is_found(monkeypatch):
     config = SamplingConfig(1.0)
     tokens, _, _ = draw(config, 2, 0.0, 1, tree=TreeConfig(3, 7))
     assert p_value(tokens, 1, lambda prompt: exact(prompt, config)) < FALSE_ALARM
+
+
+LOOKUPS = [
+    # temperature, top_p, top_k, gamma, tokens, shortest and longest n-gram
+    (1.0, 1.0, 0, 2, 3, 1, 2),
+    (1.3, 0.9, 9, 3, 2, 1, 3),
+    (1.0, 1.0, 0, 0, 2, 1, 2),  # without a draft model
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("temperature", "top_p", "top_k", "gamma", "length", "min_ngram", "max_ngram"), LOOKUPS)
+def test_tokens_with_look_ups_are_distributed_as_the_target_s(
+    temperature, top_p, top_k, gamma, length, min_ngram, max_ngram
+):
+    config, lookup = SamplingConfig(temperature, top_p, top_k), LookupConfig(length, min_ngram, max_ngram)
+    tokens, steps, committed = draw(config, gamma, 0.0, 4, lookup=lookup)
+    assert p_value(tokens, 4, lambda prompt: exact(prompt, config), prompts=REPETITIVE) > FALSE_ALARM
+    # The cases must be worth testing: rounds of both kinds, looked-up drafts accepted in part and in full.
+    assert set(steps) == {gamma, 100 * length}
+    looked_up = committed[steps == 100 * length]
+    assert 0.1 < (looked_up == 1).mean() < 0.95
+    assert set(looked_up) == set(range(1, min(NEW, length + 2)))
+    assert 0.2 < (steps == gamma).mean() < 0.8
+
+
+@pytest.mark.long
+def test_looked_up_tokens_that_are_accepted_as_if_they_were_drawn_are_found(monkeypatch):
+    def as_a_draft_model(tokens, vocabulary):
+        return 0.5 * jax.nn.one_hot(tokens, vocabulary) + 0.5 / vocabulary
+
+    monkeypatch.setattr(draft_lookup, "certain", as_a_draft_model)
+    config = SamplingConfig(1.0)
+    tokens, _, _ = draw(config, 2, 0.0, 4, lookup=LookupConfig(3, 1, 2))
+    assert p_value(tokens, 4, lambda prompt: exact(prompt, config), prompts=REPETITIVE) < FALSE_ALARM
 
 
 def test_chi_square_is_calibrated():

@@ -17,6 +17,7 @@ from kangaroo_jax import (
     Engine,
     EngineConfig,
     Finished,
+    LookupConfig,
     Request,
     TreeConfig,
     generate,
@@ -33,6 +34,8 @@ DRAFTS = {
     "tree of one level": (DraftConfig(2, 1, 0.0, TreeConfig(10, 32)), 11),
     "tree of two levels": (DraftConfig(2, 2, 0.0, TreeConfig(4, 32)), 21),
     "tree of three levels": (DraftConfig(2, 3, 0.0, TreeConfig(3, 32)), 22),
+    # x_n, what is looked up, and the place behind it where such a sequence idles while others take draft steps.
+    "look-up": (DraftConfig(2, 4, 0.0, lookup=LookupConfig(20, 1, 3)), 22),
 }
 _RANDOM = np.random.default_rng(0)
 PROMPTS = [_RANDOM.integers(0, VOCABULARY, 41).tolist() for _ in range(4)]
@@ -48,8 +51,10 @@ def plain():
 
 
 def limits(reserve):
-    """Maximum new tokens, so that a round at the answer's end fills the caches exactly, and one fewer and more."""
-    return [CAPACITY - reserve - len(PROMPTS[0]) + extra for extra in (-1, 0, 1)]
+    """Maximum new tokens, so that a round at the answer's end fills the caches exactly, and one fewer and more; and as
+    many more as would go in if no kind of draft took more room than a sequence's."""
+    extras = sorted({-1, 0, 1, reserve - DRAFTS["sequence"][1]})
+    return [CAPACITY - reserve - len(PROMPTS[0]) + extra for extra in extras]
 
 
 @pytest.mark.parametrize("kind", kinds("sequence", "tree of two levels"))

@@ -8,7 +8,17 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kangaroo_jax import DraftConfig, Engine, EngineConfig, Finished, Request, SamplingConfig, TextDelta, TreeConfig
+from kangaroo_jax import (
+    DraftConfig,
+    Engine,
+    EngineConfig,
+    Finished,
+    LookupConfig,
+    Request,
+    SamplingConfig,
+    TextDelta,
+    TreeConfig,
+)
 from kangaroo_jax.engine.draft_spans import DraftSpans, Kind, answer_spans, rejected_path
 from kangaroo_jax.engine.requests import DraftedToken, Round
 from tests.decode import test_lossless, test_tree
@@ -49,7 +59,8 @@ def check(answer, deltas, prompt, tokenizer):
     assert [token for round in answer.rounds for token in round.tokens] == answer.tokens[1:]
     for i, round in enumerate(answer.rounds):
         own = [span for span in spans if span.round == i]
-        accepted = [token for span in own if span.kind is Kind.ACCEPTED for token in span.tokens]
+        kind = Kind.LOOKED_UP if round.looked_up else Kind.ACCEPTED
+        accepted = [token for span in own if span.kind is kind for token in span.tokens]
         assert accepted == round.tokens[: round.accepted]
         assert [token.id for token in round.drafted if token.accepted][: round.accepted] == accepted
         rejected = [span.tokens for span in own if span.kind is Kind.REJECTED]
@@ -100,7 +111,7 @@ def test_spans_add_up_to_the_answer_however_it_ends(draft):
     target, prompt = lettered_target(), "abcabc"
     ids = [LETTERS.index(letter) for letter in prompt]
     [(free, deltas)] = run(draft, Request(prompt, 40, drafts=True))
-    assert {span.kind for span in check(free, deltas, ids, target.tokenizer)} == set(Kind)
+    assert {span.kind for span in check(free, deltas, ids, target.tokenizer)} == set(Kind) - {Kind.LOOKED_UP}
     cut = 0
     for place in range(3, 30, 2):
         requests = [
@@ -139,6 +150,14 @@ def without_confidence(round):
 def test_accepted_samples_are_the_drafted_ones(draft):
     request = Request("abc", 60, SamplingConfig(1.2, seed=5), drafts=True)
     [(answer, deltas)] = run(draft, request)
+    spans = check(answer, deltas, [0, 1, 2], lettered_target().tokenizer)
+    assert {span.kind for span in spans} == set(Kind) - {Kind.LOOKED_UP}
+
+
+@pytest.mark.long
+def test_looked_up_drafts_are_told_from_the_adapters():
+    draft = dataclasses.replace(SEQUENCE, lookup=LookupConfig(5, 2, 3))
+    [(answer, deltas)] = run(draft, Request("abc", 60, drafts=True))
     spans = check(answer, deltas, [0, 1, 2], lettered_target().tokenizer)
     assert {span.kind for span in spans} == set(Kind)
 

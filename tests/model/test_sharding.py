@@ -1,5 +1,6 @@
 """The table of partitions, and models split over 8 devices of one process against the same on one device."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -183,13 +184,13 @@ print(json.dumps({"rows": rows, "reduced": reduced, "decoded": decoded, "orders"
 """
 
 # A running batch on a mesh, more requests than slots, greedy and sampled; one ends with a stop string in its first
-# tokens. Both ways of decoding.
+# tokens. Both ways of decoding; and where sequences are split over 4 devices, with look-ups.
 _A_BATCH = """
 import dataclasses, functools, json, sys
 import jax, numpy as np
 from flax import nnx
 
-from kangaroo_jax import DraftConfig, Engine, EngineConfig, Request, SamplingConfig
+from kangaroo_jax import DraftConfig, Engine, EngineConfig, LookupConfig, Request, SamplingConfig
 from kangaroo_jax import generate_many, generate_plain, load_target, program
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.decode.rounds import run_rounds
@@ -197,9 +198,10 @@ from kangaroo_jax.model import sharding
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 
 folder, draft, results = sys.argv[1], DraftConfig(None, 2, 0.0), []
+meshes = json.loads(sys.argv[2])
 requests = [Request("ab", 30), Request([5, 6, 7, 8], 40), Request([9, 10, 11], 25, SamplingConfig(1.0, seed=3))]
 requests += [Request([i + 40] * (3 * i + 1), 12 + i) for i in range(3)]
-for data, model in json.loads(sys.argv[2]):
+for data, model in meshes:
     mesh = None if data * model == 1 else sharding.decoding_mesh(model, jax.devices(), data)
     target = load_target(folder, "float32", mesh)
     trained = TrainedAdapter(Adapter(target.config, rngs=nnx.Rngs(3)), 1, "random", None)
@@ -211,6 +213,11 @@ for data, model in json.loads(sys.argv[2]):
     for adapter in (trained, None) if data * model == 1 or data == model else (trained,):
         answers = generate_many(target, adapter, requests, 4, draft=draft, eos_token_ids=[])
         decoded.append([[a.id, a.tokens, a.finish_reason] for a in sorted(answers, key=lambda a: a.id)])
+    looked_up = []
+    if [4, 1] in meshes and model == 1:
+        lookups = dataclasses.replace(draft, lookup=LookupConfig(4, 1, 2))
+        answers = generate_many(target, trained, requests, 4, draft=lookups, eos_token_ids=[])
+        looked_up = [[a.id, a.tokens, a.lookup_lengths] for a in sorted(answers, key=lambda a: a.id)]
     engine = Engine(target, trained, EngineConfig(4), draft)
     for request in requests:
         engine.add(request)
@@ -224,7 +231,8 @@ for data, model in json.loads(sys.argv[2]):
         text = jax.jit(rounds).lower(*inputs).compile().as_text()
         gathered = sum(x.num_bytes for kind, x in program.collectives(text).items() if kind == "all-gather")
     shapes = [list(x.addressable_shards[0].data.shape) for x in parts]
-    results.append({"mesh": [data, model], "decoded": decoded, "shapes": shapes, "gathered": gathered})
+    result = {"mesh": [data, model], "decoded": decoded, "shapes": shapes, "gathered": gathered}
+    results.append(result | {"looked_up": looked_up})
 print(json.dumps(results))
 """
 
@@ -310,6 +318,9 @@ def test_a_batch_on_a_mesh_gives_each_request_the_tokens_of_one_device(batches):
     for mesh in meshes:
         for found, expected in zip(mesh["decoded"], one["decoded"], strict=False):
             assert found == expected, mesh["mesh"]
+        if mesh["mesh"] == [4, 1]:
+            assert mesh["looked_up"] == one["looked_up"]
+            assert sum(map(bool, itertools.chain.from_iterable(lengths for _, _, lengths in one["looked_up"]))) > 10
 
 
 def test_each_device_holds_its_sequences_and_its_heads_alone(batches):

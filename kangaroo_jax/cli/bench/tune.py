@@ -8,11 +8,13 @@ finds it: gamma and eta of a single sequence, or of a tree with its K and budget
 Measures what rounds cost and records what the target accepts on calibration prompts; from these predicts the speed of
 every gamma and eta, of a single sequence and of every tree. Predictions are corrected by the ratio of measured to
 predicted speed of one setting. Measures the best few of both kinds by decoding with them, and writes the fastest to
-`decode.json` in the adapter's folder. With several --adapter flags (of other exit layers, say) each gets its own, and
-the fastest is named.
+`decode.json` in the adapter's folder. Look-ups are off meanwhile; their settings stay in `decode.json`, beside those of
+a single sequence. With several --adapter flags (of other exit layers, say) each gets its own, and the fastest is named.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 from absl import flags
@@ -67,9 +69,15 @@ def main() -> None:
         tuning = tune(target, adapter, exit_layer, prompts, trees, effort, progress_bar)
         _print(tuning)
         best[adapter.name] = tuning.fastest
-    for path, setting in best.items():
         if _WRITE.value:
-            print(f"wrote {write_draft_settings(path, setting.draft)}")
+            draft = tuning.fastest.draft
+            if draft.tree is None:
+                draft = dataclasses.replace(draft, lookup=adapter.draft.lookup)
+            elif adapter.draft.lookup is not None:
+                print(
+                    "the fastest is a tree, with which nothing can be looked up: the settings of look-ups are removed"
+                )
+            print(f"wrote {write_draft_settings(adapter.name, draft)}")
     if len(best) > 1:
         path = max(best, key=lambda path: best[path].measured)
         print(f"fastest: {path}, {best[path].measured:.2f} times plain decoding")

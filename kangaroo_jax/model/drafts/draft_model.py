@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import flax.struct
 import jax.numpy as jnp
@@ -30,7 +30,8 @@ class Committed:
 
 class DraftModel(Protocol):
     """A trained model that drafts, from the target's shallow hidden states. A pytree of weights; its state is another
-    pytree, of arrays whose first axis is the batch and of `KVCache`s.
+    pytree, of arrays whose first axis is the batch and of `KVCache`s. Within a round it is called `carry`: of the same
+    structure and shapes, but with what the model has seen of the draft.
 
     `start` is always a position: the first that a call's tokens have in a sequence.
     """
@@ -58,24 +59,36 @@ class DraftModel(Protocol):
         token: Int[Array, " batch"],
         shallow: Float[Array, "batch 1 hidden"],
         start: Int[Array, " batch"],
-    ) -> tuple[Any, Float[Array, "batch drafted"]]:
-        """Catches up on what was verified, and takes the first step, from x_n at `start`. Returns what later steps go
-        on from, and float32 logits of the tokens that can be drafted (`token_ids` names them)."""
+    ) -> tuple[PyTree, Float[Array, "batch drafted"]]:
+        """Catches up on what was verified, and takes the first step, from x_n at `start`. Returns the carry that later
+        steps go on from, and float32 logits of the tokens that can be drafted (`token_ids` names them)."""
+
+    def observe(
+        self,
+        state: PyTree,
+        tokens: Int[Array, "batch time"],
+        shallow: Float[Array, "batch time hidden"],
+        start: Int[Array, " batch"],
+    ) -> PyTree:
+        """Catches up on what was verified, and takes in x_n, at `start`, and a draft that something else made: what
+        `begin` and a `step` from each of its tokens but the last leave, without logits. Returns the carry. `begin` may
+        follow, for the sake of other sequences of the batch, and must leave that as it is; so must each `step`, whose
+        `start` is then behind the tokens it has been called for."""
 
     def step(
         self,
         target: TargetModel,
-        carry: Any,
+        carry: PyTree,
         tokens: Int[Array, "batch time"],
         shallow: Float[Array, "batch time hidden"],
         start: Int[Array, " batch"],
         positions: Int[Array, "batch time"] | None = None,
         mask: Bool[Array, "batch time capacity"] | None = None,
-    ) -> tuple[Any, Float[Array, "batch time drafted"]]:
+    ) -> tuple[PyTree, Float[Array, "batch time drafted"]]:
         """One more step, from drafted tokens. In a tree, `positions` says which position of the sequence each token
         has, and `mask` what it sees; `start` is then only where their entries go."""
 
-    def after_verify(self, state: PyTree, carry: Any, committed: Committed) -> PyTree:
+    def after_verify(self, state: PyTree, carry: PyTree, committed: Committed) -> PyTree:
         """The state before the next round. `state` is that before this one."""
 
     def token_ids(self, index: Int[Array, "*shape"]) -> Int[Array, "*shape"]:

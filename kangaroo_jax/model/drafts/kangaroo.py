@@ -103,37 +103,52 @@ class Adapter(nnx.Module):
         token: Int[Array, " batch"],
         shallow: Float[Array, "batch 1 hidden"],
         start: Int[Array, " batch"],
-    ) -> tuple[KVCache, Float[Array, "batch drafted"]]:
+    ) -> tuple[AdapterState, Float[Array, "batch drafted"]]:
         del token
         # Two positions cost no extra pass over the weights; where n - 1 has been seen, the same entry is written again.
         hidden = jnp.concatenate([state.last, shallow], axis=1)
         positions = start[:, None] + jnp.arange(-1, 1)
         adapted, cache = adapter_apply(self, hidden, positions, state.cache.replace(length=start - 1))
-        return cache, draft_head(target, self, adapted[:, -1])
+        return state.replace(cache=cache), draft_head(target, self, adapted[:, -1])
+
+    def observe(
+        self,
+        state: AdapterState,
+        tokens: Int[Array, "batch time"],
+        shallow: Float[Array, "batch time hidden"],
+        start: Int[Array, " batch"],
+    ) -> AdapterState:
+        del tokens
+        # Position n - 1 as in `begin`; not the last token, from which no draft step would have been taken either.
+        hidden = jnp.concatenate([state.last, shallow[:, :-1]], axis=1)
+        positions = start[:, None] + jnp.arange(-1, hidden.shape[1] - 1)
+        _, cache = adapter_apply(self, hidden, positions, state.cache.replace(length=start - 1))
+        return state.replace(cache=cache)
 
     def step(
         self,
         target: TargetModel,
-        carry: KVCache,
+        carry: AdapterState,
         tokens: Int[Array, "batch time"],
         shallow: Float[Array, "batch time hidden"],
         start: Int[Array, " batch"],
         positions: Int[Array, "batch time"] | None = None,
         mask: Bool[Array, "batch time capacity"] | None = None,
-    ) -> tuple[KVCache, Float[Array, "batch time drafted"]]:
+    ) -> tuple[AdapterState, Float[Array, "batch time drafted"]]:
         del tokens
         if positions is None:
             positions = start[:, None] + jnp.arange(shallow.shape[1])
-        adapted, cache = adapter_apply(self, shallow, positions, carry.replace(length=start), mask=mask)
-        return cache, draft_head(target, self, adapted)
+        adapted, cache = adapter_apply(self, shallow, positions, carry.cache.replace(length=start), mask=mask)
+        return carry.replace(cache=cache), draft_head(target, self, adapted)
 
-    def after_verify(self, state: AdapterState, carry: KVCache, committed: Committed) -> AdapterState:
+    def after_verify(self, state: AdapterState, carry: AdapterState, committed: Committed) -> AdapterState:
+        cache = carry.cache
         if committed.step_positions is not None:
-            carry = carry.moved(committed.start + 1, committed.step_positions, committed.num_step_positions)
+            cache = cache.moved(committed.start + 1, committed.step_positions, committed.num_step_positions)
         newest = jnp.take_along_axis(committed.path, jnp.maximum(committed.count - 1, 0)[:, None], axis=1)
         hidden = jnp.take_along_axis(committed.shallow, newest[:, :, None], axis=1)
         last = jnp.where((committed.count == 0)[:, None, None], state.last, hidden)
-        return AdapterState(carry.replace(length=committed.start + committed.count - 1), last)
+        return AdapterState(cache.replace(length=committed.start + committed.count - 1), last)
 
 
 def abstract_adapter(config: ModelConfig, dtype: jnp.dtype, num_layers: int = 1) -> Adapter:
