@@ -115,17 +115,25 @@ def results(work):
     (work / "mixed.jsonl").write_text("\n".join(mixed))
     (work / "bad.jsonl").write_text(BAD_LINE)
     (work / "two.jsonl").write_text("".join(json.dumps(line) + "\n" for line in good))
-    write_broken_model(work)
-    broken = [{"id": "bad", "prompt": "a~b"}, *good]
-    (work / "broken.jsonl").write_text("".join(json.dumps(line) + "\n" for line in broken))
-    shutil.copytree(work / "adapter", work / "tuned")
-    (work / "tuned" / "decode.json").write_text(json.dumps(TUNED))
     lines += [
         flags(work, "batch4.jsonl", "--batch_size=4"),
         flags(work, "batch1.jsonl", "--batch_size=1", "--json"),
         *[[*flags(work, "mixed-answers.jsonl", "--batch_size=1"), f"--input={work}/mixed.jsonl"] for _ in range(2)],
         [*flags(work, "none.jsonl"), f"--input={work}/bad.jsonl"],
         flags(work, "batch4.jsonl", "--max_new_tokens=100"),
+    ]
+    return decode_in_one_process(lines, environment(work))
+
+
+@pytest.fixture(scope="module")
+def more_results(results, work):
+    """Another process does what takes longer to compile: trees, logits that are no numbers, samples at batch 4 and 1."""
+    write_broken_model(work)
+    broken = [{"id": "bad", "prompt": "a~b"}, *PROMPTS[:2]]
+    (work / "broken.jsonl").write_text("".join(json.dumps(line) + "\n" for line in broken))
+    shutil.copytree(work / "adapter", work / "tuned")
+    (work / "tuned" / "decode.json").write_text(json.dumps(TUNED))
+    lines = [
         flags_of_tuned(work, "tree.jsonl"),
         flags_of_tuned(work, "tree.jsonl", "--notree"),
         flags_of_tuned(work, "no-tree.jsonl", "--notree"),
@@ -161,8 +169,9 @@ def test_batch_4_equals_batch_1(results, work):
     assert last["new_tokens"] == sum(record["new_tokens"] for record in read(work / "batch1.jsonl").values())
 
 
-def test_samples_do_not_depend_on_the_batch_size(results, work):
-    assert [code for code, _, _ in results[-2:]] == [0, 0]
+@pytest.mark.long
+def test_samples_do_not_depend_on_the_batch_size(more_results, work):
+    assert [code for code, _, _ in more_results[-2:]] == [0, 0]
     sampled = read(work / "sampled4.jsonl")
     assert sampled == read(work / "sampled1.jsonl")
     greedy = read(work / "batch4.jsonl")
@@ -197,9 +206,10 @@ def test_a_file_of_bad_lines_alone_and_other_settings(results, work):
     assert "made with max_new_tokens 128, not 100" in why
 
 
-def test_logits_that_are_not_numbers_are_one_line_and_exit_code_1(results, work):
+@pytest.mark.long
+def test_logits_that_are_not_numbers_are_one_line_and_exit_code_1(more_results, work):
     why = "the model's logits are not numbers in float32 at token 1 of the answer; the weights may be damaged"
-    (code, out, error), *single = results[len(MISTAKES) + 9 :][:3]
+    (code, out, error), *single = more_results[3:6]
     assert (code, error) == (1, f"{work}/broken.jsonl id 'bad': {why}\n")
     assert out.startswith("2 prompts answered, 0 were before, 1 could not be; ")
     answers, expected = read(work / "broken-answers.jsonl"), read(work / "batch1.jsonl")
@@ -209,8 +219,9 @@ def test_logits_that_are_not_numbers_are_one_line_and_exit_code_1(results, work)
         assert (code, out, error) == (1, "", f"decode.py: error: {why}\n")
 
 
-def test_a_tuned_tree_is_drafted_unless_a_flag_says_otherwise(results, work):
-    (tree, _, _), (refused, _, why), (without, _, _) = results[len(MISTAKES) + 6 :][:3]
+@pytest.mark.long
+def test_a_tuned_tree_is_drafted_unless_a_flag_says_otherwise(more_results, work):
+    (tree, _, _), (refused, _, why), (without, _, _) = more_results[:3]
     assert (tree, refused, without) == (0, 2, 0)
     made = [json.loads((work / f"{name}.jsonl.settings.json").read_text()) for name in ("tree", "no-tree")]
     assert [settings["tree"] for settings in made] == [{"topk": 2, "budget": 6}, None]

@@ -52,6 +52,7 @@ def test_what_does_not_fit_is_said_so_and_a_cached_teachers_pass_has_its_table(c
     assert step < teacher  # 2 of 8 layers, and three times the adapter and the head, against 8 layers
 
 
+@pytest.mark.long
 def test_a_round_of_decoding_has_its_table_and_a_trees_costs_its_budget(capsys):
     def products(draft):
         here = Machine("here", jax.devices(), memory=2**30)

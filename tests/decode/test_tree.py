@@ -156,9 +156,8 @@ def test_neighbours_change_nothing():
         assert together.draft_lengths[i] == alone.draft_lengths[0]
 
 
-@pytest.mark.parametrize(
-    "backend", [CpuBackend(), pytest.param(DenseBackend(), marks=pytest.mark.long)], ids=["cpu", "dense"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("backend", [CpuBackend(), DenseBackend()], ids=["cpu", "dense"])
 def test_caches_hold_what_prefill_of_the_committed_tokens_would_leave(backend):
     model, adapter = tiny_target().model, tiny_adapter(2).model
     prompts = [[1, 2, 3], list(range(20, 31))]
@@ -212,7 +211,8 @@ def with_draft_vocabulary(adapter, target, token_ids):
     return dataclasses.replace(adapter, model=model)
 
 
-@pytest.mark.parametrize("tree", [pytest.param(None, marks=pytest.mark.long), TREE.tree], ids=["single", "tree"])
+@pytest.mark.long
+@pytest.mark.parametrize("tree", [None, TREE.tree], ids=["single", "tree"])
 def test_a_draft_vocabulary_changes_drafts_and_not_tokens(tree):
     target, whole = tiny_target(), tiny_adapter(2)
     draft = DraftConfig(2, 3, 0.0, tree)

@@ -57,7 +57,7 @@ def limits(reserve):
     return [CAPACITY - reserve - len(PROMPTS[0]) + extra for extra in extras]
 
 
-@pytest.mark.parametrize("kind", kinds("sequence", "tree of two levels"))
+@pytest.mark.parametrize("kind", kinds("tree of two levels"))
 def test_answers_that_end_at_the_caches_end(kind):
     draft, reserve = DRAFTS[kind]
     for limit in limits(reserve):
@@ -89,7 +89,8 @@ def test_drafts_from_a_vocabulary_end_at_the_caches_end(kind):
         assert out.tokens == [tokens[:limit] for tokens in plain()], limit
 
 
-@pytest.mark.parametrize("kind", kinds("sequence"))
+@pytest.mark.long
+@pytest.mark.parametrize("kind", DRAFTS)
 def test_a_second_turn_ends_at_the_caches_end(kind):
     """A slot that holds the beginning of the prompt: the rest is prefilled behind it."""
     draft, reserve = DRAFTS[kind]

@@ -77,6 +77,7 @@ def test_requests_in_slots_that_are_refilled():
         assert other.lookup_lengths == answer.lookup_lengths
 
 
+@pytest.mark.long
 def test_a_conversation_whose_beginning_a_slot_holds():
     engine = engine_of(1)
     prompt, hits, rounds = [*range(20), *range(6)], 0, 0

@@ -210,7 +210,7 @@ for data, model in meshes:
         stop = [next(c for c in text if c != chr(0xFFFD))]  # of a random model, not all text is characters
         requests[0] = dataclasses.replace(requests[0], stop=stop)
     decoded = []
-    for adapter in (trained, None) if data * model == 1 or data == model else (trained,):
+    for adapter in (trained, None) if data * model == 1 or data == 1 else (trained,):
         answers = generate_many(target, adapter, requests, 4, draft=draft, eos_token_ids=[])
         decoded.append([[a.id, a.tokens, a.finish_reason] for a in sorted(answers, key=lambda a: a.id)])
     looked_up = []
