@@ -127,7 +127,7 @@ def results(work):
 
 @pytest.fixture(scope="module")
 def more_results(results, work):
-    """Another process does what takes longer to compile: trees, logits that are no numbers, samples at batch 4 and 1."""
+    """Another process does what takes longer to compile: trees, logits that are no numbers, samples of batches."""
     write_broken_model(work)
     broken = [{"id": "bad", "prompt": "a~b"}, *PROMPTS[:2]]
     (work / "broken.jsonl").write_text("".join(json.dumps(line) + "\n" for line in broken))
