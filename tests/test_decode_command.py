@@ -10,8 +10,12 @@ import sys
 import pytest
 
 from tests.decode_commands import decode_in_one_process
+from tests.train.runs import LESS_OPTIMIZATION
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+QUICKLY = os.environ | {"XLA_FLAGS": LESS_OPTIMIZATION}
 
 
 def decode(*flags, **kwargs):
@@ -20,7 +24,9 @@ def decode(*flags, **kwargs):
 
 
 def test_compare_prints_text_table_and_json():
-    done = decode("--compare", "--json", "--max_new_tokens=24", "--prompt=import os\n", "--max_draft_len=2")
+    done = decode(
+        "--compare", "--json", "--max_new_tokens=24", "--prompt=import os\n", "--max_draft_len=2", env=QUICKLY
+    )
     assert done.returncode == 0, done.stderr.decode()
     out = done.stdout.decode()
     assert out.startswith("import os\n")

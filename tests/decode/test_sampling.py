@@ -254,9 +254,8 @@ def target_itself(p, q):
     return p
 
 
-@pytest.mark.parametrize(
-    ("name", "rule"), [("accepts", accept_always), pytest.param("residual", target_itself, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "rule"), [("accepts", accept_always), ("residual", target_itself)])
 def test_a_wrong_rule_is_found(monkeypatch, name, rule):
     monkeypatch.setattr(sampling, name, rule)
     config = SamplingConfig(1.0)
@@ -377,7 +376,8 @@ def ways():
     )
 
 
-@pytest.mark.parametrize("way", [0, pytest.param(1, marks=pytest.mark.long)], ids=["kangaroo", "plain"])
+@pytest.mark.long
+@pytest.mark.parametrize("way", [0, 1], ids=["kangaroo", "plain"])
 def test_the_same_seed_gives_the_same_text_whatever_the_batch(way):
     call, config = ways()[way], SamplingConfig(0.9, seed=5)
     prompts = [[1, 2, 3], [7], [5] * 17, [7]]
@@ -398,6 +398,7 @@ def test_the_same_seed_gives_the_same_text_whatever_the_batch(way):
         assert len(sequence) == 40 or sequence[-1] == 11
 
 
+@pytest.mark.long
 def test_small_temperatures_are_greedy_rounds():
     # Drafts, confidences and all: a threshold does not change its meaning with the temperature.
     prompts = [[1, 2, 3], [7], [5] * 17, [7]]

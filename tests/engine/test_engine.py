@@ -152,6 +152,7 @@ def test_200_mixes_equal_each_alone(first):
 # --- What slots hold.
 
 
+@pytest.mark.long
 def test_a_conversation_prefills_only_what_is_new():
     """Three turns, each with the one before as its beginning, beside a neighbour; and without reuse."""
     engine = engine_of(2)

@@ -14,7 +14,7 @@ from tests.decode.models import VOCABULARY, lettered_target, tiny_adapter, tiny_
 
 MOST = 60
 _LONG = [pytest.param(*shape, 67, marks=pytest.mark.long) for shape in ((1, 2, 2), (4, 1, 3), (2, 3, 5))]
-SHAPES = [(4, 1, 3, 8), *_LONG]
+SHAPES = [(4, 1, 3, 4), *_LONG]
 _RANDOM = np.random.default_rng(0)
 PROMPTS = [tuple(_RANDOM.integers(0, VOCABULARY, _RANDOM.integers(1, 50)).tolist()) for _ in range(64)]
 

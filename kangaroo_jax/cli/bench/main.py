@@ -7,6 +7,7 @@ import sys
 
 from kangaroo_jax import profiling
 from kangaroo_jax.cli import command_line
+from kangaroo_jax.engine import programs
 
 _COMMANDS = {
     "peers": "the demo against plain decoding and Hugging Face transformers",
@@ -28,6 +29,9 @@ def main() -> None:
         command_line.fail("bench", f"expected a command, found {command!r} ({known})")
     name = f"bench {command}"
     module = importlib.import_module(f"kangaroo_jax.cli.bench.{command}")
+
+    # Two methods in turn, prompt after prompt: more shapes than other calls come back to.
+    programs.SHARED.limit = 64
 
     def traced() -> None:
         profiling.check(command_line.PROFILE.value)
