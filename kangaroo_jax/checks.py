@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import numbers
+import sys
 from typing import Any
+
+import numpy as np
 
 from kangaroo_jax.errors import InputError
 
@@ -18,8 +21,13 @@ def check_count(name: str, value: Any) -> None:
         raise InputError(f"{name} must be a positive integer, found {value!r}")
 
 
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer of Python's or numpy's, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool | np.bool_)
+
+
 def check_positive(name: str, value: Any) -> None:
-    if not is_number(value) or not 0 < value < math.inf:
+    if not is_number(value) or not 0 < value <= sys.float_info.max:
         raise InputError(f"{name} must be a finite number above 0, found {value!r}")
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
-
 import jax
+
+from kangaroo_jax import paths
 
 
 def enable() -> None:
     """Keeps compiled programs between runs, in the user's cache folder unless `JAX_COMPILATION_CACHE_DIR` or the caller
-    named another."""
+    named another; not where no home folder is known."""
     if jax.config.jax_compilation_cache_dir is None:
-        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(root / "kangaroo_jax"))
+        folder = paths.cache_folder()
+        if folder is not None:
+            jax.config.update("jax_compilation_cache_dir", str(folder))

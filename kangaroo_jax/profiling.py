@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import pathlib
 from collections.abc import Callable, Iterator
 
 import jax
 
+from kangaroo_jax import paths
 from kangaroo_jax.errors import InputError
 
 
@@ -19,7 +19,7 @@ def check(folder: str | None) -> None:
     """
     if folder is not None:
         try:
-            pathlib.Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
+            paths.expanded(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"profile {folder}: cannot be made a folder ({error.strerror})") from None
 
@@ -34,7 +34,7 @@ def trace(folder: str | None, say: Callable[[str], None]) -> Iterator[None]:
     if folder is None:
         yield
         return
-    path = pathlib.Path(folder).expanduser()
+    path = paths.expanded(folder)
     with jax.profiler.trace(str(path), create_perfetto_trace=True):
         yield
     newest = max(path.rglob("perfetto_trace.json.gz"), key=lambda file: file.stat().st_mtime)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from kangaroo_jax import json_text
 from kangaroo_jax.errors import InputError
 
 _SYNC_SECONDS = 1.0
@@ -22,15 +23,23 @@ class LineWriter:
 
     def __init__(self, path: pathlib.Path):
         self._path = path
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise _stopped(path, error) from None
         self._synced = time.monotonic()
 
     def __enter__(self) -> LineWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        os.fsync(self._file)
-        os.close(self._file)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            if kind is None:  # else the first error counts
+                raise _stopped(self._path, error) from None
+        finally:
+            os.close(self._file)
 
     def write(self, value: Any) -> None:
         """Appends one value.
@@ -46,9 +55,11 @@ class LineWriter:
                 os.fsync(self._file)
                 self._synced = time.monotonic()
         except OSError as error:
-            raise InputError(
-                f"{self._path}: {error.strerror}; when this is fixed, the same command continues"
-            ) from None
+            raise _stopped(self._path, error) from None
+
+
+def _stopped(path: pathlib.Path, error: OSError) -> InputError:
+    return InputError(f"{path}: {error.strerror}; when this is fixed, the same command continues")
 
 
 def whole_lines(path: pathlib.Path) -> list[bytes]:
@@ -61,15 +72,24 @@ def whole_lines(path: pathlib.Path) -> list[bytes]:
 
 
 def replace(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file so that it has the old or the new content, whenever the process is killed or power is lost."""
+    """Writes a file so that it has the old or the new content, whenever the process is killed or power is lost.
+
+    Raises:
+      InputError: for a full disk, or a file that cannot be written to.
+    """
     if path.exists() and path.read_bytes() == content:
         return
     temporary = path.with_name(path.name + ".new")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise _stopped(path, error) from None
 
 
 @contextlib.contextmanager
@@ -85,7 +105,11 @@ def locked(path: pathlib.Path, answers: pathlib.Path, flag: str) -> Iterator[Non
     Raises:
       InputError: if another process has it.
     """
-    with open(path, "ab") as file:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give another {flag}") from None
+    with os.fdopen(descriptor, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -115,7 +139,7 @@ def check_settings(
       InputError: naming the first setting that differs.
     """
     try:
-        made_with = json.loads(found)
+        made_with = json_text.parse(found)
     except ValueError:
         made_with = None
     if not isinstance(made_with, dict):

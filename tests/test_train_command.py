@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -41,6 +42,14 @@ MISTAKES = {
     "unknown setting in the file": (
         ["--config=FILE"],
         "train.py: error: config: data.file is not a setting; did you mean data.files?\n",
+    ),
+    **{
+        f"a file that ends in {reason}": ([f"--config=FAILS{i}"], f"fails{i}.py: the configuration could not be read: ")
+        for i, reason in enumerate(("1 / 0", "undefined", "exec('raise RuntimeError')", "[][1]", "{}['a']", "int('a')"))
+    },
+    "a home that is not there": (
+        ["--config=configs/demo.py", "--config.target=~nosuchuser/x"],
+        "~nosuchuser/x: the home folder ~nosuchuser is not known here",
     ),
     "missing config": (["--config=configs/missing.py"], "No such file or directory: 'configs/missing.py'"),
     "no config": ([], "--config is missing"),
@@ -86,9 +95,16 @@ def results(tmp_path_factory):
         "from kangaroo_jax.train.settings import config_dict\n\n\n"
         "def get_config():\n    return config_dict(target='a', output='b', data={'file': 'c'})\n"
     )
+    for name, (words, _) in MISTAKES.items():
+        if name.startswith("a file that ends in "):
+            fails = file.with_name(words[0].removeprefix("--config=").lower() + ".py")
+            fails.write_text(f"def get_config():\n    return {name.removeprefix('a file that ends in ')}\n")
     folders, jobs = {name: tmp_path_factory.mktemp("run") for name in MISTAKES}, []
     for name, folder in folders.items():
-        flags = [word.replace("FILE", str(file)) for word in MISTAKES[name][0]]
+        flags = [
+            re.sub("FAILS.", lambda x: str(file.with_name(f"{x[0].lower()}.py")), word.replace("FILE", str(file)))
+            for word in MISTAKES[name][0]
+        ]
         flags += [f"--config.output={folder / 'output'}"] if name != "no config" else []
         jobs.append(([str(ROOT / "train.py"), *flags], str(folder / "out"), str(folder / "err")))
     done = subprocess.run(

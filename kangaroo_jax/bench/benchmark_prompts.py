@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 
 import numpy as np
 from jaxtyping import Int
 
+from kangaroo_jax import json_text
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.demo import corpus
 from kangaroo_jax.errors import InputError
@@ -66,7 +66,7 @@ def prompts_of_file(path: str) -> list[str]:
         if not line.strip():
             continue
         try:
-            prompt = json.loads(line)["prompt"]
+            prompt = json_text.parse(line)["prompt"]
         except (ValueError, TypeError, KeyError):
             prompt = None
         if not isinstance(prompt, str) or not prompt:

@@ -13,7 +13,7 @@ import time
 import uuid
 from typing import Any
 
-from kangaroo_jax import resumable
+from kangaroo_jax import json_text, resumable
 from kangaroo_jax.bench.spec_bench_questions import task_of
 from kangaroo_jax.errors import InputError
 
@@ -100,7 +100,7 @@ def prepare(folder: str | pathlib.Path, settings: dict[str, Any]) -> set[int | s
             raise InputError(f"{folder / found[0]}: exists already, without a {_SETTINGS}; give another --output_dir")
         lines = {name: _answer_lines(folder / name) for name in _FILES}
         answered = set.intersection(*(set(lines[f"{method}.jsonl"]) for method in METHODS))
-        done = {key for key, line in lines[_DETAILS].items() if json.loads(line)["skipped"] or key in answered}
+        done = {key for key, line in lines[_DETAILS].items() if json_text.parse(line)["skipped"] or key in answered}
         folder.mkdir(parents=True, exist_ok=True)
         resumable.replace(folder / _SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
         for name in found:
@@ -137,7 +137,7 @@ def read(folder: str | pathlib.Path) -> list[QuestionResult]:
 
 
 def _result(folder: pathlib.Path, lines: dict[str, bytes | None]) -> QuestionResult:
-    details = json.loads(lines[_DETAILS])
+    details = json_text.parse(lines[_DETAILS])
     question_id, category = details.pop("question_id"), details.pop("category")
     name = _DETAILS
     try:
@@ -146,7 +146,7 @@ def _result(folder: pathlib.Path, lines: dict[str, bytes | None]) -> QuestionRes
         answers = {}
         for method in METHODS if details.skipped is None else ():
             name = f"{method}.jsonl"
-            choice = json.loads(lines[name])["choices"][0]
+            choice = json_text.parse(lines[name])["choices"][0]
             answers[method] = SpecBenchAnswer(
                 **{field.name: choice[field.name] for field in dataclasses.fields(SpecBenchAnswer)}
             )
@@ -163,7 +163,7 @@ def _answer_lines(path: pathlib.Path) -> dict[int | str, bytes]:
     found: dict[int | str, bytes] = {}
     for number, line in enumerate(resumable.whole_lines(path), start=1):
         try:
-            raw = json.loads(line)
+            raw = json_text.parse(line)
             key = raw["question_id"]
             if path.name == _DETAILS:
                 _ = raw["skipped"], raw["category"]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 
+from kangaroo_jax import json_text
 from kangaroo_jax.errors import InputError
 
 # Task -> categories, as in Spec-Bench's paper: the eight of MT-bench are one task.
@@ -75,7 +76,7 @@ def load_questions(path: str | pathlib.Path) -> list[Question]:
 
 def _question(line: str, where: str) -> Question:
     try:
-        raw = json.loads(line)
+        raw = json_text.parse(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg}); every line must be one question") from None
     if not isinstance(raw, dict):

@@ -19,9 +19,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
+from kangaroo_jax import json_text, paths
 from kangaroo_jax.checkpoint import fingerprint
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.checkpoint.upstream import is_upstream, load_upstream
+from kangaroo_jax.checks import is_integer
 from kangaroo_jax.config import DraftConfig, LookupConfig, TreeConfig
 from kangaroo_jax.errors import InputError, one_line
 from kangaroo_jax.model import sharding
@@ -142,7 +144,7 @@ def save_adapter(
       InputError: for a folder with something in it, or an exit layer that the target does not have.
     """
     check_exit_layer(exit_layer, target.config)
-    folder = pathlib.Path(folder).expanduser().resolve()
+    folder = paths.expanded(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists already; remove it or name another output folder")
     parameters = named_leaves(adapter)
@@ -168,7 +170,7 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
       InputError: for a path that is missing, not an adapter checkpoint, corrupt, or trained for another target, unless
         that differs in weights alone (`TrainedAdapter.other_target`).
     """
-    folder = pathlib.Path(path).expanduser().resolve()
+    folder = paths.expanded(path).resolve()
     if not folder.is_dir():
         what = "expected a folder, found a file" if folder.exists() else "no such adapter checkpoint"
         raise InputError(
@@ -208,7 +210,7 @@ def read_draft_settings(folder: pathlib.Path) -> DraftConfig:
     if not path.exists():
         return DraftConfig()
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json_text.parse(path.read_text(encoding="utf-8"))
         tree = lookup = None
         if settings.keys() & {"tree_topk", "tree_budget"}:
             tree = TreeConfig(settings.pop("tree_topk"), settings.pop("tree_budget"))
@@ -236,9 +238,9 @@ def read_draft_vocabulary(folder: pathlib.Path, config: ModelConfig) -> np.ndarr
         return None
     fix = "write it again with `python -m kangaroo_jax.cli.draft_vocabulary`, or remove it"
     try:
-        token_ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a NumPy array ({error}); {fix}") from None
+        token_ids = np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # mapped: the size is checked first
+    except (OSError, ValueError, EOFError, OverflowError) as error:
+        raise InputError(f"{path}: not a NumPy array ({one_line(error)}); {fix}") from None
     return _checked_tokens(token_ids, config, str(path), fix)
 
 
@@ -257,7 +259,7 @@ def _checked_tokens(token_ids: np.ndarray, config: ModelConfig, place: str, fix:
 
 def write_draft_vocabulary(folder: str | pathlib.Path, token_ids: Sequence[int] | np.ndarray) -> pathlib.Path:
     """Writes draft_vocabulary.npy into an adapter's folder, whole or not at all; returns its path."""
-    path = pathlib.Path(folder).expanduser().resolve() / DRAFT_VOCABULARY
+    path = paths.expanded(folder).resolve() / DRAFT_VOCABULARY
     scratch = path.with_suffix(".tmp")
     try:
         with scratch.open("wb") as file:
@@ -270,7 +272,7 @@ def write_draft_vocabulary(folder: str | pathlib.Path, token_ids: Sequence[int] 
 
 def write_draft_settings(folder: str | pathlib.Path, draft: DraftConfig) -> pathlib.Path:
     """Writes decode.json into an adapter's folder, whole or not at all; returns its path."""
-    path = pathlib.Path(folder).expanduser().resolve() / DRAFT_SETTINGS
+    path = paths.expanded(folder).resolve() / DRAFT_SETTINGS
     settings = {"max_draft_len": draft.max_draft_len, "threshold": draft.threshold}
     if draft.tree is not None:
         settings |= {"tree_topk": draft.tree.topk, "tree_budget": draft.tree.budget}
@@ -326,6 +328,21 @@ def check_format(metadata: Any, folder: pathlib.Path) -> None:
             f"{metadata.get('format')!r} {metadata.get('version')!r}" if isinstance(metadata, dict) else repr(metadata)
         )
         raise InputError(f"{folder}: metadata: expected format {_FORMAT!r} {_VERSION}, found {found}")
+    target, parameters = metadata.get("target"), metadata.get("parameters")
+    texts = [target.get(key) for key in ("name", "fingerprint")] if isinstance(target, dict) else [None]
+    shapes = list(parameters.values()) if isinstance(parameters, dict) else [None]
+    complete = {
+        "target": all(isinstance(text, str) for text in texts),
+        "parameters": all(isinstance(x, list) and all(is_integer(size) for size in x) for x in shapes),
+        "exit_layer": is_integer(metadata.get("exit_layer")),
+        "training": isinstance(metadata.get("training"), dict | None),
+    }
+    for name, right in complete.items():
+        if not right:
+            raise InputError(
+                f"{folder}: metadata: {name} is missing or of a wrong type, found {metadata.get(name)!r:.60}; "
+                "copy or train the adapter again"
+            )
     kind = metadata.get("kind", _KIND)
     if kind != _KIND:
         raise InputError(

@@ -8,6 +8,7 @@ import pathlib
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
+from kangaroo_jax import paths
 from kangaroo_jax.errors import InputError, one_line
 
 _TIMEOUT = 10.0  # seconds
@@ -40,7 +41,7 @@ def local_checkpoint(name: str) -> pathlib.Path | None:
     Raises:
       InputError: for a file that is no GGUF file, or a folder with several.
     """
-    path = pathlib.Path(name).expanduser()
+    path = paths.expanded(name)
     if path.is_dir():
         return _gguf_of(path) or path
     if path.suffix == ".gguf":

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
+from kangaroo_jax import json_text
 from kangaroo_jax.errors import InputError, one_line
 
 
 def read_json(path: pathlib.Path, fix: str) -> dict[str, Any]:
     """A JSON object from a file, or `InputError` naming the file and `fix`."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json_text.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; {fix}") from None
     except OSError as error:

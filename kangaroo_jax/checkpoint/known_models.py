@@ -7,6 +7,7 @@ import pathlib
 
 import huggingface_hub
 
+from kangaroo_jax import paths
 from kangaroo_jax.checkpoint import hub
 from kangaroo_jax.checkpoint.gguf_source import gguf_shape
 from kangaroo_jax.checkpoint.json_file import read_json
@@ -88,7 +89,7 @@ def model_config(name: str) -> ModelConfig:
     Raises:
       InputError: for a name that is none of these, or a file that is wrong.
     """
-    file = pathlib.Path(name).expanduser()
+    file = paths.expanded(name)
     if file.suffix != ".json" or not file.is_file():
         file = hub.local_checkpoint(name)
     if file is not None:

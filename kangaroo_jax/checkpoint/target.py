@@ -101,6 +101,11 @@ def load_target(
     source = folder_source(path) if path.is_dir() else gguf_source(path)
     config, weights = source.config, source.weights
     tensor_name = family_of(config).tensor_name
+    layers, tensors = config.num_hidden_layers, len(weights.found)
+    if layers > tensors:  # building so many would take long, for the same message
+        raise InputError(
+            f"{name}: num_hidden_layers is {layers}, but its weights are {tensors} tensors; fetch the checkpoint again"
+        )
     abstract = nnx.eval_shape(lambda: TargetModel(config, rngs=nnx.Rngs(0), dtype=dtype, compute_dtype=compute_dtype))
     check_tensors(abstract, weights.found, weights.files, tensor_name)
     bytes_read = 0

@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenizers import processors
 
+from kangaroo_jax import json_text
 from kangaroo_jax.checkpoint.sentencepiece_bpe import read_sentencepiece
 from kangaroo_jax.errors import InputError, one_line
 
@@ -119,7 +120,7 @@ def _from_sentencepiece(folder: pathlib.Path, config: dict[str, Any]) -> Any:
 def _contents(file: pathlib.Path) -> dict[str, Any]:
     """The contents of one of a tokenizer's JSON files; nothing where transformers will say what is wrong with it."""
     try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
+        contents = json_text.parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return contents if isinstance(contents, dict) else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import os
 import pathlib
 import pickle
 import zipfile
@@ -76,7 +77,7 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or pathlib.PurePath(shard).name != shard:
             raise InputError(f"{index}: tensor {name}: expected the name of a file beside the index, found {shard!r}")
-        if not (index.parent / shard).is_file():
+        if not os.path.isfile(index.parent / shard):  # False for a name that is too long, too
             raise InputError(
                 f"{index.parent / shard}: no such file; expected by {index.name} for tensor {name}; "
                 "fetch the checkpoint again"

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from kangaroo_jax.cli import standard_output
 from kangaroo_jax.cli.devices import skip_missing_tpu
 from kangaroo_jax.errors import InputError, MachineError
 
@@ -79,8 +80,14 @@ def run(
 
     def guarded(_: list[str]) -> None:
         skip_missing_tpu()
+        standard_output.guard()
         try:
             main()
+            sys.stdout.flush()
+        except standard_output.OutputError as error:
+            if error.reader_left:  # as `head` does, once it has enough
+                sys.exit(1)
+            fail(command, f"standard output: {error}", code=1)
         except InputError as error:
             fail(command, error)
         except MachineError as error:

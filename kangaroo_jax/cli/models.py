@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pathlib
 import sys
 
 import jax
 from jax.sharding import Mesh
 
-from kangaroo_jax import adapters, demo, load_adapter, load_target
+from kangaroo_jax import adapters, demo, load_adapter, load_target, paths
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.errors import InputError
@@ -18,7 +17,7 @@ def load_target_of(model: str | None, dtype: str | None, mesh: Mesh | None = Non
     """The target that --model names, the demo for None. The demo is in float32 on accelerators too, unless --dtype says
     otherwise: it is small, and drafted decoding's tokens are then exactly those of plain decoding."""
     name = model or str(demo.MODEL)
-    if dtype is None and pathlib.Path(name).expanduser().resolve() == demo.MODEL.resolve():
+    if dtype is None and paths.expanded(name).resolve() == demo.MODEL.resolve():
         dtype = "float32"
     return load_target(name, dtype, mesh)
 

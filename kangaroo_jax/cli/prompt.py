@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import stat
 import sys
 
+from kangaroo_jax import json_text, paths
 from kangaroo_jax.errors import InputError
 
 _PIPE_PATIENCE = 5.0  # seconds
@@ -39,7 +39,7 @@ def read_messages(path: str) -> list[dict[str, str]]:
       InputError: for a file that cannot be read, or that holds no list.
     """
     try:
-        messages = json.loads(_read_text(path))
+        messages = json_text.parse(_read_text(path))
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
@@ -65,6 +65,7 @@ def _piped_text(command: str) -> str | None:
 
 def _read_text(path: str) -> str:
     name = "standard input" if path == "-" else path
+    paths.check_not_named_pipe(path, name)
     try:
         if path == "-":
             return sys.stdin.buffer.read().decode()

@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import pathlib
 import sys
 from collections.abc import Iterator
 
 from absl import flags
 
+from kangaroo_jax import paths
 from kangaroo_jax.cli import command_line, preflight_flag, process_flags
 from kangaroo_jax.errors import InputError
 
@@ -66,8 +66,9 @@ def _parse(command: str, argv: list[str]) -> list[str]:
     """Parses the flags and reads the configuration; what is wrong with either is one line."""
     from kangaroo_jax.train.settings import check_overrides
 
+    path = _config_path(argv)
     try:
-        with _importable(_config_path(argv)):
+        with _importable(path):
             check_overrides(argv)
             rest = flags.FLAGS(argv)
             if _CONFIG.value is None:
@@ -78,17 +79,16 @@ def _parse(command: str, argv: list[str]) -> list[str]:
     except OSError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[-1]
         command_line.fail(command, f"--config cannot be read: {reason}; give one, e.g. configs/demo.py")
-    except (flags.Error, SyntaxError, ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # a configuration is code, which may raise anything
         first: BaseException = error
         while first.__context__ is not None:
             first = first.__context__
         if isinstance(first, InputError):  # from within the file
             command_line.fail(command, first)
         # config_flags may put a traceback into the message; its last line says what happened.
-        lines = str(error).strip().splitlines()
-        command_line.fail(
-            command, f"the configuration could not be read: {lines[-1] if len(lines) > 2 else ' '.join(lines)}"
-        )
+        lines = str(error).strip().strip("'\"").splitlines() or [repr(first)]
+        reason = lines[-1] if len(lines) > 2 else " ".join(lines)
+        command_line.fail(command, f"--config={path}: the configuration could not be read: {reason}")
     return command_line.settle(command, rest)
 
 
@@ -109,7 +109,7 @@ def _importable(config_path: str | None) -> Iterator[None]:
     if config_path is None:
         yield
         return
-    parent = str(pathlib.Path(config_path).expanduser().resolve().parent.parent)
+    parent = str(paths.expanded(config_path).resolve().parent.parent)
     sys.path.insert(0, parent)
     try:
         yield

@@ -25,6 +25,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Bool, Int
 
+from kangaroo_jax import json_text, paths
 from kangaroo_jax.data.encode import Encoder
 from kangaroo_jax.data.records import BadRecord, Entry, Place, Source, read_records
 from kangaroo_jax.errors import InputError
@@ -79,8 +80,14 @@ def cache_folder(setting: str) -> pathlib.Path:
     """
     if "://" in setting:
         raise InputError(f"data.cache: expected a folder, found {setting}; mount the bucket, or name a local folder")
-    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "kangaroo_jax" / "data"
-    return (pathlib.Path(setting) if setting else root).expanduser().absolute()
+    if setting:
+        return paths.expanded(setting).absolute()
+    folder = paths.cache_folder()
+    if folder is None:
+        raise InputError(
+            "data.cache: empty, and no home folder is known here; name a folder with --config.data.cache=..."
+        )
+    return folder.absolute() / "data"
 
 
 def open_cache(
@@ -163,7 +170,7 @@ def _manifest(path: pathlib.Path) -> dict[str, Any] | None:
         checksum, _, text = (path / _MANIFEST).read_text().partition("\n")
         if checksum != _sha256(text):
             return None
-        manifest = json.loads(text)
+        manifest = json_text.parse(text)
         for name, expected in manifest["files"].items():
             with (path / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:

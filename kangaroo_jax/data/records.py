@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from etils import epath
 
+from kangaroo_jax import json_text, paths
 from kangaroo_jax.errors import InputError
 
 _FUNCTION = "python:"
@@ -193,7 +194,7 @@ def _function(files: str) -> Callable[[bool], Mapping[str, str]]:
 def _matches(pattern: str) -> list[epath.Path]:
     with _readable(pattern):
         if "://" not in pattern:
-            found = [epath.Path(match) for match in glob.glob(str(epath.Path(pattern).expanduser()), recursive=True)]
+            found = [epath.Path(match) for match in glob.glob(str(paths.expanded(pattern)), recursive=True)]
         elif not glob.has_magic(pattern):
             found = [epath.Path(pattern)]
         else:
@@ -257,7 +258,7 @@ def _first_line(file: BinaryIO) -> bytes:
 def _is_cut(line: bytes) -> bool:
     """Whether a line begins an object that it does not end."""
     try:
-        json.loads(line)
+        json_text.parse(line)
     except (ValueError, RecursionError):
         return line.startswith(b"{")
     return False

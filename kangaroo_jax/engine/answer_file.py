@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from kangaroo_jax import resumable
+from kangaroo_jax import json_text, resumable
 from kangaroo_jax.engine.prompt_file import Id, Prompt
 from kangaroo_jax.engine.requests import Answer
 from kangaroo_jax.errors import InputError
@@ -29,6 +29,8 @@ def check_place(path: str, source: str) -> pathlib.Path:
         raise InputError(f"--output={path}: there is no folder {output.parent}; create it")
     if output.is_dir():
         raise InputError(f"--output={path}: is a folder; give a file")
+    if output.exists() and not output.is_file():
+        raise InputError(f"--output={path}: is a pipe or a device; give a file")
     if output.exists() and os.path.samefile(output, source):
         raise InputError(f"--output={path}: is the --input too; give another file")
     if not os.access(output if output.exists() else output.parent, os.W_OK):
@@ -96,12 +98,15 @@ def settle(output: pathlib.Path, settings: dict[str, Any], answers: Mapping[Id, 
     lines = list(answers.values())
     if errors:
         lines += [
-            line for path in _parts(output) for line in resumable.whole_lines(path) if "error" in json.loads(line)
+            line for path in _parts(output) for line in resumable.whole_lines(path) if "error" in json_text.parse(line)
         ]
     # Not replaced, for the lock is on it. It changes only before there are answers, so one half written does no harm.
     path, content = _settings(output), (json.dumps(settings, indent=1) + "\n").encode()
     if not path.exists() or path.read_bytes() != content:
-        path.write_bytes(content)
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; when this is fixed, run the same command again") from None
     resumable.replace(output, b"".join(lines))
     for path in _parts(output):
         path.unlink()
@@ -126,7 +131,7 @@ def _lines(path: pathlib.Path, prompts: Mapping[Id, Prompt], source: str) -> dic
     seen: set[Id] = set()
     for number, line in enumerate(resumable.whole_lines(path), start=1):
         try:
-            raw = json.loads(line)
+            raw = json_text.parse(line)
             key = raw["id"]
             failed = "error" in raw
             digest = None if failed else (raw["text"], raw["accept_lengths"], raw["prompt_digest"])[-1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import time
 import zlib
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kangaroo_jax import resumable
+from kangaroo_jax import json_text, resumable
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftConfig, EngineConfig, SamplingConfig
@@ -191,7 +190,7 @@ def _merge(
         if not part.exists():
             raise InputError(f"{part}: not there; --output must be in a folder that all processes share")
     answer_file.settle(output, settings, answer_file.finished(output, settings, prompts, source), errors=True)
-    return sum("error" in json.loads(line) for line in resumable.whole_lines(output))
+    return sum("error" in json_text.parse(line) for line in resumable.whole_lines(output))
 
 
 def _settings(

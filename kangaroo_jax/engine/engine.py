@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Array, Int, PyTree
 
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter, check_exit_layer
 from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.checks import is_integer
 from kangaroo_jax.config import DraftConfig, EngineConfig, SamplingConfig
 from kangaroo_jax.decode.pick import NO_TOKEN
 from kangaroo_jax.decode.prefill import (
@@ -32,7 +33,7 @@ from kangaroo_jax.decode.rounds import RoundShape, run_rounds
 from kangaroo_jax.decode.sampling import Sampling
 from kangaroo_jax.decode.state import Chunk, DecodeState
 from kangaroo_jax.engine.programs import SHARED, ProgramStore, compile_program, signature
-from kangaroo_jax.engine.prompts import answer_room, encode_prompt
+from kangaroo_jax.engine.prompts import answer_room, check_new_tokens, encode_prompt
 from kangaroo_jax.engine.requests import Answer, DraftedToken, Event, Finished, Request, Round, TextDelta
 from kangaroo_jax.engine.shapes import CHUNK, MAX_EOS, PIECE, Plan, Shapes, capacity_class
 from kangaroo_jax.engine.text import TextStream
@@ -136,6 +137,9 @@ class Engine:
         config: EngineConfig = EngineConfig(),  # noqa: B008 - frozen
         draft: DraftConfig = DraftConfig(),  # noqa: B008 - frozen
     ):
+        for name, value, kind in (("config", config, EngineConfig), ("draft", draft, DraftConfig)):
+            if not isinstance(value, kind):
+                raise InputError(f"{name} must be {kind.__name__}(...), found {value!r:.60}")
         self.target, self.adapter, self.config = target, adapter, config
         devices = sorted(target.model.embed_tokens[...].devices(), key=lambda device: device.id)
         platform = devices[0].platform
@@ -171,18 +175,23 @@ class Engine:
         """
         target = self.target
         sampling = SamplingConfig() if request.sampling is None else request.sampling
+        if not isinstance(sampling, SamplingConfig):
+            raise InputError(f"sampling must be SamplingConfig(...), found {sampling!r:.60}")
         if request.seed is not None:
             sampling = dataclasses.replace(sampling, seed=request.seed)  # checks it
         if not isinstance(sampling.seed, int):
             raise InputError(f"seed of a request must be one integer, found {sampling.seed!r}")
         stop = () if request.stop is None else request.stop
-        if isinstance(stop, str) or not all(isinstance(string, str) and string for string in stop):
+        listed = isinstance(stop, Sequence) and not isinstance(stop, str)
+        if not listed or not all(isinstance(string, str) and string for string in stop):
             raise InputError(f"stop must be a list of strings that are not empty, found {stop!r}")
         if stop and target.tokenizer is None:
             raise InputError(f"{target.name}: has no tokenizer; stop strings need one")
-        eos = tuple(target.eos_token_ids if request.eos_token_ids is None else request.eos_token_ids)
-        if not all(-1 <= token < 2**31 for token in eos):
-            raise InputError(f"eos_token_ids must be token ids, found {list(eos)}")
+        eos = target.eos_token_ids if request.eos_token_ids is None else request.eos_token_ids
+        listed = isinstance(eos, Sequence | np.ndarray | Set)
+        if not listed or not all(is_integer(token) and -1 <= token < 2**31 for token in eos):
+            raise InputError(f"eos_token_ids must be token ids, a list, found {eos!r:.60}")
+        eos = tuple(map(int, eos))
         stop_tokens = _special_tokens(target.tokenizer, stop) if stop else ()
         if len(eos) + len(stop_tokens) > MAX_EOS:
             raise InputError(
@@ -190,7 +199,8 @@ class Engine:
                 f"found {len(eos) + len(stop_tokens)}"
             )
         most = _MAX_NEW_TOKENS if request.max_new_tokens is None else request.max_new_tokens
-        at_least = min(most, 1) if request.to_context else most
+        check_new_tokens(most)
+        at_least = 1 if request.to_context else most
         ids = encode_prompt(target, request.prompt, at_least, self.config.max_length, "the prompt")
         if request.to_context:
             most = min(most, answer_room(target, ids, self.config.max_length))
@@ -598,9 +608,14 @@ def round_shape(target: Target, adapter: TrainedAdapter | None, draft: DraftConf
       InputError: as `Engine`.
     """
     context, lookup = target.config.context, draft.lookup
-    for name, length in () if lookup is None else (("tokens", lookup.max_tokens), ("max_ngram", lookup.max_ngram)):
+    lengths = {} if adapter is None else {"max_draft_len": draft.max_draft_len}
+    if draft.tree is not None:
+        lengths["tree_budget"] = draft.tree.budget
+    if lookup is not None:
+        lengths |= {"lookup_tokens": lookup.max_tokens, "lookup_max_ngram": lookup.max_ngram}
+    for name, length in lengths.items():
         if length >= context:
-            raise InputError(f"lookup_{name} must be less than the target's context ({context}), found {length}")
+            raise InputError(f"{name} must be less than the target's context ({context}), found {length}")
     if adapter is None:
         return RoundShape.plain(lookup, platform)
     num_tokens = adapter.model.num_tokens(target.config.vocab_size)

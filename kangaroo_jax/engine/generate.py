@@ -10,9 +10,10 @@ import numpy as np
 
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.checks import is_integer
 from kangaroo_jax.config import DraftConfig, EngineConfig, SamplingConfig
 from kangaroo_jax.engine.engine import Engine
-from kangaroo_jax.engine.prompts import Prompt, encode_prompt, encode_prompts
+from kangaroo_jax.engine.prompts import Prompt, check_new_tokens, encode_prompt, encode_prompts
 from kangaroo_jax.engine.requests import Answer, Finished, Request, TextDelta
 from kangaroo_jax.errors import InputError
 
@@ -145,14 +146,15 @@ def generate_many(
       InputError: at once, before anything is decoded: as `generate` does, and for a batch size below 1.
       MachineError: from the iterator, as `generate`; other answers may be lost with it. An `Engine` goes on.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, found {batch_size}")
+    if not is_integer(batch_size) or batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, an integer, found {batch_size!r}")
     requests = [request if isinstance(request, Request) else Request(request) for request in requests]
     config = EngineConfig(_slots(min(batch_size, max(1, len(requests))), target), max_length)
     engine = Engine(target, adapter, config, draft)
     for i, (request, one) in enumerate(zip(requests, _per_prompt(sampling, len(requests), "request"), strict=True)):
         most = max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-        at_least = min(most, 1) if request.to_context else most
+        check_new_tokens(most)
+        at_least = 1 if request.to_context else most
         engine.add(
             dataclasses.replace(
                 request,
@@ -187,6 +189,8 @@ def _generate(
     on_text: Callable[[int, str], None] | None,
 ) -> Generation:
     ids = encode_prompts(target, prompts, max_new_tokens, max_length)
+    if on_text is not None and not callable(on_text):
+        raise InputError(f"on_text must be a function, found {on_text!r:.60}")
     if on_text is not None and target.tokenizer is None:
         raise InputError(f"{target.name}: has no tokenizer; streamed text needs one")
     engine = Engine(target, adapter, EngineConfig(_slots(len(ids), target), max_length), draft)
@@ -222,6 +226,8 @@ def _slots(count: int, target: Target) -> int:
 
 def _per_prompt(sampling: SamplingConfig, count: int, what: str) -> list[SamplingConfig]:
     """The settings with one seed each."""
+    if not isinstance(sampling, SamplingConfig):
+        raise InputError(f"sampling must be SamplingConfig(...), found {sampling!r:.60}")
     seeds = [sampling.seed] * count if isinstance(sampling.seed, int) else sampling.seed
     if len(seeds) != count:
         raise InputError(f"seed must be one integer or one per {what}, found {len(seeds)} for {count}")

@@ -9,6 +9,7 @@ import json
 import pathlib
 from typing import Any
 
+from kangaroo_jax import json_text, paths
 from kangaroo_jax.checkpoint.chat_template import Message, check_messages
 from kangaroo_jax.errors import InputError
 
@@ -46,6 +47,7 @@ def read_prompts(path: str) -> tuple[list[Prompt], list[str]]:
     Raises:
       InputError: for a file that cannot be read, or that has no line with anything on it.
     """
+    paths.check_not_named_pipe(path, f"--input={path}")
     try:
         content = pathlib.Path(path).read_bytes()
     except OSError as error:
@@ -72,7 +74,7 @@ def read_prompts(path: str) -> tuple[list[Prompt], list[str]]:
 
 def _prompt(line: bytes) -> Prompt:
     try:
-        raw = json.loads(line.decode())
+        raw = json_text.parse(line.decode())
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 (byte {error.start})") from None
     except (ValueError, RecursionError) as error:

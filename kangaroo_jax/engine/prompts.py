@@ -11,6 +11,7 @@ from kangaroo_jax.checkpoint import chat_template
 from kangaroo_jax.checkpoint.chat_template import Message, TemplateRefusal
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.checkpoint.tokenizer import not_in_vocabulary
+from kangaroo_jax.checks import check_count, is_integer
 from kangaroo_jax.errors import InputError
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -26,7 +27,9 @@ def encode_prompts(
     """
     if isinstance(prompts, str):
         raise InputError("prompts must be a list; put the one prompt into a list")
-    if not prompts:
+    if not isinstance(prompts, Sequence | np.ndarray):
+        raise InputError(f"prompts must be a list, found {prompts!r:.60}")
+    if not len(prompts):
         raise InputError("prompts is empty; give at least one")
     if isinstance(prompts[0], Mapping):
         raise InputError("prompts must be a list, of which each may be a list of messages; found a message in it")
@@ -49,8 +52,9 @@ def encode_prompt(target: Target, prompt: Prompt, max_new_tokens: int, max_lengt
     Raises:
       InputError: naming the prompt by `name`.
     """
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    check_new_tokens(max_new_tokens)
+    if max_length is not None:
+        check_count("max_length", max_length)
     ids = _ids(target, prompt, name)
     if not ids:
         raise InputError(f"{name} is empty; give at least one token")
@@ -67,6 +71,12 @@ def encode_prompt(target: Target, prompt: Prompt, max_new_tokens: int, max_lengt
             f"exceed the context of {context}; shorten the prompt or lower max_new_tokens to {room}"
         )
     return ids
+
+
+def check_new_tokens(max_new_tokens: Any) -> None:
+    """Raises `InputError` for what is no number of new tokens."""
+    if not is_integer(max_new_tokens) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, an integer, found {max_new_tokens!r}")
 
 
 def user_turn(prompt: Prompt) -> Prompt:
@@ -101,10 +111,13 @@ def _require_tokenizer(target: Target) -> None:
 def _ids(target: Target, prompt: Any, name: str) -> list[int]:
     if isinstance(prompt, str):
         return _text_ids(target, prompt, name)
-    if not isinstance(prompt, Sequence | np.ndarray):
-        raise InputError(f"{name} must be a string, a list of token ids or a list of messages, found {prompt!r}")
+    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes | bytearray | memoryview):
+        raise InputError(f"{name} must be a string, a list of token ids or a list of messages, found {prompt!r:.60}")
     if any(isinstance(item, Mapping) for item in prompt):
         return _message_ids(target, prompt, name)
+    for token in prompt:
+        if not is_integer(token):
+            raise InputError(f"{name}: token ids must be integers, found {token!r:.60}")
     return [int(token) for token in prompt]
 
 

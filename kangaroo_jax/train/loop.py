@@ -21,7 +21,7 @@ import tensorboardX
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from kangaroo_jax import profiling
+from kangaroo_jax import paths, profiling
 from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
 from kangaroo_jax.checkpoint.target import Target, load_target
 from kangaroo_jax.config import TrainConfig
@@ -88,7 +88,7 @@ def train(
     check_adapter(config, target.config)
     check_context(config, target.config, target.name)
     draft_vocabulary.check_setting(config.draft_vocabulary, target.config)
-    output = pathlib.Path(config.output).expanduser().resolve()
+    output = paths.expanded(config.output).resolve()
     run = _Run(config, target, report)
 
     def check(metadata: dict[str, Any], folder: pathlib.Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 import ml_collections
 from jax.sharding import Mesh
 
+from kangaroo_jax import paths
 from kangaroo_jax.checkpoint.adapter import check_exit_layer
 from kangaroo_jax.config import TrainConfig
 from kangaroo_jax.errors import InputError
@@ -75,7 +76,7 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 
 def check_target_folder(config: TrainConfig) -> None:
     """Raises `InputError` for a target that is a path (not a hub id) to no checkpoint."""
-    path = pathlib.Path(config.target).expanduser()
+    path = paths.expanded(config.target)
     if (path.is_absolute() or config.target.startswith(".")) and not (path.is_dir() or path.suffix == ".gguf"):
         raise InputError(
             f"{config.target}: no such folder; expected a target in Hugging Face format, a GGUF file or a hub id"

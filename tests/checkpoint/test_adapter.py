@@ -271,6 +271,40 @@ def test_another_format_is_named(tmp_path, saved, target):
     assert "expected format 'kangaroo_jax adapter' 1, found 'kangaroo_jax adapter' 2" in one_line(folder, target)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, ...) for name in ("exit_layer", "parameters", "target")),
+        ("exit_layer", "2"),
+        ("exit_layer", True),
+        ("parameters", None),
+        ("parameters", {"norm.weight": None}),
+        ("target", None),
+        ("target", {"name": "a"}),
+        ("training", 5),
+    ],
+)
+def test_metadata_that_was_edited_is_named(tmp_path, saved, target, name, value):
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved, folder)
+    file = folder / "metadata" / "metadata"
+    metadata = json.loads(file.read_text())
+    del metadata[name]
+    file.write_text(json.dumps(metadata if value is ... else metadata | {name: value}))
+    assert f"metadata: {name} is missing or of a wrong type" in one_line(folder, target)
+
+
+@pytest.mark.parametrize("shape", [(10**15,), (10**30,), (100,)])
+def test_a_draft_vocabulary_that_is_shorter_than_it_says_is_named(tmp_path, saved, target, shape):
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved, folder)
+    with open(folder / "draft_vocabulary.npy", "wb") as file:
+        header = {"descr": "<i4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(bytes(16))
+    assert "draft_vocabulary.npy: not a NumPy array" in one_line(folder, target)
+
+
 def test_the_kind_of_draft_model_is_recorded_and_another_is_named(tmp_path, saved, target, adapter):
     folder = tmp_path / "adapter"
     shutil.copytree(saved, folder)

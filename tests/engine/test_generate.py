@@ -5,9 +5,10 @@ Truth: the definition of each limit applied by hand to an unlimited run's tokens
 
 import dataclasses
 
+import numpy as np
 import pytest
 
-from kangaroo_jax import DraftConfig, InputError, generate, generate_plain
+from kangaroo_jax import DraftConfig, InputError, TreeConfig, generate, generate_plain
 from kangaroo_jax.checkpoint.target import Target
 from tests.decode.models import LAYERS, LETTERS, VOCABULARY, lettered_target, tiny_adapter, tiny_target
 
@@ -132,6 +133,48 @@ def test_a_context_filled_to_the_last_token_is_allowed():
     prompt = [1] * 500
     for out in both(tiny_target(), [prompt], max_new_tokens=12):
         assert len(out.tokens[0]) == 12
+
+
+@pytest.mark.parametrize(
+    ("prompts", "kwargs"),
+    [
+        (5, {}),
+        (None, {}),
+        ([None], {}),
+        ([b"abc"], {}),
+        ([["a"]], {}),
+        ([[1.9]], {}),
+        ([[True]], {}),
+        ([[float("nan")]], {}),
+        ([[[1]]], {}),
+        (np.zeros((2, 3)), {}),
+        ([[1]], {"max_new_tokens": "8"}),
+        ([[1]], {"max_new_tokens": None}),
+        ([[1]], {"max_new_tokens": 2.5}),
+        ([[1]], {"max_length": "9"}),
+        ([[1]], {"max_length": 9.5}),
+        ([[1]], {"eos_token_ids": 5}),
+        ([[1]], {"eos_token_ids": "x"}),
+        ([[1]], {"eos_token_ids": [1.5]}),
+        ([[1]], {"stop": 5}),
+        ([[1]], {"draft": None}),
+        ([[1]], {"draft": {"max_draft_len": 3}}),
+        ([[1]], {"sampling": 0.7}),
+        ([[1]], {"on_text": "print"}),
+        ([[1]], {"draft": DraftConfig(2, 512)}),
+        ([[1]], {"draft": DraftConfig(2, 2, 0.0, TreeConfig(4, 512))}),
+    ],
+    ids=str,
+)
+def test_values_of_a_wrong_kind_are_one_line_before_anything_is_compiled(prompts, kwargs):
+    with pytest.raises(InputError) as caught:
+        generate(lettered_target(), tiny_adapter(2), prompts, **kwargs)
+    assert "found" in str(caught.value)
+
+
+def test_token_ids_may_be_numpys():
+    given = np.asarray([[1, 2, 3]])
+    assert generate_plain(tiny_target(), given, 4).tokens == generate_plain(tiny_target(), [[1, 2, 3]], 4).tokens
 
 
 def test_bad_text_is_named_in_one_line(lettered):

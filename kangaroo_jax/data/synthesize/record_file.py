@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
-from kangaroo_jax import resumable
+from kangaroo_jax import json_text, paths, resumable
 from kangaroo_jax.data.records import Source
 from kangaroo_jax.errors import InputError
 
@@ -23,13 +23,15 @@ Record = dict[str, Any]
 
 def check_place(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
     """Where records are to go, if they can: raises `InputError` for a folder that is missing, and the like."""
-    output = pathlib.Path(path).expanduser()
+    output = paths.expanded(path)
     if not Source(output.name).holds_records:
         raise InputError(f"{flag}={path}: training would read it as one text; give it a name that ends in .jsonl")
     if not output.parent.is_dir():
         raise InputError(f"{flag}={path}: there is no folder {output.parent}; create it")
     if output.is_dir():
         raise InputError(f"{flag}={path}: is a folder; give a file")
+    if output.exists() and not output.is_file():
+        raise InputError(f"{flag}={path}: is a pipe or a device; give a file")
     if not os.access(output.parent, os.W_OK) or (output.exists() and not os.access(output, os.W_OK)):
         raise InputError(f"{flag}={path}: cannot be written to; give another")
     return output
@@ -138,7 +140,7 @@ class RecordFile:
     def _lines(self, path: pathlib.Path) -> Iterator[tuple[Record, bytes]]:
         for number, line in enumerate(resumable.whole_lines(path), 1):
             try:
-                record = json.loads(line)
+                record = json_text.parse(line)
                 if "dropped" not in record:
                     self._key(record)
                 if not isinstance(record["index"], int):

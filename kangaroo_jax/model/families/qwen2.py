@@ -16,6 +16,8 @@ def _read_config(contents: Mapping[str, Any]) -> ModelConfig:
     if flag(contents, "use_sliding_window"):
         raise InputError("qwen2 with use_sliding_window true is not supported; only full attention is")
     layer_types = contents.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise InputError(f"layer_types must be a list, found {layer_types!r}")
     if any(kind != "full_attention" for kind in layer_types):
         raise InputError(f"layer_types {layer_types!r} is not supported; only 'full_attention' is, in every layer")
     require_silu(contents)
