@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -298,7 +299,8 @@ def best_step(run: pathlib.Path) -> pathlib.Path | None:
 
     def rank(step: pathlib.Path) -> tuple[float, int]:
         held_out = (read_metadata(step)["training"] or {}).get("held_out") or {}
-        return held_out.get(BEST_BY, -1.0), int(step.name)
+        acceptance = held_out.get(BEST_BY, -1.0)
+        return (acceptance if math.isfinite(acceptance) else -2.0), int(step.name)
 
     return max(_steps(run), key=rank, default=None)
 

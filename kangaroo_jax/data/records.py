@@ -500,7 +500,11 @@ def _turn(turn: Any, key: str, where: str) -> Turn:
             )
     text = turn.get(text_key)
     if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in text):
-        text = "".join(str(part.get("text", "")) for part in text)  # OpenAI's content parts
+        parts = [part.get("text") for part in text]  # OpenAI's content parts
+        wrong = [part for part in parts if not isinstance(part, str)]
+        if wrong:
+            raise BadRecord(f'{where}: a part of "{text_key}" has no text, found {wrong[0]!r:.40}')
+        text = "".join(parts)
     if not isinstance(text, str):
         raise BadRecord(f'{where}: expected a string under "{text_key}", found {type(text).__name__}')
     role = _ROLES[role.lower()]

@@ -166,6 +166,9 @@ class _Run:
         self.state = jax.jit(self.optimizer.init, out_shardings=self._where[1])(self.parameters)
         self._train_step, self._evaluate_batch = compiled(self.optimizer, target.config, config, target.mesh)
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+        self._all_finite = jax.jit(
+            lambda tree: jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
+        )
         self._drafted: dict[str, Array] = {}  # the tokens of the draft vocabulary, by their name in checkpoints
 
     def named_state(self) -> dict[str, Array]:
@@ -298,6 +301,12 @@ class _Run:
         return held_out
 
     def _save(self, manager: Any, training: dict[str, Any], input_state: Any) -> None:
+        # The step's loss was that of the parameters before it.
+        if not self._all_finite(self.parameters):
+            raise InputError(
+                f"step {self.step}: the adapter's weights are not finite after it, and it is not saved; lower "
+                "optimizer.learning_rate, or lengthen optimizer.warmup_steps"
+            )
         # Copies, because a background thread writes them while the next steps donate the originals.
         parameters, state = self._copy((self.parameters | self._drafted, self.named_state()))
         metadata = adapter_checkpoint.adapter_metadata(parameters, self.target, self.config.exit_layer, training)

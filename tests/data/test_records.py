@@ -150,6 +150,10 @@ def test_turns_in_the_shape_that_templates_expect(turns, expected):
         (b'{"conversations": [{"from": "human", "value": "a", "value": "b"}]}', 'the key "value" is there twice'),
         (b'{"conversations": "hi"}', 'expected a list under "conversations", found str'),
         (b'{"conversations": [{"from": "cat", "value": "a"}]}', "turn 0 of conversations: expected a role under"),
+        (
+            b'{"messages": [{"role": "user", "content": [{"type": "text", "text": null}]}]}',
+            'a part of "content" has no text, found None',
+        ),
         (b'{"conversations": [{"from": "gpt", "value": null}]}', 'expected a string under "value", found NoneType'),
         (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "turn 0 of messages is not valid Unicode"),
         (b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}', "turn 0 of messages: a tool call"),

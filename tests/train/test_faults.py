@@ -246,16 +246,32 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error_and_leaves_the_others_
 def test_a_loss_that_is_not_finite_names_step_and_records_and_saves_nothing(settings, tmp_path, small_target_folder):
     output = tmp_path / "run"
     small = settings | {"target": str(small_target_folder), "exit_layer": 1}
-    config = configured(small, **{"output": str(output), "save_every": 1, "optimizer.learning_rate": 1e38})
+    config = configured(
+        small, **{"output": str(output), "log_every": 1, "save_every": 100, "optimizer.learning_rate": 1e38}
+    )
     with pytest.raises(InputError, match=r"not finite .*lower optimizer\.learning_rate") as error:
         train(config)
     step = int(re.match(r"step (\d+): ", str(error.value)).group(1))
     assert step > 1
-    assert max(int(x.name) for x in output.iterdir() if x.is_dir()) == step - 1
+    assert not any(x.is_dir() for x in output.iterdir())
     rows, _ = load_rows(config.data, load_target(small_target_folder, "float32"), 64, 0)
     batch = next(itertools.islice(training_batches(rows, 4, 0), step - 1, None))
     assert str(error.value).endswith(": " + ", ".join(rows.record_ids(batch["row_ids"])))
     assert "argparse.py" in str(error.value) or "ast.py" in str(error.value)
+
+
+@pytest.mark.long
+def test_weights_that_are_not_finite_are_not_saved(settings, tmp_path, small_target_folder):
+    """The loss of a step is that of the weights before it, and may still be finite."""
+    output = tmp_path / "run"
+    small = settings | {"target": str(small_target_folder), "exit_layer": 1}
+    config = configured(small, **{"output": str(output), "save_every": 1, "optimizer.learning_rate": 1e38})
+    with pytest.raises(InputError, match=r"^step \d+: the (adapter's weights are|loss or its gradient is) not finite"):
+        train(config)
+    for folder in output.iterdir():
+        if folder.is_dir():
+            arrays = checkpoint(folder)["adapter"].values()
+            assert all(np.isfinite(x).all() for x in arrays), folder
 
 
 def test_the_best_is_kept_beside_the_newest_and_is_what_loads(run, target, tmp_path):
