@@ -301,11 +301,12 @@ class _Run:
         return held_out
 
     def _save(self, manager: Any, training: dict[str, Any], input_state: Any) -> None:
-        # The step's loss was that of the parameters before it.
-        if not self._all_finite(self.parameters):
+        # The step's loss was that of the parameters before it, so these may be the first that overflow.
+        held_out = (training["held_out"] or {}).values()
+        if not self._all_finite(self.parameters) or not all(map(math.isfinite, held_out)):
             raise InputError(
-                f"step {self.step}: the adapter's weights are not finite after it, and it is not saved; lower "
-                "optimizer.learning_rate, or lengthen optimizer.warmup_steps"
+                f"step {self.step}: the adapter's weights or held-out figures are not finite after it, and it is not "
+                "saved; lower optimizer.learning_rate, or lengthen optimizer.warmup_steps"
             )
         # Copies, because a background thread writes them while the next steps donate the originals.
         parameters, state = self._copy((self.parameters | self._drafted, self.named_state()))
