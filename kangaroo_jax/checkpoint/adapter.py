@@ -151,10 +151,10 @@ def save_adapter(
     parameters = named_leaves(adapter)
     if adapter.draft_vocabulary is not None:
         del parameters["draft_vocabulary.weight"]  # the target's
-    items = ocp.args.Composite(
-        adapter=ocp.args.PyTreeSave({path: np.asarray(x) for path, x in parameters.items()}),
-        metadata=ocp.args.JsonSave(adapter_metadata(parameters, target, exit_layer, training)),
-    )
+    arrays = {path: np.asarray(x) for path, x in parameters.items()}
+    metadata = adapter_metadata(parameters, target, exit_layer, training)
+    metadata["checksums"] = {path: checksum(x) for path, x in arrays.items()}
+    items = ocp.args.Composite(adapter=ocp.args.PyTreeSave(arrays), metadata=ocp.args.JsonSave(metadata))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers())) as checkpointer:
         checkpointer.save(folder, items, force=True)  # force: the folder may exist, empty
 
@@ -444,6 +444,7 @@ def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
     # The list first: it names a mismatch where the arrays themselves would only fail to be read.
     check_parameters(metadata["parameters"], expected | tokens, folder)
     found = read_arrays(folder, "adapter", expected | tokens)
+    check_arrays(found, _checksums(folder, metadata), folder / "adapter")
     parameters = {path: found[path].astype(leaf.dtype) for path, leaf in expected.items()}
     if target.mesh is None:
         parameters = jax.tree.map(jnp.asarray, parameters)
@@ -457,6 +458,34 @@ def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
         model.draft_vocabulary = DraftVocabulary(target.model, jnp.asarray(token_ids))
     other_target = metadata["target"]["name"] if near else None
     return TrainedAdapter(model, metadata["exit_layer"], name, target.fingerprint, other_target)
+
+
+def checksum(x: np.ndarray) -> int:
+    """Sum of the array's 32-bit words (padded with zeros), each times an odd number that depends on its place, modulo
+    2**32: a change of any one word changes it. Orbax's arrays have no checksums of their own."""
+    content = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+    words = np.pad(content, (0, -len(content) % 4)).view(np.uint32)
+    return int((words * (2 * np.arange(words.size, dtype=np.uint32) + 1)).sum(dtype=np.uint32))
+
+
+def check_arrays(arrays: dict[str, np.ndarray], checksums: dict[str, int], item: pathlib.Path) -> None:
+    """Raises `DamagedError` where an array of a checkpoint's item is not as it was written. Those that `checksums`
+    lacks are not looked at."""
+    for path, array in arrays.items():
+        if path in checksums and checksum(array) != checksums[path]:
+            raise DamagedError(f"{item}: damaged ({path} is not as it was written); copy or train it again")
+
+
+def _checksums(folder: pathlib.Path, metadata: dict[str, Any]) -> dict[str, int]:
+    """Of a checkpoint's arrays: a training run's are beside its place in the data. Those of earlier versions have none
+    where they are no run's."""
+    found = metadata.get("checksums", {})
+    if (folder / "position").is_dir():
+        position = read_json(folder, "position")
+        found = position.get("checksums", {}).get("adapter", {}) if isinstance(position, dict) else None
+    if not isinstance(found, dict):
+        raise DamagedError(f"{folder}: damaged (its checksums are not as they were written); copy or train it again")
+    return found
 
 
 def _read(folder: pathlib.Path, **items: Any) -> dict[str, Any]:

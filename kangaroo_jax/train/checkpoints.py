@@ -216,9 +216,7 @@ def _read(
     parameters = parameters | adapter_checkpoint.drafted_tokens(metadata)
     for item, expected in (("adapter", parameters), ("optimizer", optimizer)):
         found[item] = adapter_checkpoint.read_arrays(folder, item, expected)
-        for path, array in found[item].items():
-            if _host_checksum(array) != position["checksums"][item][path]:
-                raise DamagedError(f"{folder / item}: damaged ({path} is not as it was written)")
+        adapter_checkpoint.check_arrays(found[item], position["checksums"][item], folder / item)
     return Saved(folder, position["step"], metadata, found["adapter"], found["optimizer"], position["input"])
 
 
@@ -237,19 +235,14 @@ def _checksums(arrays: dict[str, Arrays]) -> dict[str, Arrays]:
 
 
 def _checksum(x: Array) -> UInt32[Array, ""]:
-    """Sum of the array's 32-bit words, each times an odd number that depends on its place, modulo 2**32: a change of
-    any one word changes it. Integer arithmetic, so the sum does not depend on how the array is split over devices."""
+    """`adapter_checkpoint.checksum` of an array of 4-byte numbers. Integer arithmetic, so the sum does not depend on
+    how the array is split over devices."""
     words = jax.lax.bitcast_convert_type(x, jnp.uint32)
     places, size = jnp.zeros(x.shape, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):
         places += jnp.uint32(size) * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         size *= x.shape[axis]
     return jnp.sum(words * (2 * places + 1), dtype=jnp.uint32)
-
-
-def _host_checksum(x: np.ndarray) -> int:
-    words = np.ascontiguousarray(x).reshape(-1).view(np.uint32)
-    return int((words * (2 * np.arange(words.size, dtype=np.uint32) + 1)).sum(dtype=np.uint32))
 
 
 def _digest(metadata: Any, position: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+from kangaroo_jax.checkpoint import adapter as adapter_module
 from kangaroo_jax.checkpoint.adapter import (
     item_handlers,
     load_adapter,
@@ -261,6 +262,25 @@ def test_truncated_files_are_named(tmp_path, saved, target, damaged):
     for path in folder.glob(damaged):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert "damaged or not an adapter checkpoint" in one_line(folder, target)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_number_that_changed_on_disk_is_found(tmp_path, adapter, target, dtype, monkeypatch):
+    """Orbax itself would not see it."""
+    folder = tmp_path / "adapter"
+    stored = jax.tree.map(lambda x: x.astype(dtype), adapter)
+    save_adapter(folder, stored, exit_layer=2, target=target)
+    load_adapter(folder, target)
+    read = adapter_module.read_arrays
+
+    def changed(*args):
+        arrays = read(*args)
+        array = arrays["layers.0.self_attn.o_proj"] = arrays["layers.0.self_attn.o_proj"].copy()
+        array.view(np.uint8)[3, 5] ^= 16
+        return arrays
+
+    monkeypatch.setattr(adapter_module, "read_arrays", changed)
+    assert "damaged (layers.0.self_attn.o_proj is not as it was written)" in one_line(folder, target)
 
 
 def test_another_format_is_named(tmp_path, saved, target):
