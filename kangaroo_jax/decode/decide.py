@@ -84,7 +84,7 @@ class Costs:
             draft_step=np.float32(costs.draft_step),
             shallow=np.float32(costs.shallow),
             acceptance=np.float32(acceptance),
-            prior_tokens=np.asarray([w * kind[0] / kind[1] for w, kind in zip(weights, kinds, strict=True)], np.float32),
+            prior_tokens=np.asarray([w * x[0] / x[1] for w, x in zip(weights, kinds, strict=True)], np.float32),
             prior_steps=np.asarray(weights, np.float32),
             pause=np.asarray(pauses, np.int32),
         )
