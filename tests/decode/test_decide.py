@@ -87,16 +87,16 @@ class Simulated:
 def test_drafting_ends_and_comes_back_with_acceptance(costs, seed):
     sequence = Simulated(costs, seed=seed)
     pause = int(sequence.costs.pause[DRAFTED])
-    sequence.rounds(40, 0.8)
-    assert sequence.rounds(40, 0.8)[0] > 0.5
+    sequence.rounds(40, 0.85)
+    assert sequence.rounds(40, 0.85)[0] > 0.5
     assert sequence.speed(40) > 1.1
     # Within 25 rounds of the change nothing is drafted, but for probes.
     sequence.rounds(25, 0.02)
     drafted, _ = sequence.rounds(4 * pause, 0.02)
     assert 0 < drafted * 4 * pause <= 8
     # Within three of the longest pauses, as a probe may fail, it drafts again.
-    sequence.rounds(3 * pause, 0.8)
-    assert sequence.rounds(40, 0.8)[0] > 0.5
+    sequence.rounds(3 * pause, 0.85)
+    assert sequence.rounds(40, 0.85)[0] > 0.5
     assert sequence.speed(40) > 1.1
 
 
@@ -147,7 +147,7 @@ def test_drafts_are_as_long_as_they_pay():
 
 def test_an_unsure_token_ends_a_draft_and_a_sure_one_does_not():
     sequence = Simulated(CPU)
-    sequence.rounds(40, 0.8)
+    sequence.rounds(40, 0.85)
     pace, rate = sequence.pace, jnp.ones(1)
     sure, unsure = np.full((1, GAMMA), 0.9, np.float32), np.full((1, GAMMA), 0.05, np.float32)
     assert sequence.further(pace, sequence.costs, rate, 0, sure)[0]
@@ -180,7 +180,7 @@ def test_without_a_draft_model_look_ups_end_as_well():
 
 def test_a_sequence_that_idles_learns_nothing():
     sequence = Simulated(CPU)
-    sequence.rounds(5, 0.8)
+    sequence.rounds(5, 0.85)
     after = sequence.learn(
         sequence.pace,
         sequence.costs,
