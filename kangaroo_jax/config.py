@@ -172,7 +172,7 @@ class DraftConfig:
         if self.tree is not None and self.lookup is not None:
             raise InputError("trees and look-ups exclude each other; leave one out (--notree, or --lookup_tokens=0)")
         if self.tree is not None and self.decide is not None:
-            raise InputError("trees and deciding how far to draft exclude each other; use --notree or --fixed")
+            raise InputError("trees and deciding how far to draft exclude each other; use --notree or --nodecide")
         if self.tree is not None and self.tree.budget < self.max_draft_len:
             raise InputError(
                 f"tree_budget must be at least max_draft_len ({self.max_draft_len}), or the deepest path cannot be "

@@ -55,7 +55,7 @@ class RoundShape:
 
     @classmethod
     def plain(cls, lookup: LookupConfig | None = None, platform: str = "cpu", *, decides: bool = False) -> RoundShape:
-        """Without a draft model: plain decoding, but for what is looked up. `decides`: whether sequences decide that."""
+        """Without a draft model: plain decoding, but for what is looked up; with `decides`, where sequences say so."""
         shape = cls(_PLAIN_EXIT_LAYER, 0, None, _widths([1], lookup, platform, narrowest=decides), lookup)
         return shape._deciding() if decides and lookup is not None else shape
 

@@ -90,8 +90,8 @@ def test_drafting_ends_and_comes_back_with_acceptance(costs, seed):
     sequence.rounds(40, 0.85)
     assert sequence.rounds(40, 0.85)[0] > 0.5
     assert sequence.speed(40) > 1.1
-    # Within 25 rounds of the change nothing is drafted, but for probes.
-    sequence.rounds(25, 0.02)
+    # Within 40 rounds of the change nothing is drafted, but for probes.
+    sequence.rounds(40, 0.02)
     drafted, _ = sequence.rounds(4 * pause, 0.02)
     assert 0 < drafted * 4 * pause <= 8
     # Within three of the longest pauses, as a probe may fail, it drafts again.
