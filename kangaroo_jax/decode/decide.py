@@ -29,13 +29,16 @@ _RECENT_TOKENS = 0.9  # the same for tokens by confidence
 # What is left of these when a kind is tried again after a pause: less than the one round that is then known.
 _STALE, _STALE_TOKENS = 0.05, 0.25
 _PSEUDO_TOKENS = 2.0  # how many tokens' worth a confidence counts, as an estimate of acceptance
-_FIRST_LOSS, _MOST_TRUST = 0.7, 8.0  # in plain steps: what a first try may lose, and the most that is expected of it
+# In plain steps: what first tries may lose of a batch together, the least of each, and how much evidence may stand for
+# them at most.
+_FIRST_LOSS, _LEAST_LOSS, _MOST_TRUST = 1.0, 0.3, 8.0
 # A probe is a round of a kind that has not paid lately. At most one round in so many may be lost to probes; and any
 # sequence's probe makes a round of the complete batch longer.
 _ONE_LOST_IN = 128
 _SHORTEST_PAUSE = 8
-# A pause doubles so many times while probes do not pay; once more where the last round of the kind before it paid.
-_LEVELS = 2
+# Pauses begin shorter than that, and double while probes do not pay: so many times where few sequences pay for each
+# other's, and else so many.
+_DOUBLED_ALONE, _DOUBLED, _FEW = 3, 1, 2
 
 
 @flax.struct.dataclass
@@ -49,6 +52,7 @@ class Costs:
     prior_tokens: Float[Array, " kinds"]  # what a kind of draft is taken to have brought
     prior_steps: Float[Array, " kinds"]  # and cost, before a sequence has tried it
     pause: Int[Array, " kinds"]  # the longest pause between probes, in rounds
+    doubled: Int[Array, ""]  # how often the first pause has doubled when it is as long
 
     @classmethod
     def of(
@@ -73,10 +77,11 @@ class Costs:
         drafted = [(committed[k], rounds[k + 1] + k * costs.draft_step) for k in range(1, max_draft_len + 1)]
         found = rounds[looked_up + 1] + costs.shallow * (rounds[looked_up + 1] - rounds[1])
         kinds = [max(drafted, key=lambda kind: kind[0] / kind[1], default=(1.0, 1.0)), (committed[looked_up], found)]
-        # Tokens that a first try may lose before it is given up, whether a round costs little more than a plain step or
-        # much.
-        gains = [abs(tokens * rounds[1] / steps - 1) for tokens, steps in kinds]
-        weights = [min(_MOST_TRUST, _FIRST_LOSS / max(1e-3, gain)) for gain in gains]
+        # So that first tries are given up after about the same loss, whether a round costs little more than a plain
+        # step or much. Where nothing is expected of a kind, one round that brings something is to count for more.
+        gains = [tokens * rounds[1] / steps - 1 for tokens, steps in kinds]
+        may_lose = max(_LEAST_LOSS, _FIRST_LOSS / slots)
+        weights = [min(_MOST_TRUST, may_lose / max(1e-3, gain)) if gain > 0 else 1.0 for gain in gains]
         losses = (rounds[min(2, len(rounds) - 1)] + costs.draft_step - rounds[1], found - rounds[1])
         pauses = [min(1 << 20, max(_SHORTEST_PAUSE, math.ceil(_ONE_LOST_IN * slots * loss))) for loss in losses]
         return cls(
@@ -87,6 +92,7 @@ class Costs:
             prior_tokens=np.asarray([w * x[0] / x[1] for w, x in zip(weights, kinds, strict=True)], np.float32),
             prior_steps=np.asarray(weights, np.float32),
             pause=np.asarray(pauses, np.int32),
+            doubled=np.int32(_DOUBLED_ALONE if slots <= _FEW else _DOUBLED),
         )
 
 
@@ -100,7 +106,7 @@ class Pace:
     steps: Float[Array, "batch kinds"]  # and what they cost; older ones count less
     tries: Int[Array, "batch kinds"]  # rounds of a kind
     since: Int[Array, "batch kinds"]  # rounds since the last one of a kind
-    level: Int[Array, "batch kinds"]  # how often the pause has doubled; -1 behind a round that paid
+    level: Int[Array, "batch kinds"]  # how often the pause has doubled
     behind: Int[Array, " batch"]  # positions below n that the draft model may not have seen
 
     @classmethod
@@ -155,15 +161,14 @@ def worth_another(pace: Pace, costs: Costs, rate: Float[Array, " batch"]) -> Cal
     """
     # How far the confidences of this text can be trusted is not known before a few rounds. One token is a probe.
     most = jnp.where(_due(pace, costs)[:, DRAFTED], 1, 2 * (1 + pace.tries[:, DRAFTED]))
-    # The confidence of a token that is not drafted yet is not known.
-    next_one = (jnp.sum(pace.accepted, 1) + _PSEUDO_TOKENS * costs.acceptance) / (
-        jnp.sum(pace.seen, 1) + _PSEUDO_TOKENS
-    )
+    usual = (jnp.sum(pace.accepted, 1) + _PSEUDO_TOKENS * costs.acceptance) / (jnp.sum(pace.seen, 1) + _PSEUDO_TOKENS)
 
     def goes_on(k: Int[Array, ""], confidence: Float[Array, "batch drafts"]) -> Bool[Array, " batch"]:
         bucket = _bucket(confidence)
         seen, accepted = (jnp.take_along_axis(x, bucket, axis=1) for x in (pace.seen, pace.accepted))
         chance = (accepted + _PSEUDO_TOKENS * confidence) / (seen + _PSEUDO_TOKENS)
+        # The confidence of a token that is not drafted yet is not known: it is between the usual and the last one's.
+        next_one = (usual + jax.lax.dynamic_index_in_dim(chance, k, 1, keepdims=False)) / 2
         all_stand = jnp.prod(jnp.where(jnp.arange(confidence.shape[1]) <= k, chance, 1.0), axis=1)
         known = k + 1 < most
         last = len(costs.rounds) - 1
@@ -217,7 +222,7 @@ def learn(
         steps=jnp.where(used, recent * pace.steps + cost, pace.steps),
         tries=pace.tries + used,
         since=jnp.where(used, 0, pace.since + ran[:, None]),
-        level=jnp.where(used & paid, -1, jnp.minimum(pace.level + (used & due), _LEVELS)),
+        level=jnp.where(used & paid, 0, jnp.minimum(pace.level + (used & due), costs.doubled)),
         # The draft model may not have seen the last drafted token; and nothing of what it did not draft.
         behind=jnp.where(drafted, 1, pace.behind + count),
     )
@@ -230,7 +235,7 @@ def _rates(pace: Pace, costs: Costs) -> Float[Array, "batch kinds"]:
 
 def _due(pace: Pace, costs: Costs) -> Bool[Array, "batch kinds"]:
     """Whether a kind was not tried for so long that it is time for a probe."""
-    return pace.since >= costs.pause >> (_LEVELS - pace.level)
+    return pace.since >= costs.pause >> (costs.doubled - pace.level)
 
 
 def _bucket(confidence: Float[Array, "*shape"]) -> Int[Array, "*shape"]:

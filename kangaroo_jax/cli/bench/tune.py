@@ -8,8 +8,8 @@ finds it: gamma and eta of a single sequence, or of a tree with its K and budget
 Measures what rounds cost and records what the target accepts on calibration prompts; from these predicts the speed of
 every gamma and eta, of a single sequence and of every tree. Predictions are corrected by the ratio of measured to
 predicted speed of one setting. Measures the best few of both kinds by decoding with them, and writes the fastest to
-`decode.json` in the adapter's folder. Unless that is a tree, with the costs of rounds at each of --batch_sizes, by which
-sequences then decide how far to draft; and says from which batch size on drafting does not pay. Look-ups are off
+`decode.json` in the adapter's folder. Unless that is a tree, with the costs of rounds at each of --batch_sizes, by
+which sequences then decide how far to draft; and says from which batch size on drafting does not pay. Look-ups are off
 meanwhile; their settings stay in `decode.json`, beside those of a single sequence. With several --adapter flags (of
 other exit layers, say) each gets its own, and the fastest is named.
 """
