@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kangaroo_jax.checkpoint.adapter import load_adapter
     from kangaroo_jax.checkpoint.target import load_target
-    from kangaroo_jax.config import DraftConfig, EngineConfig, LookupConfig, SamplingConfig, TreeConfig
+    from kangaroo_jax.config import DecideConfig, DraftConfig, EngineConfig, LookupConfig, SamplingConfig, TreeConfig
     from kangaroo_jax.engine.conversation import Conversation
     from kangaroo_jax.engine.engine import Engine
     from kangaroo_jax.engine.generate import Generation, generate, generate_many, generate_plain
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "Answer": "engine.requests",
     "Conversation": "engine.conversation",
+    "DecideConfig": "config",
     "DraftConfig": "config",
     "Engine": "engine.engine",
     "EngineConfig": "config",
@@ -45,6 +46,7 @@ _MODULES = {
 __all__ = [
     "Answer",
     "Conversation",
+    "DecideConfig",
     "DraftConfig",
     "Engine",
     "EngineConfig",

@@ -1,6 +1,7 @@
 """Settings as frozen dataclasses, validated on construction.
 
-`DraftConfig` says how to draft (with `TreeConfig`, a tree; with `LookupConfig`, also from the text itself),
+`DraftConfig` says how to draft (with `TreeConfig`, a tree; with `LookupConfig`, also from the text itself; with
+`DecideConfig`, only as far as it pays),
 `SamplingConfig` how to choose tokens, `EngineConfig` how much to take on at a time, `TrainConfig` how to train an
 adapter.
 """
@@ -70,6 +71,73 @@ class LookupConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RoundCosts:
+    """What the parts of a round cost at one batch size, in plain steps of that batch.
+
+    Attributes:
+      batch_size: sequences decoded together.
+      draft_step: one more drafted token.
+      verification: (tokens, cost) pairs, by ascending tokens from 1 on: a round that verifies so many tokens of each
+        sequence and takes no draft step. Costs between them are taken to lie on a straight line.
+      shallow: share of a plain step that the shallow layers take.
+
+    Raises:
+      InputError: for a value out of range.
+    """
+
+    batch_size: int
+    draft_step: float
+    verification: tuple[tuple[int, float], ...]
+    shallow: float
+
+    def __post_init__(self) -> None:
+        check_count("batch_size", self.batch_size)
+        for name, value in (("draft_step", self.draft_step), ("shallow", self.shallow)):
+            if not is_number(value) or not 0 <= value < math.inf:
+                raise InputError(f"{name} must be a finite number, 0 or above, found {value!r}")
+        tokens = [pair[0] for pair in self.verification]
+        if not tokens or tokens[0] != 1 or sorted(set(tokens)) != tokens:
+            raise InputError(f"verification must be of ascending numbers of tokens, from 1 on, found {tokens}")
+        for count, cost in self.verification:
+            check_count("verification", count)
+            if not is_number(cost) or not 0 < cost < math.inf:
+                raise InputError(f"the cost of verifying {count} must be a finite number above 0, found {cost!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecideConfig:
+    """Each sequence decides before each round what to draft, and how far (section "Deciding how far to draft" of
+    docs/decode.md).
+
+    Attributes:
+      costs: by batch size; an engine takes those of the nearest one. None at all: they are predicted from the bytes
+        that a round reads.
+      acceptance: chance that a drafted token is accepted, for sequences that know nothing of their own yet.
+      machine: that the costs were measured on; "" where they were not.
+
+    Raises:
+      InputError: for a value out of range, or a batch size that is there twice.
+    """
+
+    costs: tuple[RoundCosts, ...] = ()
+    acceptance: float = 0.7
+    machine: str = ""
+
+    def __post_init__(self) -> None:
+        if not is_number(self.acceptance) or not 0 <= self.acceptance <= 1:
+            raise InputError(f"acceptance must be between 0 and 1, found {self.acceptance!r}")
+        if not isinstance(self.machine, str):
+            raise InputError(f"machine must be a name, found {self.machine!r}")
+        sizes = [costs.batch_size for costs in self.costs]
+        if len(set(sizes)) < len(sizes):
+            raise InputError(f"costs must be of different batch sizes, found {sizes}")
+
+    def nearest(self, batch_size: int) -> RoundCosts:
+        """The costs of the batch size whose ratio to `batch_size` is nearest to 1; of two, the larger."""
+        return min(self.costs, key=lambda costs: (abs(math.log(costs.batch_size / batch_size)), -costs.batch_size))
+
+
+@dataclasses.dataclass(frozen=True)
 class DraftConfig:
     """How a round drafts (paper, section 3.2).
 
@@ -81,9 +149,11 @@ class DraftConfig:
       tree: None drafts a single sequence.
       lookup: a round drafts what is looked up where something is found, and else as the other settings say; None never
         looks up.
+      decide: each sequence decides before a round whether to draft nothing, what was looked up, or with the draft model
+        up to gamma tokens; eta is then not used. None: the paper's rule, gamma and eta in every round.
 
     Raises:
-      InputError: for a value out of range, or a tree together with look-ups.
+      InputError: for a value out of range, or a tree together with look-ups or with deciding.
     """
 
     exit_layer: int | None = None
@@ -91,6 +161,7 @@ class DraftConfig:
     threshold: float = 0.6
     tree: TreeConfig | None = None
     lookup: LookupConfig | None = None
+    decide: DecideConfig | None = None
 
     def __post_init__(self) -> None:
         if self.exit_layer is not None:
@@ -100,6 +171,8 @@ class DraftConfig:
             raise InputError(f"threshold must be between 0 and 1, found {self.threshold!r}")
         if self.tree is not None and self.lookup is not None:
             raise InputError("trees and look-ups exclude each other; leave one out (--notree, or --lookup_tokens=0)")
+        if self.tree is not None and self.decide is not None:
+            raise InputError("trees and deciding how far to draft exclude each other; use --notree or --nodecide")
         if self.tree is not None and self.tree.budget < self.max_draft_len:
             raise InputError(
                 f"tree_budget must be at least max_draft_len ({self.max_draft_len}), or the deepest path cannot be "
@@ -107,12 +180,13 @@ class DraftConfig:
             )
 
     def __str__(self) -> str:
-        """How a report names it: gamma, eta, a tree's shape, and look-ups."""
+        """How a report names it: gamma, eta or deciding, a tree's shape, and look-ups."""
         shape = "" if self.tree is None else f", trees of K {self.tree.topk} and budget {self.tree.budget}"
         lookup = self.lookup
         if lookup is not None:
             shape = f", look-ups of {lookup.max_tokens} tokens by {lookup.min_ngram} to {lookup.max_ngram}"
-        return f"gamma {self.max_draft_len}, eta {self.threshold}{shape}"
+        how = f"eta {self.threshold}" if self.decide is None else "each sequence decides how far"
+        return f"gamma {self.max_draft_len}, {how}{shape}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -243,7 +243,8 @@ def decoding(
     mesh = sharding.decoding_mesh(model_parallel, machine.devices)
     weights = (abstract_target(config, dtype, mesh), abstract(abstract_adapter(config, jnp.dtype(dtype)), mesh))
     platform = machine.devices[0].platform
-    shape = RoundShape.kangaroo(draft.exit_layer, draft, config.vocab_size, platform)
+    # Where sequences decide how far to draft, rounds need as much, or less.
+    shape = RoundShape.kangaroo(draft.exit_layer, dataclasses.replace(draft, decide=None), config.vocab_size, platform)
     shape = dataclasses.replace(shape, widths=shape.widths[-1:])  # a round runs one; narrower ones need less
     plan = Shapes(shape, accelerator=platform != "cpu").plan(prompt_tokens, max_new_tokens)
     backend = choose_backend(mesh if mesh.size > 1 or platform != "cpu" else None, machine.devices)

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from kangaroo_jax.cli.draft_overrides import DraftOverrides
-from kangaroo_jax.config import DraftConfig, LookupConfig, SamplingConfig, TreeConfig
+from kangaroo_jax.config import DecideConfig, DraftConfig, LookupConfig, RoundCosts, SamplingConfig, TreeConfig
 from kangaroo_jax.errors import InputError
 
 NAN = float("nan")
@@ -109,9 +109,32 @@ def test_a_tree_and_look_ups_are_refused_wherever_they_come_from() -> None:
         DraftOverrides(tree=True, tree_budget=4, lookup_tokens=5)
 
 
+DECIDES = DraftConfig(2, 6, 0.3, decide=DecideConfig((RoundCosts(1, 0.1, ((1, 1.0),), 0.1),), 0.8, "a machine"))
+
+
+@pytest.mark.parametrize(
+    ("given", "over_single", "over_deciding"),
+    [
+        ({}, None, DECIDES.decide),
+        ({"decide": True}, DecideConfig(), DECIDES.decide),
+        ({"decide": False}, None, None),
+        ({"max_draft_len": 4, "lookup_tokens": 5}, None, DECIDES.decide),
+        ({"threshold": 0.5}, None, None),  # means nothing where a sequence decides
+        ({"tree": True}, None, None),
+    ],
+)
+def test_a_given_rule_goes_before_deciding_how_far_to_draft(given, over_single, over_deciding) -> None:
+    assert DraftOverrides(**given).over(SINGLE).decide == over_single
+    assert DraftOverrides(**given).over(DECIDES).decide == over_deciding
+    with pytest.raises(InputError, match="trees and deciding how far to draft exclude each other"):
+        DraftOverrides(decide=True).over(TREE)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"decide": True, "threshold": 0.5}, "--threshold changes nothing with --decide; leave one out"),
+        ({"decide": True, "tree": True}, "trees and deciding how far to draft exclude each other"),
         ({"lookup_tokens": -1}, "lookup_tokens must be a positive integer, found -1"),
         ({"lookup_min_ngram": 0}, "lookup_min_ngram must be a positive integer, found 0"),
         ({"lookup_max_ngram": 0}, "lookup_max_ngram must be a positive integer, found 0"),

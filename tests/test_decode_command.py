@@ -49,6 +49,7 @@ def test_compare_prints_text_table_and_json():
             "mean_accept_length",
             "rounds",
             "lookup_rounds",
+            "plain_rounds",
             "draft_steps",
             "text",
         ),

@@ -17,14 +17,18 @@ import jax.numpy as jnp
 def describe(*packages: str) -> str:
     """One line: processor or accelerator, threads, and the versions of Python, JAX and the installed `packages`."""
     versions = [
-        f"{name} {importlib.import_module(name).__version__}"
-        for name in ("jax", *packages)
-        if importlib.util.find_spec(name) is not None
+        f"{package} {importlib.import_module(package).__version__}"
+        for package in ("jax", *packages)
+        if importlib.util.find_spec(package) is not None
     ]
-    device = jax.devices()[0]
-    name = _processor() if device.platform == "cpu" else device.device_kind
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {threads} threads, Python {platform.python_version()}, {', '.join(versions)}"
+    return f"{name()}, {threads} threads, Python {platform.python_version()}, {', '.join(versions)}"
+
+
+def name() -> str:
+    """The processor, or the accelerator."""
+    device = jax.devices()[0]
+    return _processor() if device.platform == "cpu" else device.device_kind
 
 
 def _processor() -> str:

@@ -45,11 +45,11 @@ class SettingSpeed:
 
 
 def single_sequence(written: DraftConfig, max_draft_len: int | None) -> DraftConfig:
-    """An adapter's settings without a tree and without look-ups: with the paper's eta where the written one is a
+    """An adapter's settings without a tree, look-ups and deciding: with the paper's eta where the written one is a
     tree's, which compares with the probability of paths; with another gamma if given."""
     threshold = written.threshold if written.tree is None else DraftConfig().threshold
     gamma = written.max_draft_len if max_draft_len is None else max_draft_len
-    return dataclasses.replace(written, max_draft_len=gamma, threshold=threshold, tree=None, lookup=None)
+    return dataclasses.replace(written, max_draft_len=gamma, threshold=threshold, tree=None, lookup=None, decide=None)
 
 
 def settings_to_compare(

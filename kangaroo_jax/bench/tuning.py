@@ -4,6 +4,8 @@ its K and budget.
 Measures what rounds cost and records what the target accepts on calibration prompts; from these predicts the speed of
 every gamma and eta, of a single sequence and of every tree. Predictions are corrected by the ratio of measured to
 predicted speed of one setting. The best few of both kinds are then measured by decoding with them.
+
+What rounds of single sequences cost is also measured for batches: by these costs, sequences decide how far to draft.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kangaroo_jax import DraftConfig, TreeConfig
+from kangaroo_jax import DecideConfig, DraftConfig, TreeConfig
 from kangaroo_jax.bench import parts
 from kangaroo_jax.bench.acceptance import Chains, Trees, record, record_trees
 from kangaroo_jax.bench.progress import Progress, silent
 from kangaroo_jax.bench.tree_speed import time_settings
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.config import RoundCosts
 
 # The draft lengths whose verification pass is of a width that CPU programs have anyway.
 _DRAFT_LENGTHS = (1, 2, 4, 6, 8, 12)
@@ -56,6 +59,13 @@ class Costs:
     tree_rounds: dict[TreeConfig, float] = dataclasses.field(default_factory=dict)
     tree_verifications: dict[int, float] = dataclasses.field(default_factory=dict)
     levels: int = _LEVELS
+
+    def in_plain_steps(self, batch_size: int, shallow: float) -> RoundCosts:
+        """What single sequences decide by how far to draft. `shallow`: share of a plain step of the shallow layers."""
+        step = max(0.0, self.draft_step)
+        # A verification takes no less time than a plain step, but measured times may say so.
+        verified = {count + 1: max(1.0, (self.rounds[count] - count * step) / self.plain_step) for count in self.rounds}
+        return RoundCosts(batch_size, step / self.plain_step, ((1, 1.0), *sorted(verified.items())), shallow)
 
     def round(self, steps: int, draft: DraftConfig) -> float:
         """Seconds of a round of `draft` that takes `steps` draft steps: drafted tokens, or levels of a tree."""
@@ -169,11 +179,13 @@ class Effort:
       max_new_tokens: length of each answer.
       runs: timed runs of each setting, interleaved; the median counts.
       confirm: settings to measure: this many of the best predicted single sequences, and the best of this many trees.
+      batch_sizes: for which costs are measured; 1 is among them in any case.
     """
 
     max_new_tokens: int = 128
     runs: int = 3
     confirm: int = 3
+    batch_sizes: tuple[int, ...] = (1,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,11 +215,22 @@ class Tuning:
       reference: the setting whose measured speed corrected the predictions.
       correction: its measured over its predicted speed.
       settings: those measured.
+      batches: batch size -> the single sequence with the best predicted speed, and that speed.
+      costs: by batch size, which sequences decide by how far to draft.
+      acceptance: share of the drafted tokens that were accepted, of those whose predecessors were, with the best
+        predicted single sequence.
     """
 
     reference: DraftConfig
     correction: float
     settings: list[TunedSetting]
+    batches: dict[int, tuple[DraftConfig, float]]
+    costs: tuple[RoundCosts, ...]
+    acceptance: float
+
+    def decide(self, machine: str) -> DecideConfig:
+        """What decode.json says about deciding how far to draft. `machine`: this one."""
+        return DecideConfig(self.costs, self.acceptance, machine)
 
     @property
     def fastest(self) -> TunedSetting:
@@ -250,11 +273,16 @@ def tune(
         parts.Context(target.model, adapter.model, exit_layer, middle, parts.rounded_capacity(length + positions))
         for positions in (_DRAFT_LENGTHS[-1] + 1, tree_positions)
     )
-    costs = measure_costs(context, tree_context, trees, progress)
+    costs = {1: measure_costs(context, tree_context, trees, progress)}
+    for size in effort.batch_sizes:
+        if size not in costs:
+            tokens = np.resize(middle, (size, middle.shape[1]))
+            batch = dataclasses.replace(context, tokens=tokens)
+            costs[size] = measure_costs(batch, batch, [], progress)
     (found,) = _measure(target, adapter, prompts, [_REFERENCE], effort, progress, "correcting")
-    correction = found / predict(recordings, costs, _REFERENCE)
+    correction = found / predict(recordings, costs[1], _REFERENCE)
     singles = [DraftConfig(None, *setting) for setting in itertools.product(_DRAFT_LENGTHS, _THRESHOLDS)]
-    speeds = {draft: predict(recordings, costs, draft) * correction for draft in [*singles, *trees]}
+    speeds = {draft: predict(recordings, costs[1], draft) * correction for draft in [*singles, *trees]}
     drafts = best_of(speeds, effort.confirm)
     measured = _measure(target, adapter, prompts, drafts, effort, progress, "confirming")
     settings = []
@@ -262,7 +290,17 @@ def tune(
         rounds = [r for recording in recordings for r in recording.rounds(draft)]
         steps, committed = np.mean(rounds, axis=0).tolist()
         settings.append(TunedSetting(draft, committed, steps, speeds[draft], speedup))
-    return Tuning(_REFERENCE, correction, settings)
+    batches = {}
+    for size in sorted(costs):
+        of_size = {draft: predict(recordings, costs[size], draft) * correction for draft in singles}
+        best = max(of_size, key=of_size.get)
+        batches[size] = best, of_size[best]
+    judged = [r for recording in recordings for r in recording.rounds(batches[1][0])]
+    accepted = sum(committed - 1 for _, committed in judged) / sum(min(steps, committed) for steps, committed in judged)
+    parts_read = context.bytes
+    shallow = parts_read.shallow / parts_read.plain_step
+    in_plain_steps = tuple(costs[size].in_plain_steps(size, shallow) for size in sorted(costs))
+    return Tuning(_REFERENCE, correction, settings, batches, in_plain_steps, round(accepted, 3))
 
 
 def _record(

@@ -25,7 +25,7 @@ from kangaroo_jax.checkpoint import fingerprint
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.checkpoint.upstream import is_upstream, load_upstream
 from kangaroo_jax.checks import is_integer
-from kangaroo_jax.config import DraftConfig, LookupConfig, TreeConfig
+from kangaroo_jax.config import DecideConfig, DraftConfig, LookupConfig, RoundCosts, TreeConfig
 from kangaroo_jax.errors import InputError, one_line
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.config import ModelConfig
@@ -37,6 +37,7 @@ TOKEN_IDS = "draft_vocabulary.token_ids"
 # Beside an adapter: how to draft with it, and a draft vocabulary in place of the one it was trained with.
 DRAFT_SETTINGS = "decode.json"
 _LOOKUP_SETTINGS = ("lookup_tokens", "lookup_min_ngram", "lookup_max_ngram")
+_COSTS = ("costs", "acceptance", "machine")
 DRAFT_VOCABULARY = "draft_vocabulary.npy"
 # The held-out figure by which one step of a run is better than another.
 BEST_BY = "expected_acceptance"
@@ -204,28 +205,54 @@ def read_draft_settings(folder: pathlib.Path) -> DraftConfig:
 
     Raises:
       InputError: for a file that is not an object of `max_draft_len` and `threshold` and, for a tree, `tree_topk` and
-        `tree_budget` or, for look-ups, `lookup_tokens`, `lookup_min_ngram` and `lookup_max_ngram`, or values out of
-        range.
+        `tree_budget` or, for look-ups, `lookup_tokens`, `lookup_min_ngram` and `lookup_max_ngram` and, to decide how
+        far to draft, `costs`, `acceptance` and `machine`, or values out of range.
     """
     path = folder / DRAFT_SETTINGS
     if not path.exists():
         return DraftConfig()
     try:
         settings = json_text.parse(path.read_text(encoding="utf-8"))
-        tree = lookup = None
+        tree = lookup = decide = None
         if settings.keys() & {"tree_topk", "tree_budget"}:
             tree = TreeConfig(settings.pop("tree_topk"), settings.pop("tree_budget"))
         if settings.keys() & set(_LOOKUP_SETTINGS):
             lookup = LookupConfig(*map(settings.pop, _LOOKUP_SETTINGS))
-        return DraftConfig(None, settings.pop("max_draft_len"), settings.pop("threshold"), tree, lookup, **settings)
+        if settings.keys() & set(_COSTS):
+            decide = _read_costs(*map(settings.pop, _COSTS))
+        gamma, eta = settings.pop("max_draft_len"), settings.pop("threshold")
+        return DraftConfig(None, gamma, eta, tree, lookup, decide, **settings)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise InputError(
             f"{path}: expected an object with max_draft_len and threshold and, for trees, tree_topk and tree_budget "
-            f"or, for look-ups, {', '.join(_LOOKUP_SETTINGS[:2])} and {_LOOKUP_SETTINGS[2]}; "
+            f"or, for look-ups, {', '.join(_LOOKUP_SETTINGS[:2])} and {_LOOKUP_SETTINGS[2]} and, to decide how far to "
+            "draft, costs, acceptance and machine; "
             "write it again with `python -m kangaroo_jax.bench tune`, or remove it"
         ) from None
+
+
+def _read_costs(costs: dict[str, Any], acceptance: float, machine: str) -> DecideConfig:
+    """What decode.json says about deciding how far to draft."""
+    by_size = [
+        RoundCosts(int(size), verification=tuple((int(n), cost) for n, cost in one.pop("verification").items()), **one)
+        for size, one in costs.items()
+    ]
+    return DecideConfig(tuple(by_size), acceptance, machine)
+
+
+def _written_costs(decide: DecideConfig) -> dict[str, Any]:
+    """The inverse of `_read_costs`."""
+    costs = {
+        str(one.batch_size): {
+            "draft_step": one.draft_step,
+            "shallow": one.shallow,
+            "verification": {str(tokens): cost for tokens, cost in one.verification},
+        }
+        for one in decide.costs
+    }
+    return dict(zip(_COSTS, (costs, decide.acceptance, decide.machine), strict=True))
 
 
 def read_draft_vocabulary(folder: pathlib.Path, config: ModelConfig) -> np.ndarray | None:
@@ -279,6 +306,8 @@ def write_draft_settings(folder: str | pathlib.Path, draft: DraftConfig) -> path
         settings |= {"tree_topk": draft.tree.topk, "tree_budget": draft.tree.budget}
     if draft.lookup is not None:
         settings |= dict(zip(_LOOKUP_SETTINGS, dataclasses.astuple(draft.lookup), strict=True))
+    if draft.decide is not None:
+        settings |= _written_costs(draft.decide)
     scratch = path.with_suffix(".tmp")
     try:
         scratch.write_text(json.dumps(settings) + "\n", encoding="utf-8")

@@ -27,6 +27,9 @@ def summary(
         "mean_accept_length": round(statistics.fmean(accept_lengths), 3) if accept_lengths else 1.0,
         "rounds": len(accept_lengths),
         "lookup_rounds": sum(map(bool, lookup_lengths)),
+        "plain_rounds": sum(
+            not steps and not found for steps, found in zip(draft_lengths, lookup_lengths, strict=True)
+        ),
         "draft_steps": sum(draft_lengths),
     }
 
@@ -38,9 +41,12 @@ def _summary(result: Generation, seconds: float) -> dict[str, Any]:
 
 def print_table(columns: dict[str, dict[str, Any]]) -> None:
     """Prints a column for each way of decoding."""
-    rows = list(next(iter(columns.values())))
+    first = next(iter(columns.values()))
+    rows = list(first)
     if not any(column["lookup_rounds"] for column in columns.values()):
         rows.remove("lookup_rounds")
+    if first["plain_rounds"] in (0, first["rounds"]):
+        rows.remove("plain_rounds")
     print(f"{'':20}" + "".join(f"{name:>12}" for name in columns))
     for row in rows:
         print(f"{row.replace('_', ' '):20}" + "".join(f"{column[row]:>12}" for column in columns.values()))

@@ -112,6 +112,12 @@ _LOOKUP_MAX_NGRAM = flags.DEFINE_integer(
     f"Most last tokens that are searched for. Default: the adapter's decode.json, else {LookupConfig().max_ngram}.",
 )
 _LOOKUP = (_LOOKUP_TOKENS, _LOOKUP_MIN_NGRAM, _LOOKUP_MAX_NGRAM)
+_DECIDE = flags.DEFINE_bool(
+    "decide",
+    None,
+    "Each sequence decides how far to draft, down to nothing where it does not pay; or (--nodecide) --max_draft_len "
+    "and --threshold say it for all. Default: decide where the adapter's decode.json has measured costs.",
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Sample at this temperature; 0 is greedy.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the most probable tokens that have this probability together.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many most probable tokens; 0 is all.")
@@ -174,7 +180,17 @@ def _check_flags() -> None:
             "--output, --batch_size and --data_parallel belong to --input, which is missing; give a file of prompts"
         )
     if _PLAIN.value:
-        drafting = (_ADAPTER, _EXIT_LAYER, _MAX_DRAFT_LEN, _THRESHOLD, _TREE, _TREE_TOPK, _TREE_BUDGET, *_LOOKUP)
+        drafting = (
+            _ADAPTER,
+            _EXIT_LAYER,
+            _MAX_DRAFT_LEN,
+            _THRESHOLD,
+            _TREE,
+            _TREE_TOPK,
+            _TREE_BUDGET,
+            *_LOOKUP,
+            _DECIDE,
+        )
         for flag in (*drafting, _COMPARE, _SHOW_DRAFTS, _HTML, preflight_flag.PREFLIGHT):
             if flag.present:
                 raise InputError(f"--{flag.name} and --plain do not go together; give one")
@@ -199,6 +215,7 @@ def _settings() -> tuple[DraftOverrides, SamplingConfig]:
         _TREE_TOPK.value,
         _TREE_BUDGET.value,
         *(flag.value for flag in _LOOKUP),
+        _DECIDE.value,
     )
     sampling = SamplingConfig(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value, _SEED.value)
     if sampling.temperature == 0 and (sampling.top_p, sampling.top_k) != (1.0, 0):
@@ -228,7 +245,7 @@ def _load(given: DraftOverrides) -> tuple[Target, TrainedAdapter | None, DraftCo
     import jax
 
     from kangaroo_jax import compilation_cache
-    from kangaroo_jax.cli.models import load_adapter_of, load_target_of
+    from kangaroo_jax.cli.models import load_adapter_of, load_target_of, note_costs
     from kangaroo_jax.model import sharding
 
     compilation_cache.enable()
@@ -238,7 +255,9 @@ def _load(given: DraftOverrides) -> tuple[Target, TrainedAdapter | None, DraftCo
     if _PLAIN.value:
         return target, None, DraftConfig()
     adapter = load_adapter_of(target, _ADAPTER.value)
-    return target, adapter, given.over(adapter.draft)
+    draft = given.over(adapter.draft)
+    note_costs(draft, 1 if _INPUT.value is None else _BATCH_SIZE.value)
+    return target, adapter, draft
 
 
 def _answer_file(command: str, given: DraftOverrides, sampling: SamplingConfig) -> None:

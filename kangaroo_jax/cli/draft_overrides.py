@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from kangaroo_jax.config import DraftConfig, LookupConfig, TreeConfig
+from kangaroo_jax.config import DecideConfig, DraftConfig, LookupConfig, TreeConfig
 from kangaroo_jax.errors import InputError
 
 # The paper's threshold for trees, which compares with the probability of whole paths.
@@ -26,10 +26,11 @@ class DraftOverrides:
       lookup_tokens: tokens that a look-up drafts; 0 looks nothing up.
       lookup_min_ngram: shortest n-gram that is looked up.
       lookup_max_ngram: longest n-gram that is looked up.
+      decide: whether each sequence decides how far to draft.
 
     Raises:
-      InputError: for a value out of range, a tree's shape together with no tree, n-grams together with no look-ups, or
-        a tree together with look-ups.
+      InputError: for a value out of range, a tree's shape together with no tree, n-grams together with no look-ups, a
+        tree together with look-ups or deciding, or a threshold together with deciding.
     """
 
     exit_layer: int | None = None
@@ -41,6 +42,7 @@ class DraftOverrides:
     lookup_tokens: int | None = None
     lookup_min_ngram: int | None = None
     lookup_max_ngram: int | None = None
+    decide: bool | None = None
 
     def __post_init__(self) -> None:
         if self.tree is False and self._shape():
@@ -57,10 +59,15 @@ class DraftOverrides:
         lookup = LookupConfig(**({"min_ngram": 1, "max_ngram": self.lookup_min_ngram or 1} | self._lookup()))
         if self.tree and self.lookup_tokens:
             DraftConfig(tree=tree, lookup=lookup)
+        if self.decide and self.threshold is not None:
+            raise InputError("--threshold changes nothing with --decide; leave one out")
+        if self.decide and self.tree:
+            DraftConfig(tree=tree, decide=DecideConfig())
 
     def over(self, written: DraftConfig) -> DraftConfig:
         """`written` with the flags' values. A threshold means something else for a tree than for a single sequence, so
-        where the flags change the one to the other without a threshold, it is the paper's.
+        where the flags change the one to the other without a threshold, it is the paper's. Where `written` decides how
+        far to draft, a threshold or a tree that is given goes before that.
 
         Raises:
           InputError: for settings that do not go together, a tree's shape where there is no tree, or n-grams where
@@ -76,7 +83,10 @@ class DraftOverrides:
                 "--lookup_min_ngram and --lookup_max_ngram change nothing without --lookup_tokens; give it"
             )
         lookup = dataclasses.replace(written.lookup or LookupConfig(), **self._lookup()) if looks_up else None
-        changed = {"tree": tree, "lookup": lookup}
+        decide = None if self.threshold is not None or wants_tree else written.decide
+        if self.decide is not None:
+            decide = (written.decide or DecideConfig()) if self.decide else None
+        changed = {"tree": tree, "lookup": lookup, "decide": decide}
         if wants_tree != (written.tree is not None):
             changed["threshold"] = TREE_THRESHOLD if wants_tree else DraftConfig().threshold
         return dataclasses.replace(written, **(changed | self._of_rounds()))

@@ -7,7 +7,8 @@ import sys
 import jax
 from jax.sharding import Mesh
 
-from kangaroo_jax import adapters, demo, load_adapter, load_target, paths
+from kangaroo_jax import DraftConfig, adapters, demo, load_adapter, load_target, paths
+from kangaroo_jax.bench import machine
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.errors import InputError
@@ -45,6 +46,21 @@ def load_adapter_of(target: Target, path: str | None) -> TrainedAdapter:
             "output stays that of this target, but fewer drafts may be accepted"
         )
     return adapter
+
+
+def note_costs(draft: DraftConfig, slots: int) -> None:
+    """Says which costs of rounds sequences decide by, where they are not measured at this batch size and here."""
+    if draft.decide is None:
+        return
+    if not draft.decide.costs:
+        _note("costs of rounds are predicted; `python -m kangaroo_jax.bench tune` measures them")
+        return
+    costs, here = draft.decide.nearest(slots), machine.name()
+    if costs.batch_size != slots or draft.decide.machine != here:
+        _note(
+            f"how far to draft is decided by costs of batch {costs.batch_size} on {draft.decide.machine}, for batch "
+            f"{slots} on {here}; `python -m kangaroo_jax.bench tune --batch_sizes={slots}` measures them"
+        )
 
 
 def _note(message: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -23,7 +25,9 @@ def draft_sequence(
     *,
     exit_layer: int,
     max_draft_len: int,
+    drafting: Bool[Array, " batch"] | None = None,
     drafted_before: Int[Array, " batch"] | None = None,
+    worth_another: Callable[[Int[Array, ""], Float[Array, "batch drafts"]], Bool[Array, " batch"]] | None = None,
 ) -> Draft:
     """Drafts 1 to `max_draft_len` tokens per sequence (paper, section 3.2), greedily or sampled.
 
@@ -41,8 +45,12 @@ def draft_sequence(
       sampling: the state's; None where every sequence is greedy.
       exit_layer: l, static.
       max_draft_len: gamma, static.
-      drafted_before: how many tokens a sequence's draft has already, which the caches hold: if any, nothing is drafted
-        for it here. It idles, and writes behind them. None: no sequence has any.
+      drafting: sequences that draft here; another that goes on idles, and writes behind x_n and what it has drafted
+        before. None: all that go on.
+      drafted_before: how many tokens the draft of each sequence that does not draft here has already, which the caches
+        hold; with `drafting`.
+      worth_another: in place of `threshold`: from k and the confidences of the first k + 1 tokens, whether a sequence
+        drafts another one.
 
     Returns:
       The draft, with caches that include every drafted position. Of a sequence that had a draft before, only its length
@@ -72,16 +80,18 @@ def draft_sequence(
         index, probs = pick_token(logits, sampling, start + 1 + k, DRAFT)
         tokens = draft_model.token_ids(index)
         hidden, shallow = shallow_step(tokens, drafted.shallow, active)
+        confidences = jax.lax.dynamic_update_slice(drafted.confidence, confidence[:, None], (0, k))
+        goes_on = confidence >= threshold if worth_another is None else worth_another(k, confidences)
         drafted = Draft(
             tokens=jax.lax.dynamic_update_slice(drafted.tokens, tokens[:, None], (0, k)),
-            confidence=jax.lax.dynamic_update_slice(drafted.confidence, confidence[:, None], (0, k)),
+            confidence=confidences,
             probs=None if probs is None else jax.lax.dynamic_update_slice(drafted.probs, spread(probs), (0, k, 0)),
             length=drafted.length + active,
             hidden=jax.lax.dynamic_update_slice(drafted.hidden, hidden, (0, k + 1, 0)),
             shallow=shallow,
             carry=carry,
         )
-        return k + 1, active & (confidence >= threshold), drafted
+        return k + 1, active & goes_on, drafted
 
     def one_more(loop):
         k, active, drafted = loop
@@ -94,12 +104,12 @@ def draft_sequence(
 
     with jax.named_scope("draft"):
         active, length = ~state.finished, jnp.zeros((batch,), jnp.int32)
-        if drafted_before is not None:
-            active, length = active & (drafted_before == 0), drafted_before
+        if drafting is not None:
+            active, length = active & drafting, drafted_before
         hidden, shallow = shallow_step(state.token, state.shallow, active)
-        if drafted_before is not None:
-            behind = jnp.where(drafted_before > 0, start + 1 + drafted_before, shallow.length)
-            shallow = shallow.replace(length=behind)
+        if drafting is not None:
+            idles = ~state.finished & ~drafting
+            shallow = shallow.replace(length=jnp.where(idles, start + 1 + drafted_before, shallow.length))
         carry, logits = draft_model.begin(target, state.draft, state.token, hidden, start)
         width = hidden.shape[-1]
         drafted = Draft(

@@ -49,7 +49,7 @@ def draft_with_lookup(
         found, count = look_up(state.history, state.token, state.shallow.length, lookup)
         looked_up = ~state.finished & drafts_what_was_found(count)
         count = jnp.where(looked_up, count, 0)
-        hidden, shallow, carry = _take_in(target, draft_model, state, found, looked_up, exit_layer)
+        hidden, shallow, carry = take_in(target, draft_model, state, found, looked_up, exit_layer)
 
     def draft_others(loop: tuple[Bool[Array, ""], Draft]) -> tuple[Bool[Array, ""], Draft]:
         before = state.replace(shallow=loop[1].shallow, draft=loop[1].carry)
@@ -57,7 +57,8 @@ def draft_with_lookup(
             drafted = draft_nothing(target, before, sampling, exit_layer=exit_layer).replace(length=count)
         else:
             static = {"exit_layer": exit_layer, "max_draft_len": max_draft_len}
-            drafted = draft_sequence(target, draft_model, before, threshold, sampling, **static, drafted_before=count)
+            others = {"drafting": ~looked_up, "drafted_before": count}
+            drafted = draft_sequence(target, draft_model, before, threshold, sampling, **static, **others)
         return jnp.bool_(False), drafted
 
     batch, vocabulary = len(count), target.config.vocab_size
@@ -72,16 +73,27 @@ def draft_with_lookup(
     )
     others = jnp.any(~state.finished & ~looked_up)
     _, drafted = jax.lax.while_loop(lambda loop: loop[0], draft_others, (others, nothing))
+    return with_found(drafted, looked_up, found, hidden, vocabulary)
+
+
+def with_found(
+    drafted: Draft,
+    looked_up: Bool[Array, " batch"],
+    found: Int[Array, "batch drafts"],
+    hidden: Float[Array, "batch drafts+1 hidden"],
+    vocabulary: int,
+) -> Draft:
+    """A draft with what was found, and the shallow layers' hidden states of it, for the sequences that looked it up."""
     return drafted.replace(
         tokens=_choose(looked_up, found, drafted.tokens),
         confidence=_choose(looked_up, jnp.ones(found.shape), drafted.confidence),
         hidden=_choose(looked_up, hidden, drafted.hidden),
-        probs=None if sampling is None else _choose(looked_up, certain(found, vocabulary), drafted.probs),
+        probs=None if drafted.probs is None else _choose(looked_up, certain(found, vocabulary), drafted.probs),
         looked_up=looked_up,
     )
 
 
-def _take_in(
+def take_in(
     target: TargetModel,
     draft_model: DraftModel | None,
     state: DecodeState,
@@ -89,8 +101,8 @@ def _take_in(
     looked_up: Bool[Array, " batch"],
     exit_layer: int,
 ) -> tuple[Float[Array, "batch drafts+1 hidden"], KVCache, PyTree | None]:
-    """x_n and what was found through the shallow layers, and into the draft model's state; nothing where no sequence
-    drafts it. Of the other sequences, what is written is overwritten later. Lengths are as before."""
+    """x_n and what was found through the shallow layers, and into the state of the draft model, if any; nothing where
+    no sequence drafts it. Of the other sequences, what is written is overwritten later. Lengths are as before."""
     nodes = jnp.concatenate([state.token[:, None], found], axis=1)
     start = state.shallow.length
 

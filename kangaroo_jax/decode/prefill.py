@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from kangaroo_jax.decode.decide import Pace
 from kangaroo_jax.decode.lookup import History
 from kangaroo_jax.decode.pick import NO_TOKEN, pick_token
 from kangaroo_jax.decode.sampling import TARGET, Sampling
@@ -50,14 +51,16 @@ def empty_prompts(
     capacity: int,
     backend: AttentionBackend,
     looks_up: bool = False,
+    kept: int = 0,
 ) -> Prompts:
-    """Caches of `rows` prompts with room for `capacity` positions each; also of their tokens, where rounds look up."""
+    """Caches of `rows` prompts with room for `capacity` positions each; also of their tokens, where rounds look up.
+    `kept`: positions that the draft model may not have seen (`RoundShape.kept`)."""
     config, dtype = target.config, target.compute_dtype
     shallow, deep = (
         KVCache.empty(config, layers, rows, capacity, dtype, backend)
         for layers in (exit_layer, config.num_hidden_layers - exit_layer)
     )
-    draft = None if draft_model is None else draft_model.init(rows, capacity, dtype, backend)
+    draft = None if draft_model is None else draft_model.init(rows, capacity, dtype, backend, max(1, kept))
     return Prompts(shallow, deep, draft, History.empty(rows, capacity) if looks_up else None)
 
 
@@ -71,9 +74,10 @@ def empty_slots(
     capacity: int,
     backend: AttentionBackend,
     looks_up: bool = False,
+    kept: int = 0,
 ) -> DecodeState:
-    """A state whose sequences all idle. `max_eos` is room for each one's EOS ids."""
-    static = {"exit_layer": exit_layer, "capacity": capacity, "backend": backend, "looks_up": looks_up}
+    """A state whose sequences all idle. `max_eos` is room for each one's EOS ids; the rest as for `empty_prompts`."""
+    static = {"exit_layer": exit_layer, "capacity": capacity, "backend": backend, "looks_up": looks_up, "kept": kept}
     caches = empty_prompts(target, draft_model, batch, **static)
 
     def zeros() -> Int[Array, " batch"]:
@@ -91,6 +95,7 @@ def empty_slots(
         finished=jnp.ones((batch,), bool),
         sampling=Sampling.greedy(batch),
         history=caches.history,
+        pace=Pace.fresh(batch) if kept else None,
     )
 
 
@@ -141,6 +146,7 @@ def first_tokens(
     admission: Admission,
     *,
     sampled: bool,
+    decides: bool = False,
 ) -> DecodeState:
     """Complete prompts as sequences, each with its first token committed; one that has none, `NO_TOKEN`, is finished.
 
@@ -150,6 +156,7 @@ def first_tokens(
       last: from the last `prefill_piece`.
       admission: of each prompt.
       sampled: whether any of them samples, static.
+      decides: whether sequences decide how far to draft, static.
     """
     logits = lm_head(target, last)
     tokens, _ = pick_token(logits, admission.sampling if sampled else None, prompts.deep.length, TARGET)
@@ -165,6 +172,7 @@ def first_tokens(
         finished=ended | (admission.max_output <= 1),
         sampling=jax.tree.map(jnp.asarray, admission.sampling),
         history=prompts.history,
+        pace=Pace.fresh(len(tokens)) if decides else None,
     )
 
 
@@ -180,15 +188,16 @@ def prefill(
     backend: AttentionBackend,
     sampled: bool,
     looks_up: bool = False,
+    kept: int = 0,
 ) -> DecodeState:
     """A batch of its own: prompts, each one piece (arguments as for `prefill_piece` and `first_tokens`), in caches with
     room for `capacity` positions."""
     rows = len(tokens)
-    static = {"exit_layer": exit_layer, "capacity": capacity, "backend": backend, "looks_up": looks_up}
+    static = {"exit_layer": exit_layer, "capacity": capacity, "backend": backend, "looks_up": looks_up, "kept": kept}
     prompts = empty_prompts(target, draft_model, rows, **static)
     start = jnp.zeros((rows,), jnp.int32)
     prompts, last = prefill_piece(target, draft_model, prompts, tokens, start, lengths, exit_layer=exit_layer)
-    return first_tokens(target, prompts, last, admission, sampled=sampled)
+    return first_tokens(target, prompts, last, admission, sampled=sampled, decides=kept > 0)
 
 
 def prefill_and_admit(
@@ -205,6 +214,7 @@ def prefill_and_admit(
     exit_layer: int,
     backend: AttentionBackend,
     sampled: bool,
+    kept: int = 0,
 ) -> tuple[DecodeState, Int[Array, " rows"]]:
     """The last piece of each prompt, and its row of a running batch. With `state` donated, in place.
 
@@ -221,17 +231,18 @@ def prefill_and_admit(
       exit_layer: l, static.
       backend: of the caches, static.
       sampled: whether any of the prompts samples, static.
+      kept: as for `empty_prompts`, static; of `state`.
 
     Returns:
       The state, and each prompt's first token; `NO_TOKEN` where the logits are not numbers.
     """
     rows, time = tokens.shape
     if prompts is None:
-        static = {"exit_layer": exit_layer, "capacity": time, "backend": backend}
+        static = {"exit_layer": exit_layer, "capacity": time, "backend": backend, "kept": kept}
         prompts = empty_prompts(target, draft_model, rows, **static, looks_up=state.history is not None)
     prompts, last = prefill_piece(target, draft_model, prompts, tokens, start, lengths, exit_layer=exit_layer)
     with jax.named_scope("admit"):
-        new = first_tokens(target, prompts, last, admission, sampled=sampled)
+        new = first_tokens(target, prompts, last, admission, sampled=sampled, decides=kept > 0)
         state = jax.tree.map(lambda old, new: _put(old, new, slots), state, new, is_leaf=_has_positions)
         return state, new.token
 

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kangaroo_jax.config import DraftConfig, LookupConfig, TreeConfig
+from kangaroo_jax.decode.decide import Costs
 from kangaroo_jax.decode.draft import draft_nothing, draft_sequence
+from kangaroo_jax.decode.draft_decided import draft_decided
 from kangaroo_jax.decode.draft_lookup import draft_with_lookup
 from kangaroo_jax.decode.state import Chunk, DecodeState
 from kangaroo_jax.decode.tree import draft_tree
@@ -26,6 +28,8 @@ from kangaroo_jax.model.target import TargetModel
 _PLAIN_EXIT_LAYER = 1
 # Each width of a verification pass is compiled: the deep layers once more.
 _MAX_WIDTHS = 16
+# So many positions may go by without the draft model, before it catches up on them.
+_UNSEEN = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,8 @@ class RoundShape:
       tree: None drafts a single sequence.
       widths: how many tokens a verification pass may hold (see `verify`).
       lookup: what is looked up before anything else is drafted; None: nothing.
+      kept: the most positions that a draft model may not have seen, where sequences decide how far to draft; 0 where
+        they do not.
     """
 
     exit_layer: int
@@ -45,11 +51,13 @@ class RoundShape:
     tree: TreeConfig | None
     widths: tuple[int, ...]
     lookup: LookupConfig | None = None
+    kept: int = 0
 
     @classmethod
-    def plain(cls, lookup: LookupConfig | None = None, platform: str = "cpu") -> RoundShape:
-        """Without a draft model: plain decoding, but for what is looked up."""
-        return cls(_PLAIN_EXIT_LAYER, 0, None, _widths([1], lookup, platform), lookup)
+    def plain(cls, lookup: LookupConfig | None = None, platform: str = "cpu", *, decides: bool = False) -> RoundShape:
+        """Without a draft model: plain decoding, but for what is looked up; with `decides`, where sequences say so."""
+        shape = cls(_PLAIN_EXIT_LAYER, 0, None, _widths([1], lookup, platform, narrowest=decides), lookup)
+        return shape._deciding() if decides and lookup is not None else shape
 
     @classmethod
     def kangaroo(cls, exit_layer: int, draft: DraftConfig, num_tokens: int, platform: str) -> RoundShape:
@@ -57,7 +65,7 @@ class RoundShape:
 
         Args:
           exit_layer: l.
-          draft: gamma, trees and look-ups.
+          draft: gamma, trees, look-ups, and whether sequences decide how far to draft.
           num_tokens: how many tokens can be drafted.
           platform: of the devices, for example "cpu".
 
@@ -74,7 +82,13 @@ class RoundShape:
         else:
             # What a tree of each depth holds.
             widths = sorted({1 + tree.drafted(levels) for levels in range(1, gamma + 1)})
-        return cls(exit_layer, gamma, tree, _widths(widths, lookup, platform), lookup)
+        decides = draft.decide is not None
+        widths = _widths([1, *widths] if decides else widths, lookup, platform, narrowest=decides)
+        shape = cls(exit_layer, gamma, tree, widths, lookup)
+        return shape._deciding() if decides else shape
+
+    def _deciding(self) -> RoundShape:
+        return dataclasses.replace(self, kept=_UNSEEN + self.max_commit)
 
     @property
     def max_commit(self) -> int:
@@ -88,7 +102,8 @@ class RoundShape:
         growing = 0 if self.tree is None else 1 + self.tree.topk * (self.max_draft_len - 1)
         # While others take draft steps, a sequence whose draft was looked up idles, and writes one position behind it.
         idling = 2 + self.lookup.max_tokens if self.lookup is not None and self.max_draft_len else 0
-        return max(growing, idling, self.widths[-1])
+        # A draft model that catches up writes as many as it keeps.
+        return max(growing, idling, self.widths[-1], self.kept if self.max_draft_len else 0)
 
 
 def run_rounds(
@@ -98,6 +113,7 @@ def run_rounds(
     running: Bool[Array, " batch"],
     threshold: Float[Array, ""],
     at_least: Int[Array, ""],
+    costs: Costs | None = None,
     *,
     shape: RoundShape,
     sampled: bool,
@@ -114,6 +130,7 @@ def run_rounds(
       running: sequences that are to go on; the others finish here.
       threshold: eta.
       at_least: sequences that must go on for another round; 0 runs on with any.
+      costs: of rounds, where sequences decide how far to draft.
       shape: of a round, static.
       sampled: whether any sequence may sample, static: where none does, no random number is in the program.
       tokens: static.
@@ -132,7 +149,7 @@ def run_rounds(
 
     return jax.lax.while_loop(
         goes_on,
-        lambda loop: one_round(target, draft_model, *loop, threshold, shape=shape, sampled=sampled),
+        lambda loop: one_round(target, draft_model, *loop, threshold, costs, shape=shape, sampled=sampled),
         (state, chunk),
     )
 
@@ -148,6 +165,7 @@ def one_round(
     state: DecodeState,
     chunk: Chunk,
     threshold: Float[Array, ""],
+    costs: Costs | None = None,
     *,
     shape: RoundShape,
     sampled: bool,
@@ -155,7 +173,10 @@ def one_round(
     """One draft, one verification, one commit. Arguments as for `run_rounds`; `chunk` has room for the round."""
     sampling = state.sampling if sampled else None
     static = {"exit_layer": shape.exit_layer, "max_draft_len": shape.max_draft_len}
-    if shape.lookup is not None:
+    if shape.kept:
+        deciding = {"lookup": shape.lookup, "kept": shape.kept, "max_commit": shape.max_commit}
+        drafted = draft_decided(target, draft_model, state, costs, sampling, **static, **deciding)
+    elif shape.lookup is not None:
         drafted = draft_with_lookup(target, draft_model, state, threshold, sampling, **static, lookup=shape.lookup)
     elif draft_model is None:
         drafted = draft_nothing(target, state, sampling, exit_layer=shape.exit_layer)
@@ -166,16 +187,19 @@ def one_round(
     verdict, hidden, deep = verify(
         target, state.deep, drafted, sampling, exit_layer=shape.exit_layer, widths=shape.widths
     )
-    return commit(state, chunk, draft_model, drafted, verdict, hidden, deep)
+    return commit(state, chunk, draft_model, drafted, verdict, hidden, deep, costs)
 
 
-def _widths(widths: list[int], lookup: LookupConfig | None, platform: str) -> tuple[int, ...]:
-    """The widths that are compiled, for a draft model's drafts that need `widths`, ascending, and for look-ups."""
+def _widths(
+    widths: list[int], lookup: LookupConfig | None, platform: str, *, narrowest: bool = False
+) -> tuple[int, ...]:
+    """The widths that are compiled, for a draft model's drafts that need `widths`, ascending, and for look-ups.
+    `narrowest`: the first of them is, wherever that is."""
     if lookup is not None and lookup.max_tokens >= widths[-1]:  # else the narrowest that holds them is taken
         widths = [*widths, lookup.max_tokens + 1]
     # Beside reading the weights, positions are free on accelerators; on CPU they are not.
-    fewer = widths[:-1] if platform == "cpu" else []
-    return (*_spread(fewer, _MAX_WIDTHS - 1), widths[-1])
+    fewer = widths[: len(widths) - 1 if platform == "cpu" else narrowest]
+    return (*_spread(fewer[: len(widths) - 1], _MAX_WIDTHS - 1), widths[-1])
 
 
 def _spread(widths: Sequence[int], count: int) -> list[int]:

@@ -7,7 +7,8 @@ both shaped by temperature, top-k and top-p first, so p is what plain sampling w
 
 Randomness is a function of a sequence's seed and prompt, a token's position and what the number is for, and of
 nothing else: not of the batch, the row or the round. A position that is drafted again after a rejection may use its
-numbers again, because what was committed before it does not depend on them.
+numbers again, because what was committed before it does not depend on them. How far a round drafts may depend on what
+earlier rounds drafted, where sequences decide that: rounds then have numbers of their own (`Sampling.of_round`).
 """
 
 from __future__ import annotations
@@ -65,6 +66,13 @@ class Sampling:
     def keys(self) -> Key[Array, " batch"]:
         # A threefry key is any 64 bits. Named, so that the text does not depend on JAX's default generator.
         return jax.random.wrap_key_data(self.key_words, impl="threefry2x32")
+
+    def of_round(self, start: Int[Array, " batch"]) -> Sampling:
+        """The same with keys of the round that begins at position `start`, for numbers that no other round has. A
+        sequence has one round at most that begins there, whatever the batch."""
+        # From the other end of the numbers that positions have.
+        words = jax.vmap(lambda key, place: jax.random.key_data(jax.random.fold_in(key, place)))
+        return self.replace(key_words=words(self.keys, jnp.uint32(2**32 - 1) - start.astype(jnp.uint32)))
 
 
 def probabilities(

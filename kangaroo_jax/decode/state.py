@@ -6,6 +6,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from kangaroo_jax.decode.decide import Pace
 from kangaroo_jax.decode.lookup import History
 from kangaroo_jax.decode.sampling import Sampling
 from kangaroo_jax.model.cache import KVCache
@@ -26,6 +27,7 @@ class DecodeState:
     finished: Bool[Array, " batch"]  # such a sequence idles
     sampling: Sampling
     history: History | None = None  # tokens at positions 0 .. n - 1; None where nothing is looked up
+    pace: Pace | None = None  # None where sequences do not decide how far to draft
 
 
 @flax.struct.dataclass
@@ -59,7 +61,7 @@ class Chunk:
     finished: Bool[Array, " batch"]
     failed: Bool[Array, " batch"]  # ended in this run as the target's logits were not numbers
     drafts: DraftRecord | None = None  # None: not recorded
-    # Tokens that each round looked up: 0 where it took draft steps. None: nothing is looked up.
+    # Tokens that each round looked up: 0 where it did not. None: nothing is looked up.
     lookup_lengths: Int[Array, "batch rounds"] | None = None
 
     @classmethod
@@ -123,6 +125,7 @@ class Draft:
     probs: Float[Array, "batch drafts vocab"] | None
     tree: DraftTree | None = None  # None: each token follows the one before
     looked_up: Bool[Array, " batch"] | None = None  # None: nothing is looked up
+    pace: Pace | None = None  # with which it was decided; None where sequences do not decide
 
     @property
     def steps(self) -> Int[Array, " batch"]:

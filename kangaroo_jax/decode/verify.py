@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kangaroo_jax.decode.decide import Costs, learn
 from kangaroo_jax.decode.pick import NO_TOKEN, Verdict, pick_verified
 from kangaroo_jax.decode.sampling import Sampling
 from kangaroo_jax.decode.state import Chunk, DecodeState, Draft, DraftRecord
@@ -77,6 +78,7 @@ def commit(
     verdict: Verdict,
     deep_hidden: Deep,
     deep: KVCache,
+    costs: Costs | None = None,
 ) -> tuple[DecodeState, Chunk]:
     """Commits the accepted drafts and the target's next token, cut after the first EOS, at the sequence's last allowed
     token, and before a place where the target has none (`NO_TOKEN`), which ends the sequence.
@@ -92,6 +94,7 @@ def commit(
       verdict: from `verify`, as are the next two.
       deep_hidden: deep hidden states of x_n and the drafted tokens.
       deep: the deep layers' cache.
+      costs: of rounds, where sequences decide how far to draft, and learn from this one.
     """
     with jax.named_scope("commit"):
         target_tokens = verdict.tokens
@@ -132,6 +135,10 @@ def commit(
         if lookup_lengths is not None:
             found = jnp.where(draft.looked_up, draft.length, 0)
             lookup_lengths = _write_rows(lookup_lengths, found[:, None], chunk.num_rounds)
+        pace = state.pace
+        if pace is not None:
+            judged = {"length": draft.length, "looked_up": draft.looked_up, "confidence": draft.confidence}
+            pace = learn(draft.pace, costs, **judged, accepted=verdict.accepted, count=count)
         state = state.replace(
             token=token,
             shallow=shallow.replace(length=start + count),
@@ -140,6 +147,7 @@ def commit(
             num_output=num_output,
             finished=finished,
             history=history,
+            pace=pace,
         )
         ran = count > 0
         chunk = Chunk(

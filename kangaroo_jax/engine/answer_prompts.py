@@ -221,6 +221,8 @@ def _drafting(target: Target, adapter: TrainedAdapter, draft: DraftConfig) -> di
         "threshold": draft.threshold,
         "tree": None if draft.tree is None else dataclasses.asdict(draft.tree),
         "draft_vocabulary": _draft_vocabulary(adapter),
+        # In sampling, the text depends on what a sequence decides.
+        **({} if draft.decide is None else {"decide": dataclasses.asdict(draft.decide)}),
     }
 
 

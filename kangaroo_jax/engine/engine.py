@@ -32,6 +32,7 @@ from kangaroo_jax.decode.prefill import (
 from kangaroo_jax.decode.rounds import RoundShape, run_rounds
 from kangaroo_jax.decode.sampling import Sampling
 from kangaroo_jax.decode.state import Chunk, DecodeState
+from kangaroo_jax.engine.costs import costs_of_rounds
 from kangaroo_jax.engine.programs import SHARED, ProgramStore, compile_program, signature
 from kangaroo_jax.engine.prompts import answer_room, check_new_tokens, encode_prompt
 from kangaroo_jax.engine.requests import Answer, DraftedToken, Event, Finished, Request, Round, TextDelta
@@ -121,8 +122,8 @@ class Engine:
       target: from `load_target`.
       adapter: from `load_adapter`; None decodes plainly, one token per pass, but for what `draft.lookup` finds.
       config: slots and limits.
-      draft: exit layer, gamma, eta, trees and look-ups; `adapter.draft` is what tuning found for the adapter. Without
-        an adapter, look-ups alone.
+      draft: exit layer, gamma, eta, trees, look-ups, and whether sequences decide how far to draft; `adapter.draft` is
+        what tuning found for the adapter. Without an adapter, look-ups alone.
 
     Raises:
       InputError: for an exit layer that is out of range or not the adapter's, an adapter of another target, a tree
@@ -152,6 +153,7 @@ class Engine:
             )
         self._weights = (target.model, None if adapter is None else adapter.model)
         self._threshold = np.float32(draft.threshold if adapter is not None else 0.0)
+        self._costs = costs_of_rounds(target, adapter, draft, self.shapes.round, config.max_batch, platform)
         self._signature = signature(self._weights, self.shapes, self._backend, config.max_batch)
         self._programs = ProgramStore(_MAX_PROGRAMS)
         self._state: DecodeState | None = None
@@ -366,6 +368,7 @@ class Engine:
             exit_layer=self.shapes.round.exit_layer,
             backend=self._backend,
             sampled=sampled,
+            kept=self.shapes.round.kept,
         )
         self._state, first = program(*inputs)
         for run, slot in zip(runs, slots, strict=True):
@@ -387,7 +390,7 @@ class Engine:
         running = np.asarray([run is not None for run in runs])
         # A chunk ends with sequences whose places others can take.
         at_least = np.int32(running.sum() + 1 - self.shapes.refill(self.config.max_batch) if self._waiting else 0)
-        inputs = (*self._weights, self._state, running, self._threshold, at_least)
+        inputs = (*self._weights, self._state, running, self._threshold, at_least, self._costs)
         program = self._program(
             "rounds",
             (self._capacity, sampled, record),
@@ -541,10 +544,10 @@ class Engine:
         return Finished(run.id, answer)
 
     def _free(self, slot: _Slot) -> None:
-        """Leaves a slot to others. What it holds can begin another prompt; not its last two tokens, which the caches
-        may lack."""
+        """Leaves a slot to others. What it holds can begin another prompt; not its last tokens, which the caches may
+        lack."""
         run = slot.run
-        slot.run, slot.held = None, (run.ids + run.tokens)[:-2] if run.tokens else []
+        slot.run, slot.held = None, (run.ids + run.tokens)[: -1 - max(1, self.shapes.round.kept)] if run.tokens else []
 
     # --- Programs and arrays.
 
@@ -582,6 +585,7 @@ class Engine:
             "capacity": capacity,
             "backend": self._backend,
             "looks_up": self.shapes.round.lookup is not None,
+            "kept": self.shapes.round.kept,
         }
         where = None
         if self.target.mesh is not None:
@@ -591,8 +595,8 @@ class Engine:
 
     def _empty_prompts(self, capacity: int) -> Prompts:
         shape = self.shapes.round
-        static = {"exit_layer": shape.exit_layer, "backend": self._backend, "looks_up": shape.lookup is not None}
-        return empty_prompts(*self._weights, 1, capacity=capacity, **static)
+        static = {"exit_layer": shape.exit_layer, "backend": self._backend, "kept": shape.kept}
+        return empty_prompts(*self._weights, 1, capacity=capacity, looks_up=shape.lookup is not None, **static)
 
     def _kept(self) -> PyTree:
         """Where a program's results go: the state stays where it is, so that a program takes its own result."""
@@ -617,7 +621,7 @@ def round_shape(target: Target, adapter: TrainedAdapter | None, draft: DraftConf
         if length >= context:
             raise InputError(f"{name} must be less than the target's context ({context}), found {length}")
     if adapter is None:
-        return RoundShape.plain(lookup, platform)
+        return RoundShape.plain(lookup, platform, decides=draft.decide is not None)
     num_tokens = adapter.model.num_tokens(target.config.vocab_size)
     return RoundShape.kangaroo(resolve_exit_layer(target, adapter, draft), draft, num_tokens, platform)
 

@@ -36,8 +36,9 @@ class Generation:
       texts: their text without special tokens, cut before a stop string; None without a tokenizer.
       accept_lengths: tokens committed by each round; with the first token, which prefill gives, they add up to the
         new tokens.
-      draft_lengths: draft steps of each round: tokens that it drafted, or levels of its tree. 0 where it looked up.
-      lookup_lengths: tokens that each round looked up in the sequence's own; 0 where it found none.
+      draft_lengths: draft steps of each round: tokens that it drafted, or levels of its tree. 0 where it looked up or
+        drafted nothing.
+      lookup_lengths: tokens that each round looked up in the sequence's own; 0 where it looked up none.
       seconds: wall-clock.
     """
 

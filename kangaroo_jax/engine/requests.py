@@ -86,14 +86,15 @@ class Answer:
         are decoded together. None without a tokenizer.
       accept_lengths: tokens committed by each round; with the first token, which prefill gives, they add up to the new
         tokens.
-      draft_lengths: draft steps of each round: tokens that it drafted, or levels of its tree. 0 where it looked up.
+      draft_lengths: draft steps of each round: tokens that it drafted, or levels of its tree. 0 where it looked up or
+        drafted nothing.
       finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens, or the context), or "error".
       prefill_seconds: wall-clock from the start of its prefill to its first token, compilation not counted.
       seconds: wall-clock from the start of its prefill to its end, its neighbours' prefills included, compilation not.
       reused_tokens: of the prompt, that a slot held already.
       rounds: what each round committed and drafted; None where the request did not ask for drafts.
       error: why the answer ends before its end, in one line; None where it does not.
-      lookup_lengths: tokens that each round looked up in the sequence's own; 0 where it found none.
+      lookup_lengths: tokens that each round looked up in the sequence's own; 0 where it looked up none.
     """
 
     id: int

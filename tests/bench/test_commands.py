@@ -195,6 +195,7 @@ def test_tune_writes_the_fastest_setting(commands, flags, saved, prompts, fakes)
     gamma, eta = fastest[-7:-5]
     assert written["max_draft_len"] == int(gamma)
     assert written["threshold"] == pytest.approx(float(eta))
+    assert ("costs" in written) == ("tree_topk" not in written)
 
 
 @pytest.mark.parametrize("topk", ["", pytest.param("2", marks=pytest.mark.long)])
@@ -210,6 +211,15 @@ def test_tune_leaves_look_ups_as_they_are_unless_a_tree_is_faster(commands, flag
         [None] * 3 if topk else [7, 1, 3]
     )
     assert ("the settings of look-ups are removed" in out) == bool(topk)
+    # A plain step takes 8 ms, a draft step 2 ms and a round with n drafts 20 + n; so of every batch.
+    if not topk:
+        assert written["costs"].keys() == {"1", "8"}
+        for costs in written["costs"].values():
+            assert costs["draft_step"] == pytest.approx(0.25)
+            assert costs["verification"]["1"] == 1
+            assert costs["verification"]["3"] == pytest.approx((22 - 4) / 8)
+        assert written["acceptance"] == pytest.approx(3 / 4)  # of four drafted tokens, the last is refused
+        assert "batch 8: the best of a single sequence" in out
 
 
 @pytest.mark.long

@@ -1,15 +1,17 @@
 """Predicted speeds against sums done by hand, and decode.json from being written to being used."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from kangaroo_jax import DraftConfig, InputError, LookupConfig, TreeConfig, load_adapter
+from kangaroo_jax import DecideConfig, DraftConfig, InputError, LookupConfig, TreeConfig, load_adapter
 from kangaroo_jax.bench import parts, tuning
 from kangaroo_jax.bench.acceptance import NOT_IN_TREE, Chains, Trees
 from kangaroo_jax.bench.tuning import Costs, Effort, Recording, best_of, measure_costs, predict, settings_of_trees
 from kangaroo_jax.checkpoint.adapter import read_draft_settings, save_adapter, write_draft_settings
+from kangaroo_jax.config import RoundCosts
 from kangaroo_jax.decode import rounds
 from tests.bench.models import EXIT_LAYER, small_adapter, small_target
 
@@ -119,8 +121,21 @@ def test_written_settings_are_those_an_adapter_is_loaded_with(tmp_path):
     lookup = DraftConfig(None, 5, 0.1, lookup=LookupConfig(7, 1, 3))
     write_draft_settings(folder, lookup)
     assert load_adapter(folder, small_target()).draft == lookup
+    costs = (RoundCosts(1, 0.1, ((1, 1.0), (3, 1.5)), 0.2), RoundCosts(8, 0.3, ((1, 1.0),), 0.2))
+    decides = dataclasses.replace(lookup, decide=DecideConfig(costs, 0.8, "a machine"))
+    write_draft_settings(folder, decides)
+    assert load_adapter(folder, small_target()).draft == decides
     write_draft_settings(folder, DraftConfig(None, 9, 0.25))
     assert load_adapter(folder, small_target()).draft == DraftConfig(None, 9, 0.25)
+
+
+def _with_costs(costs, acceptance=0.8, machine="a machine", **more):
+    return json.dumps(
+        {"max_draft_len": 6, "threshold": 0.5, "costs": costs, "acceptance": acceptance, "machine": machine} | more
+    )
+
+
+_COSTS = {"draft_step": 0.1, "shallow": 0.1, "verification": {"1": 1.0, "2": 1.2}}
 
 
 @pytest.mark.parametrize(
@@ -144,6 +159,18 @@ def test_written_settings_are_those_an_adapter_is_loaded_with(tmp_path):
         json.dumps(
             {"max_draft_len": 6, "threshold": 0.5, "lookup_tokens": 3, "lookup_min_ngram": 3, "lookup_max_ngram": 2}
         ),
+        json.dumps({"max_draft_len": 6, "threshold": 0.5, "costs": {"1": _COSTS}}),
+        _with_costs([_COSTS]),
+        _with_costs({"one": _COSTS}),
+        _with_costs({"0": _COSTS}),
+        _with_costs({"1": _COSTS | {"surplus": 1}}),
+        _with_costs({"1": _COSTS | {"draft_step": -1}}),
+        _with_costs({"1": _COSTS | {"draft_step": "dear"}}),
+        _with_costs({"1": _COSTS | {"verification": {"2": 1.2}}}),
+        _with_costs({"1": _COSTS | {"verification": {"1": 0}}}),
+        _with_costs({"1": _COSTS}, acceptance=2),
+        _with_costs({"1": _COSTS}, machine=None),
+        _with_costs({"1": _COSTS}, tree_topk=3, tree_budget=12),
     ],
 )
 def test_wrong_settings_are_one_line_that_names_the_file(tmp_path, content):

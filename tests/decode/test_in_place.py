@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from kangaroo_jax.config import LookupConfig, TreeConfig
+from kangaroo_jax.config import LookupConfig, RoundCosts, TreeConfig
+from kangaroo_jax.decode.decide import Costs
 from kangaroo_jax.decode.prefill import Admission, empty_slots, prefill_and_admit
 from kangaroo_jax.decode.rounds import RoundShape, run_rounds
 from kangaroo_jax.decode.sampling import Sampling
@@ -20,7 +21,7 @@ _TREE = TreeConfig(3, 8)
 EOS = np.full(4, -1, np.int32)
 
 
-def compiled_text(shape, adapter, donate, batch=1):
+def compiled_text(shape, adapter, donate, batch=1, costs=None):
     model = tiny_target().model
     empty = functools.partial(
         empty_slots,
@@ -30,11 +31,12 @@ def compiled_text(shape, adapter, donate, batch=1):
         capacity=CAPACITY,
         backend=CpuBackend(),
         looks_up=shape.lookup is not None,
+        kept=shape.kept,
     )
     state = jax.eval_shape(empty, model, adapter)
     rounds = functools.partial(run_rounds, shape=shape, sampled=False, tokens=32)
     program = jax.jit(rounds, donate_argnums=(2,) if donate else ())
-    return program.lower(model, adapter, state, np.ones(batch, bool), np.float32(0.5), 0).compile().as_text()
+    return program.lower(model, adapter, state, np.ones(batch, bool), np.float32(0.5), 0, costs).compile().as_text()
 
 
 def cache_copies(text, batch=1):
@@ -66,6 +68,16 @@ def test_rounds_that_look_up_do_not_copy_the_cache(batch):
     shape = RoundShape(2, 6, None, (4, 7, 9), lookup)
     assert cache_copies(compiled_text(shape, tiny_adapter(2).model, donate=True, batch=batch), batch) == []
     assert cache_copies(compiled_text(RoundShape.plain(lookup), None, donate=True, batch=batch), batch) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("lookup", [None, LookupConfig(8)])
+def test_rounds_that_are_decided_do_not_copy_the_cache(batch, lookup):
+    shape = RoundShape(2, 6, None, (1, 4, 7, 9), lookup, kept=25)
+    costs = Costs.of(RoundCosts(1, 0.1, ((1, 1.0),), 0.1), 0.7, batch, 6, lookup)
+    text = compiled_text(shape, tiny_adapter(2).model, donate=True, batch=batch, costs=costs)
+    assert cache_copies(text, batch) == []
 
 
 def test_plain_steps_do_not_copy_the_cache():

@@ -23,7 +23,9 @@ from flax import nnx
 from kangaroo_jax import DraftConfig, InputError, LookupConfig, SamplingConfig, TreeConfig, generate, generate_plain
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.config import RoundCosts
 from kangaroo_jax.decode import draft_lookup, pick, sampling
+from kangaroo_jax.decode.decide import Costs
 from kangaroo_jax.decode.prefill import Admission, prefill
 from kangaroo_jax.decode.rounds import RoundShape, run_rounds
 from kangaroo_jax.model.attention.dense import DenseBackend
@@ -108,56 +110,63 @@ def exact(prompt, config, length=NEW):
 
 
 @functools.cache
-def program(gamma, batch, widths, new, accepts, residual, tree, walk, lookup, certain):
+def program(gamma, batch, widths, new, accepts, residual, tree, walk, lookup, certain, decides, of_round):
     """From keys and settings to tokens and statistics, in batches of `batch`; gamma 0 is plain decoding. `accepts` and
-    `residual`, or with a tree `walk`, or with look-ups also `certain`, are the rule's functions, which become part of
-    what is compiled."""
+    `residual`, or with a tree `walk`, or with look-ups also `certain`, or where sequences decide how far to draft also
+    `of_round`, are the rule's functions, which become part of what is compiled."""
     prompts = batch_prompts(batch, lookup)
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((batch, lengths.max()), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     shape = RoundShape(EXIT_LAYER, gamma, tree, widths, lookup) if gamma else RoundShape.plain(lookup)
+    if decides:
+        shape = dataclasses.replace(shape, kept=shape.max_commit + 1)
     capacity = int(lengths.max()) + new + shape.positions
     # Not the CPU's own: it updates sequence by sequence, which thousands are too many for.
     static = {"exit_layer": shape.exit_layer, "capacity": capacity, "backend": DenseBackend(), "sampled": True}
-    static["looks_up"] = lookup is not None
+    static |= {"looks_up": lookup is not None, "kept": shape.kept}
     eos = np.tile(NO_EOS, (batch, 1))
 
-    def one_batch(target, adapter, settings, eta, key_words):
+    def one_batch(target, adapter, settings, eta, costs, key_words):
         settings = settings.replace(key_words=key_words)
         state = prefill(
             target, adapter, tokens, lengths, Admission(np.full(batch, new, np.int32), eos, settings), **static
         )
         first = state.token
-        _, chunk = run_rounds(target, adapter, state, ~state.finished, eta, 0, shape=shape, sampled=True, tokens=new)
+        _, chunk = run_rounds(
+            target, adapter, state, ~state.finished, eta, 0, costs, shape=shape, sampled=True, tokens=new
+        )
         # A chunk ends with the first sequence that has so many tokens: rounds go on until all have.
         return jnp.concatenate([first[:, None], chunk.tokens[:, : new - 1]], axis=1), chunk
 
-    def run(target, adapter, settings, eta):
+    def run(target, adapter, settings, eta, costs):
         # A few thousand sequences at a time, so that their caches stay near the core.
         key_words = settings.key_words.reshape(-1, max(1, 4000 // batch), batch, 2)
         settings = jax.tree.map(lambda x: x[:batch], settings)
-        return jax.lax.map(jax.vmap(functools.partial(one_batch, target, adapter, settings, eta)), key_words)
+        return jax.lax.map(jax.vmap(functools.partial(one_batch, target, adapter, settings, eta, costs)), key_words)
 
     # Half the time goes into compiling.
     return jax.jit(run, compiler_options={"xla_backend_optimization_level": 1})
 
 
-def draw(config, gamma, eta, batch, widths=None, count=SAMPLES, new=NEW, tree=None, drafted=None, lookup=None):
+def draw(
+    config, gamma, eta, batch, widths=None, count=SAMPLES, new=NEW, tree=None, drafted=None, lookup=None, costs=None
+):
     """Tokens [count, new] of `count` sequences with a seed each; and the numbers of tokens that each round drafted and
-    committed. `drafted`: the tokens that drafts are made of, if not all."""
+    committed. `drafted`: the tokens that drafts are made of, if not all. `costs`: of rounds, where sequences decide."""
     target, adapter = small_models()
     if drafted is not None:
         adapter = nnx.clone(adapter)
         adapter.draft_vocabulary = DraftVocabulary(target, jnp.asarray(drafted))
     most = max(gamma, 0 if lookup is None else lookup.max_tokens) if tree is None else tree.budget
     rule = (sampling.accepts, sampling.residual, tree, pick.walk, lookup, draft_lookup.certain)
+    rule += (costs is not None, sampling.Sampling.of_round)
     run = program(gamma, batch, widths or (most + 1,), new, *rule)
     prompts = [prompt for _ in range(count // batch) for prompt in batch_prompts(batch, lookup)]
     configs = [dataclasses.replace(config, seed=seed) for seed in range(count)]
     settings = sampling.Sampling.create(configs, prompts)
-    tokens, chunk = jax.device_get(run(target, adapter if gamma else None, settings, np.float32(eta)))
+    tokens, chunk = jax.device_get(run(target, adapter if gamma else None, settings, np.float32(eta), costs))
     used = np.arange(chunk.draft_lengths.shape[-1]) < chunk.num_rounds[..., None]
     steps = chunk.draft_lengths if lookup is None else chunk.draft_lengths + 100 * chunk.lookup_lengths
     return tokens.reshape(count, new), steps[used], chunk.accept_lengths[used]
@@ -328,6 +337,33 @@ def test_looked_up_tokens_that_are_accepted_as_if_they_were_drawn_are_found(monk
     config = SamplingConfig(1.0)
     tokens, _, _ = draw(config, 2, 0.0, 4, lookup=LookupConfig(3, 1, 2))
     assert p_value(tokens, 4, lambda prompt: exact(prompt, config), prompts=REPETITIVE) < FALSE_ALARM
+
+
+# Costs by which a sequence goes on with some confidences and not with others, and tries again soon; and a look-up that
+# is dear enough to be left at times.
+DECIDING = RoundCosts(1, 0.3, ((1, 1.0), (3, 1.1)), 0.0)
+
+
+def deciding(gamma, lookup=None):
+    costs = Costs.of(DECIDING, 0.5, 1, gamma, lookup)
+    return dataclasses.replace(costs, pause=np.asarray([4, 4], np.int32))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lookup", [None, LookupConfig(2, 1, 2)], ids=["drafts", "look-ups"])
+def test_tokens_of_sequences_that_decide_are_distributed_as_the_target_s(lookup):
+    config, new = SamplingConfig(1.0), 6
+    costs = deciding(2, lookup)
+    tokens, steps, _ = draw(config, 2, 0.0, 4, (1, 3), new=new, lookup=lookup, costs=costs)
+    prompts = PROMPTS if lookup is None else REPETITIVE
+    assert p_value(tokens, 4, lambda prompt: exact(prompt, config), prompts=prompts) > FALSE_ALARM
+    # Tokens by which a sequence has learned something.
+    first = tokens[::4]
+    late = exact(prompts[0], config, 5).sum((0, 1))
+    assert p_value(first, 1, lambda prompt: late, slice(2, 5), prompts) > FALSE_ALARM
+    # The cases must be worth testing: rounds of all kinds and lengths.
+    assert set(steps) == {0, 1, 2} | ({200} if lookup else set())
+    assert (steps == 0).mean() > 0.05
 
 
 def test_chi_square_is_calibrated():

@@ -66,7 +66,7 @@ def define_runs(default: int = 3) -> flags.FlagHolder[int]:
 
 @dataclasses.dataclass(frozen=True)
 class DraftFlags:
-    """gamma and eta in place of those of the adapter's decode.json."""
+    """gamma and eta in place of those of the adapter's decode.json. An eta goes before deciding how far to draft."""
 
     max_draft_len: flags.FlagHolder[int | None]
     threshold: flags.FlagHolder[float | None]
@@ -84,7 +84,8 @@ class DraftFlags:
 
     def over(self, written: DraftConfig) -> DraftConfig:
         """`written` with what was given."""
-        return dataclasses.replace(written, **self.given())
+        given = self.given()
+        return dataclasses.replace(written, **given, **({"decide": None} if "threshold" in given else {}))
 
 
 def define_draft() -> DraftFlags:

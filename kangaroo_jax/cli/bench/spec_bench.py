@@ -54,6 +54,8 @@ def main() -> None:
     target = load_target_of(_MODEL.value, _DTYPE.value)
     dtype = str(target.model.dtype)
     adapter = load_adapter_of(target, _ADAPTER.value)
+    if {"threshold", "tree"} & given.keys():  # these go before deciding how far to draft
+        given["decide"] = None
     draft = dataclasses.replace(adapter.draft, **given)
     draft = dataclasses.replace(draft, exit_layer=parts.exit_layer_of(target, adapter, draft))
     if target.tokenizer is None:

@@ -8,8 +8,10 @@ finds it: gamma and eta of a single sequence, or of a tree with its K and budget
 Measures what rounds cost and records what the target accepts on calibration prompts; from these predicts the speed of
 every gamma and eta, of a single sequence and of every tree. Predictions are corrected by the ratio of measured to
 predicted speed of one setting. Measures the best few of both kinds by decoding with them, and writes the fastest to
-`decode.json` in the adapter's folder. Look-ups are off meanwhile; their settings stay in `decode.json`, beside those of
-a single sequence. With several --adapter flags (of other exit layers, say) each gets its own, and the fastest is named.
+`decode.json` in the adapter's folder. Unless that is a tree, with the costs of rounds at each of --batch_sizes, by
+which sequences then decide how far to draft; and says from which batch size on drafting does not pay. Look-ups are off
+meanwhile; their settings stay in `decode.json`, beside those of a single sequence. With several --adapter flags (of
+other exit layers, say) each gets its own, and the fastest is named.
 """
 
 from __future__ import annotations
@@ -43,12 +45,14 @@ _CONFIRM = flags.DEFINE_integer(
     "Settings to measure: this many of the best predicted single sequences, and the best of as many trees.",
 )
 _TREES = shared_flags.define_trees(None, None, " Default of both: 2,3,4 and 8,12,16 on CPU, else 4,10 and 16,32,64.")
+_BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Batch sizes at which the costs of rounds are measured.")
 _RUNS = shared_flags.define_runs()
 _WRITE = flags.DEFINE_bool("write", True, "Write decode.json.")
 
 
 def main() -> None:
     shared_flags.check_positive(_MAX_NEW_TOKENS, _CONFIRM, _RUNS)
+    sizes = tuple(shared_flags.counts(_BATCH_SIZES))
     on_cpu = jax.default_backend() == "cpu"
     topks, budgets = _TREES.shapes(*(((2, 3, 4), (8, 12, 16)) if on_cpu else ((4, 10), (16, 32, 64))))
     # The first ten held-out modules are for the other benchmarks.
@@ -61,7 +65,7 @@ def main() -> None:
     print(machine.describe())
     print(f"{len(prompts)} calibration prompts, {_MAX_NEW_TOKENS.value} new tokens, {dtype}, greedy")
     trees = settings_of_trees(topks, budgets)
-    effort = Effort(_MAX_NEW_TOKENS.value, _RUNS.value, _CONFIRM.value)
+    effort = Effort(_MAX_NEW_TOKENS.value, _RUNS.value, _CONFIRM.value, sizes)
     best = {}
     for adapter in adapters:
         exit_layer = parts.exit_layer_of(target, adapter)
@@ -72,7 +76,8 @@ def main() -> None:
         if _WRITE.value:
             draft = tuning.fastest.draft
             if draft.tree is None:
-                draft = dataclasses.replace(draft, lookup=adapter.draft.lookup)
+                decide = tuning.decide(machine.name())
+                draft = dataclasses.replace(draft, lookup=adapter.draft.lookup, decide=decide)
             elif adapter.draft.lookup is not None:
                 print(
                     "the fastest is a tree, with which nothing can be looked up: the settings of look-ups are removed"
@@ -99,3 +104,8 @@ def _print(tuning: Tuning) -> None:
             f"{setting.draft_steps:7.2f}{setting.predicted:11.2f}{setting.measured:10.2f}"
             f"{setting.predicted / setting.measured - 1:6.0%}"
         )
+    for size, (draft, speed) in tuning.batches.items():
+        print(f"batch {size}: the best of a single sequence is predicted to be gamma {draft.max_draft_len}, ", end="")
+        print(f"eta {draft.threshold}, {speed:.2f} times plain decoding")
+    ends = min((size for size, (_, speed) in tuning.batches.items() if speed <= 1), default=None)
+    print("drafting pays at each of these" if ends is None else f"drafting does not pay from batch {ends} on")

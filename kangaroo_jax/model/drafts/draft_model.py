@@ -38,8 +38,10 @@ class DraftModel(Protocol):
 
     kind: str  # names it in checkpoints
 
-    def init(self, batch: int, capacity: int, dtype: jnp.dtype, backend: AttentionBackend) -> PyTree:
-        """The state of `batch` sequences, with room for `capacity` positions each."""
+    def init(self, batch: int, capacity: int, dtype: jnp.dtype, backend: AttentionBackend, kept: int = 1) -> PyTree:
+        """The state of `batch` sequences, with room for `capacity` positions each. `kept`, static: how many positions
+        at a sequence's end it may not have seen, of which it keeps what `catch_up` needs. 1: the last, which `begin`
+        sees to."""
 
     def after_prefill(
         self,
@@ -51,6 +53,11 @@ class DraftModel(Protocol):
         lengths: Int[Array, " batch"],
     ) -> PyTree:
         """After a piece of each prompt, of `lengths` (at least 1) tokens from `start` on, padded on the right."""
+
+    def catch_up(self, state: PyTree, start: Int[Array, " batch"], behind: Int[Array, " batch"]) -> PyTree:
+        """Takes in the positions start - behind .. start - 1 of each sequence, which are verified; at most as many as
+        are kept, and it may have seen them. Writes so many positions in any case: what lies behind `start` then has no
+        meaning."""
 
     def begin(
         self,

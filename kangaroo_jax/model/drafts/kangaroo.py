@@ -50,10 +50,10 @@ class DraftVocabulary(nnx.Module):
 class AdapterState:
     """Between rounds. The adapter's cache may lack position n - 1: after a fully accepted draft the adapter has not
     seen it. So it counts n - 1 positions, and the next round's first step sees position n - 1 (again) together with
-    n."""
+    n. Where rounds may draft nothing, it may lack more, up to as many as `last` holds."""
 
     cache: KVCache  # length n - 1
-    last: Float[Array, "batch 1 hidden"]  # shallow hidden state at position n - 1
+    last: Float[Array, "batch kept hidden"]  # shallow hidden states at positions n - kept .. n - 1
 
 
 class Adapter(nnx.Module):
@@ -77,9 +77,11 @@ class Adapter(nnx.Module):
     def num_tokens(self, vocab_size: int) -> int:
         return vocab_size if self.draft_vocabulary is None else len(self.draft_vocabulary.token_ids[...])
 
-    def init(self, batch: int, capacity: int, dtype: jnp.dtype, backend: AttentionBackend) -> AdapterState:
+    def init(
+        self, batch: int, capacity: int, dtype: jnp.dtype, backend: AttentionBackend, kept: int = 1
+    ) -> AdapterState:
         cache = KVCache.empty(self.config, len(self.layers), batch, capacity, dtype, backend)
-        return AdapterState(cache, jnp.zeros((batch, 1, self.config.hidden_size), dtype))
+        return AdapterState(cache, jnp.zeros((batch, kept, self.config.hidden_size), dtype))
 
     def after_prefill(
         self,
@@ -93,8 +95,21 @@ class Adapter(nnx.Module):
         del tokens, deep
         positions = start[:, None] + jnp.arange(shallow.shape[1])
         _, cache = adapter_apply(self, shallow, positions, state.cache.replace(length=start))
-        last = jnp.take_along_axis(shallow, (lengths - 1)[:, None, None], axis=1)
+        # Of a piece with fewer tokens than are kept, those before it are not needed: they have been seen.
+        kept = state.last.shape[1]
+        places = jnp.maximum(lengths[:, None] + jnp.arange(-kept, 0), 0)
+        last = jnp.take_along_axis(shallow, places[:, :, None], axis=1)
         return AdapterState(cache.replace(length=start + lengths - 1), last)
+
+    def catch_up(self, state: AdapterState, start: Int[Array, " batch"], behind: Int[Array, " batch"]) -> AdapterState:
+        # The positions that are missing come first, so that nothing before them is written.
+        kept = state.last.shape[1]
+        places = jnp.minimum((kept - behind)[:, None] + jnp.arange(kept), kept - 1)
+        hidden = jnp.take_along_axis(state.last, places[:, :, None], axis=1)
+        first = start - behind
+        positions = first[:, None] + jnp.arange(kept)
+        _, cache = adapter_apply(self, hidden, positions, state.cache.replace(length=first))
+        return state.replace(cache=cache)
 
     def begin(
         self,
@@ -106,7 +121,7 @@ class Adapter(nnx.Module):
     ) -> tuple[AdapterState, Float[Array, "batch drafted"]]:
         del token
         # Two positions cost no extra pass over the weights; where n - 1 has been seen, the same entry is written again.
-        hidden = jnp.concatenate([state.last, shallow], axis=1)
+        hidden = jnp.concatenate([state.last[:, -1:], shallow], axis=1)
         positions = start[:, None] + jnp.arange(-1, 1)
         adapted, cache = adapter_apply(self, hidden, positions, state.cache.replace(length=start - 1))
         return state.replace(cache=cache), draft_head(target, self, adapted[:, -1])
@@ -120,7 +135,7 @@ class Adapter(nnx.Module):
     ) -> AdapterState:
         del tokens
         # Position n - 1 as in `begin`; not the last token, from which no draft step would have been taken either.
-        hidden = jnp.concatenate([state.last, shallow[:, :-1]], axis=1)
+        hidden = jnp.concatenate([state.last[:, -1:], shallow[:, :-1]], axis=1)
         positions = start[:, None] + jnp.arange(-1, hidden.shape[1] - 1)
         _, cache = adapter_apply(self, hidden, positions, state.cache.replace(length=start - 1))
         return state.replace(cache=cache)
@@ -145,9 +160,13 @@ class Adapter(nnx.Module):
         cache = carry.cache
         if committed.step_positions is not None:
             cache = cache.moved(committed.start + 1, committed.step_positions, committed.num_step_positions)
-        newest = jnp.take_along_axis(committed.path, jnp.maximum(committed.count - 1, 0)[:, None], axis=1)
-        hidden = jnp.take_along_axis(committed.shallow, newest[:, :, None], axis=1)
-        last = jnp.where((committed.count == 0)[:, None, None], state.last, hidden)
+        # Of the kept ones and those on the path, one after another, the last ones up to what was committed.
+        kept = state.last.shape[1]
+        places = committed.count[:, None] + jnp.arange(kept)
+        nodes = jnp.take_along_axis(committed.path, jnp.maximum(places - kept, 0), axis=1)
+        new = jnp.take_along_axis(committed.shallow, nodes[:, :, None], axis=1)
+        old = jnp.take_along_axis(state.last, jnp.minimum(places, kept - 1)[:, :, None], axis=1)
+        last = jnp.where((places >= kept)[:, :, None], new, old)
         return AdapterState(cache.replace(length=committed.start + committed.count - 1), last)
 
 

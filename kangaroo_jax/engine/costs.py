@@ -1,0 +1,58 @@
+"""What rounds cost on an engine's devices, for sequences that decide how far to draft: measured, or predicted."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import PyTree
+
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter
+from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.config import DraftConfig, RoundCosts
+from kangaroo_jax.decode.decide import Costs
+from kangaroo_jax.decode.rounds import RoundShape
+
+# A pass that reads all weights for several rows at once takes longer than for one: on a CPU, where one row is a product
+# with a vector, by a step and by what each row adds (measured: SmolLM2-135M in float32 on 2 cores of an EPYC, 2, 7 and
+# 9 rows: 1.41, 1.74 and 1.96); on an accelerator when computing takes longer than reading, at so many rows.
+_CPU_SEVERAL, _CPU_ROW = 0.25, 0.08
+_ACCELERATOR_ROWS = 240
+
+
+def costs_of_rounds(
+    target: Target, adapter: TrainedAdapter | None, draft: DraftConfig, shape: RoundShape, slots: int, platform: str
+) -> Costs | None:
+    """What `shape`'s rounds cost in an engine of so many slots: as `draft.decide` says, else predicted; None where
+    sequences do not decide."""
+    if not shape.kept:
+        return None
+    decide = draft.decide
+    costs = decide.nearest(slots) if decide.costs else predicted(target, adapter, shape, slots, platform)
+    return Costs.of(costs, decide.acceptance, slots, shape.max_draft_len, shape.lookup)
+
+
+def predicted(
+    target: Target, adapter: TrainedAdapter | None, shape: RoundShape, slots: int, platform: str
+) -> RoundCosts:
+    """Costs from the bytes of the weights that each part reads. Caches and the overhead of many small operations are
+    left out."""
+    model = target.model
+    layers = [_nbytes(layer) for layer in model.layers]
+    head = _nbytes(model.embed_tokens if model.lm_head is None else model.lm_head)
+    total, shallow = sum(layers) + head, sum(layers[: shape.exit_layer])
+    step = shallow
+    if adapter is not None:  # with a draft vocabulary, the adapter has its own rows of the head
+        step += _nbytes(adapter.model) + (head if adapter.model.draft_vocabulary is None else 0)
+    base = _pass(slots, platform)
+    verification = tuple((width, _pass(slots * width, platform) / base) for width in range(1, shape.max_commit + 1))
+    return RoundCosts(slots, step / total, verification, shallow / total)
+
+
+def _pass(rows: int, platform: str) -> float:
+    """How long a pass over `rows` rows takes, over one of a single row."""
+    if platform == "cpu":
+        return 1.0 if rows == 1 else 1.0 + _CPU_SEVERAL + _CPU_ROW * rows
+    return max(1.0, rows / _ACCELERATOR_ROWS)
+
+
+def _nbytes(tree: PyTree) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
