@@ -1,0 +1,152 @@
+"""The draft model that remembers: the paper's adapter, with the target's own newest hidden state added to its output.
+
+Each verification computes the normed last hidden state of every token it commits, from which the target chose the next
+one. The paper throws them away. Here the newest of them goes into every draft step of the next round.
+
+The adapter's keys and values do not depend on it, so its cache is the paper's, in sequences and in trees. And a
+position in training can be taken at any depth of a draft, whatever the depths of the positions it attends to.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from kangaroo_jax.model.attention.backend import AttentionBackend
+from kangaroo_jax.model.cache import KVCache
+from kangaroo_jax.model.config import ModelConfig
+from kangaroo_jax.model.drafts.draft_model import Committed
+from kangaroo_jax.model.drafts.kangaroo import Adapter, AdapterState, adapter_layers_apply, draft_head, from_last
+from kangaroo_jax.model.layers import INIT, RMSNorm
+from kangaroo_jax.model.ops import dot
+from kangaroo_jax.model.target import TargetModel
+
+
+class Memory(nnx.Module):
+    """What a deep hidden state adds to the adapter's output: norm, product."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.norm = RMSNorm(config, dtype)
+        self.memory_proj = nnx.Param(INIT(rngs.params(), (config.hidden_size, config.hidden_size), dtype))
+
+    def __call__(self, deep: Float[Array, "... hidden"]) -> Float[Array, "... hidden"]:
+        return dot("...k,kn->...n", self.norm(deep), self.memory_proj[...])
+
+
+@flax.struct.dataclass
+class MemoryState:
+    """Between rounds."""
+
+    adapter: AdapterState
+    known: Float[Array, "batch 1 hidden"]  # what the newest known deep state, of position n - 1, adds
+
+
+class MemoryAdapter(Adapter):
+    """RMSNorm, attention with a residual, the residual of the newest deep state, RMSNorm. A `DraftModel`."""
+
+    kind: ClassVar[str] = "memory"
+    depends_on_depth: ClassVar[bool] = True
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, num_layers: int = 1):
+        super().__init__(config, rngs=rngs, dtype=dtype, num_layers=num_layers)
+        self.memory = Memory(config, rngs=rngs, dtype=dtype)
+
+    def init(self, batch: int, capacity: int, dtype: jnp.dtype, backend: AttentionBackend) -> MemoryState:
+        state = super().init(batch, capacity, dtype, backend)
+        return MemoryState(state, jnp.zeros_like(state.last))
+
+    def after_prefill(
+        self,
+        state: MemoryState,
+        tokens: Int[Array, "batch time"],
+        shallow: Float[Array, "batch time hidden"],
+        deep: Float[Array, "batch time hidden"],
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+    ) -> MemoryState:
+        newest = jnp.take_along_axis(deep, (lengths - 1)[:, None, None], axis=1)
+        adapter = super().after_prefill(state.adapter, tokens, shallow, deep, start, lengths)
+        return MemoryState(adapter, self.memory(newest))
+
+    def begin(
+        self,
+        target: TargetModel,
+        state: MemoryState,
+        token: Int[Array, " batch"],
+        shallow: Float[Array, "batch 1 hidden"],
+        start: Int[Array, " batch"],
+    ) -> tuple[MemoryState, Float[Array, "batch drafted"]]:
+        del token
+        hidden, positions, cache = from_last(state.adapter, shallow, start)
+        adapted, cache = memory_apply(self, hidden, state.known, positions, cache)
+        carry = state.replace(adapter=state.adapter.replace(cache=cache))
+        return carry, draft_head(target, self, adapted[:, -1])
+
+    def observe(
+        self,
+        state: MemoryState,
+        tokens: Int[Array, "batch time"],
+        shallow: Float[Array, "batch time hidden"],
+        start: Int[Array, " batch"],
+    ) -> MemoryState:
+        return state.replace(adapter=super().observe(state.adapter, tokens, shallow, start))
+
+    def step(
+        self,
+        target: TargetModel,
+        carry: MemoryState,
+        tokens: Int[Array, "batch time"],
+        shallow: Float[Array, "batch time hidden"],
+        start: Int[Array, " batch"],
+        positions: Int[Array, "batch time"] | None = None,
+        mask: Bool[Array, "batch time capacity"] | None = None,
+    ) -> tuple[MemoryState, Float[Array, "batch time drafted"]]:
+        del tokens
+        if positions is None:
+            positions = start[:, None] + jnp.arange(shallow.shape[1])
+        cache = carry.adapter.cache.replace(length=start)
+        adapted, cache = memory_apply(self, shallow, carry.known, positions, cache, mask=mask)
+        return carry.replace(adapter=carry.adapter.replace(cache=cache)), draft_head(target, self, adapted)
+
+    def at_depths(
+        self,
+        shallow: Float[Array, "batch time hidden"],
+        deep: Float[Array, "batch time hidden"],
+        positions: Int[Array, "batch time"],
+        mask: Bool[Array, "batch time time"],
+        depths: Int[Array, "batch time"] | None,
+    ) -> Float[Array, "batch time hidden"]:
+        # The token that is drafted at depth d from position t is the d-th of a round whose newest known deep state is
+        # that of position t - d. As deep as a position is in its example; its first has none before it, and is never
+        # drafted from: decoding begins behind a prompt of one token or more.
+        depths = jnp.minimum(depths, positions)
+        newest = jnp.maximum(jnp.arange(positions.shape[1]) - depths, 0)
+        known = jnp.take_along_axis(self.memory(deep), newest[:, :, None], axis=1)
+        known = jnp.where(depths[:, :, None] > 0, known, 0)
+        return memory_apply(self, shallow, known, positions, mask=mask)[0]
+
+    def after_verify(self, state: MemoryState, carry: MemoryState, committed: Committed) -> MemoryState:
+        adapter = super().after_verify(state.adapter, carry.adapter, committed)
+        known = self.memory(committed.newest(committed.deep))
+        known = jnp.where((committed.count == 0)[:, None, None], state.known, known)
+        return MemoryState(adapter, known)
+
+
+def memory_apply(
+    adapter: MemoryAdapter,
+    hidden: Float[Array, "batch time hidden"],
+    known: Float[Array, "batch known hidden"],
+    positions: Int[Array, "batch time"],
+    cache: KVCache | None = None,
+    *,
+    mask: Bool[Array, "batch time keys"] | None = None,
+) -> tuple[Float[Array, "batch time hidden"], KVCache | None]:
+    """`adapter_apply` with `known`, what `Memory` makes of the newest known deep state, added before the last norm."""
+    mixed, cache = adapter_layers_apply(adapter, hidden, positions, cache, mask=mask)
+    with jax.named_scope("adapter"):
+        return adapter.norm(mixed + known), cache
