@@ -50,7 +50,9 @@ def mesh_of(data: int, fsdp: int, model: int) -> types.SimpleNamespace:
 
 def test_every_parameter_and_its_optimizer_state_has_a_partition_and_every_matrix_is_split():
     target = named_leaves(nnx.eval_shape(lambda: TargetModel(CONFIG, rngs=nnx.Rngs(0))))
-    adapter = named_leaves(abstract_adapter(CONFIG, jnp.float32))
+    adapter = named_leaves(abstract_adapter(CONFIG, jnp.float32)) | named_leaves(
+        abstract_adapter(CONFIG, jnp.float32, kind="memory")
+    )
     state = named_leaves(jax.eval_shape(optax.adamw(1e-3).init, dict(adapter.items())))
     assert len(state) > 2 * len(adapter)
     mesh = mesh_of(1, 2, 2)
