@@ -72,7 +72,7 @@ def train(
 
     Returns:
       The held-out `loss` (nats), `expected_acceptance` and `top1_agreement` at the last step; of a draft model that
-      depends on the depth in a draft, their means over depths, and each depth's as `loss_depth_1` and so on. None if
+      tells the depths of a draft apart, their means over depths, and each depth's as `loss_depth_1` and so on. None if
       SIGTERM came before the last step: the run was saved, and the next call continues it.
 
     Raises:
@@ -132,7 +132,7 @@ def train(
             rows,
             target,
             cache_folder(config.data.cache),
-            everywhere=KINDS[config.adapter.kind].depends_on_depth,
+            everywhere=KINDS[config.adapter.kind].depths > 1,
         )
         teacher.make(target, config, report)
         batches = training_batches(rows, config.batch_size, config.seed, **process, extend=teacher.extend)

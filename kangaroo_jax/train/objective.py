@@ -232,11 +232,11 @@ def metrics_by_depth(
     teacher: Float[Array, "batch time hidden"] | None = None,
     drafted: Int[Array, " drafted"] | None = None,
     *,
-    max_depth: int,
+    num_depths: int,
     exit_layer: int,
     chunk: int,
 ) -> dict[str, Float[Array, " depths"]]:
-    """The metrics of `distillation` with every position at depth 1, at depth 2, ... at `max_depth`, static. Other
+    """The metrics of `distillation` with every position at depth 1, at depth 2, ... at `num_depths`, static. Other
     arguments as for `adapter_loss`. Only as deep as a position is in its example: there the depth is its position."""
     example = tokens, segment_ids, positions, teacher
     adapter, target, mask, shallow, teacher = _in_target_dtype(adapter, target, *example, exit_layer=exit_layer)
@@ -246,7 +246,7 @@ def metrics_by_depth(
         draft = adapter.at_depths(shallow, teacher, positions, mask, jnp.full_like(positions, depth))
         return distillation(target, teacher, draft, loss_mask, vocabulary, chunk=chunk)[1]
 
-    return jax.lax.map(at, jnp.arange(1, max_depth + 1))
+    return jax.lax.map(at, jnp.arange(1, num_depths + 1))
 
 
 def _in_target_dtype(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
 from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
-from kangaroo_jax.config import DraftConfig, TrainConfig
+from kangaroo_jax.config import TrainConfig
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import Adapter
@@ -22,10 +22,11 @@ from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel
 from kangaroo_jax.train.objective import adapter_loss, metrics_by_depth
 
-# A draft model that depends on it is trained and measured for drafts of up to so many tokens: the paper's gamma.
-MAX_DEPTH = DraftConfig().max_draft_len
-
 Parameters = dict[str, Array]  # dotted path -> float32 array
+
+# What memory's norm weights start at. Its products start at zero, and AdamW moves all matrices at one rate: inputs ten
+# times as large make the product grow ten times as fast, without which a short run hardly uses it.
+_MEMORY_NORM = 10.0
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -69,8 +70,7 @@ def initial_parameters(
         matrices from a normal distribution of deviation 0.02, as usual for such targets; norms of one.
       seed: for random parameters.
       num_layers: of the adapter. Further ones take the target's layers after `exit_layer`.
-      kind: of the draft model. What only `memory` has begins as norms of one and products of zero, which add nothing,
-        in all cases.
+      kind: of the draft model. What only `memory` has begins with products of zero, which add nothing, in all cases.
     """
     parts = {"norm": target.norm}
     for i, layer in enumerate(target.layers[exit_layer : exit_layer + num_layers]):
@@ -82,7 +82,10 @@ def initial_parameters(
         for path, x in adapter_checkpoint.named_leaves(module).items()
     }
     own = adapter_checkpoint.named_leaves(abstract_adapter(target.config, jnp.float32, num_layers, kind))
-    own = {path: jnp.full(x.shape, path.endswith("norm.weight"), jnp.float32) for path, x in own.items()}
+    own = {
+        path: jnp.full(x.shape, _MEMORY_NORM if path.endswith("norm.weight") else 0, jnp.float32)
+        for path, x in own.items()
+    }
     own = {path: x for path, x in own.items() if path not in copied}
     if initialization == "layer":
         return copied | own
@@ -145,11 +148,11 @@ def compiled(
 
     The target is an argument of both, not a constant in them. `drafted` are the tokens of the draft vocabulary, or
     None; `step`, how many steps were done before, decides with the run's seed which depth of a draft each position is
-    trained at; `loss` is static. Where the draft model depends on the depth, each metric of `evaluate_batch` is an
-    array of one value per depth, from 1 to `MAX_DEPTH`. A batch that has the teacher's hidden states (`teacher`) does
+    trained at; `loss` is static. Where the draft model tells depths apart, each metric of `evaluate_batch` is an array
+    of one value per depth. A batch that has the teacher's hidden states (`teacher`) does
     not run the deep layers. XLA sums the gradients over data and fsdp, because the batch is split over both."""
     where = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, shape, config, mesh))
-    by_depth = KINDS[config.adapter.kind].depends_on_depth
+    num_depths = KINDS[config.adapter.kind].depths
 
     def example(
         parameters: Parameters, model: TargetModel, batch: dict[str, Array], drafted: Array | None
@@ -171,9 +174,9 @@ def compiled(
     @functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=6, out_shardings=(*where, None))
     def train_step(parameters, state, model, batch, drafted, step, loss):
         depths = None
-        if by_depth:
+        if num_depths > 1:
             key = jax.random.fold_in(jax.random.key(config.seed), step)
-            depths = jax.random.randint(key, batch["positions"].shape, 1, MAX_DEPTH + 1)
+            depths = jax.random.randint(key, batch["positions"].shape, 1, num_depths + 1)
 
         def objective(parameters):
             return adapter_loss(*example(parameters, model, batch, drafted), depths, **static, loss=loss)
@@ -187,8 +190,8 @@ def compiled(
     @jax.jit
     def evaluate_batch(parameters, model, batch, drafted):
         arguments = example(parameters, model, batch, drafted)
-        if by_depth:
-            return metrics_by_depth(*arguments, **static, max_depth=MAX_DEPTH)
+        if num_depths > 1:
+            return metrics_by_depth(*arguments, **static, num_depths=num_depths)
         return adapter_loss(*arguments, **static, loss=config.loss)[1]
 
     return train_step, evaluate_batch

@@ -12,7 +12,6 @@ from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.drafts.memory import MemoryAdapter
 from kangaroo_jax.train.loop import train
-from kangaroo_jax.train.step import MAX_DEPTH
 from tests.reports import Said
 
 from .runs import assert_same, configured
@@ -24,12 +23,12 @@ def test_a_run_is_measured_by_depth_goes_on_as_if_never_stopped_and_decodes(sett
     memory = {"output": str(output), "adapter.kind": "memory", "steps": 4, "save_every": 2}
     result = train(configured(settings, **memory), report=said)
     for name, shown in (("expected_acceptance", "expected acceptance"), ("top1_agreement", "top-1 agreement")):
-        by_depth = [result[f"{name}_depth_{depth}"] for depth in range(1, MAX_DEPTH + 1)]
+        by_depth = [result[f"{name}_depth_{depth}"] for depth in range(1, MemoryAdapter.depths + 1)]
         assert result[name] == pytest.approx(np.mean(by_depth))
-        lines = re.findall(rf"{shown} at depth 1 to {MAX_DEPTH}: ([\d. ]+)", said.text)
+        lines = re.findall(rf"{shown} at depth 1 to {MemoryAdapter.depths}: ([\d. ]+)", said.text)
         assert len(set(lines[0].split())) == 1  # before the first step, nothing is added at any depth
         assert lines[-1].split() == [f"{value:.4f}" for value in by_depth]
-    assert len({result[f"loss_depth_{depth}"] for depth in range(1, MAX_DEPTH + 1)}) == MAX_DEPTH
+    assert len({result[f"loss_depth_{depth}"] for depth in range(1, MemoryAdapter.depths + 1)}) == MemoryAdapter.depths
 
     shutil.move(output / "4", tmp_path / "never stopped")
     with pytest.raises(InputError, match=r"expected adapter\.kind kangaroo, found memory"):

@@ -63,7 +63,7 @@ class Adapter(nnx.Module):
     """
 
     kind: ClassVar[str] = "kangaroo"
-    depends_on_depth: ClassVar[bool] = False  # whether an output depends on how deep in a draft it is
+    depths: ClassVar[int] = 1  # how many places in a draft it tells apart
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, num_layers: int = 1):
         self.config = config

@@ -1,7 +1,8 @@
 """The draft model that remembers: the paper's adapter, with the target's own newest hidden state added to its output.
 
 Each verification computes the normed last hidden state of every token it commits, from which the target chose the next
-one. The paper throws them away. Here the newest of them goes into every draft step of the next round.
+one. The paper throws them away. Here the newest of them goes into every draft step of the next round, through a product
+for each depth: the first drafted token is one token behind what that state was for, the second two tokens.
 
 The adapter's keys and values do not depend on it, so its cache is the paper's, in sequences and in trees. And a
 position in training can be taken at any depth of a draft, whatever the depths of the positions it attends to.
@@ -28,14 +29,28 @@ from kangaroo_jax.model.target import TargetModel
 
 
 class Memory(nnx.Module):
-    """What a deep hidden state adds to the adapter's output: norm, product."""
+    """What a deep hidden state adds to the adapter's output at each depth: norm, product."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: ModelConfig, depths: int, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         self.norm = RMSNorm(config, dtype)
-        self.memory_proj = nnx.Param(INIT(rngs.params(), (config.hidden_size, config.hidden_size), dtype))
+        shape = (config.hidden_size, depths, config.hidden_size)
+        self.memory_proj = nnx.Param(INIT(rngs.params(), shape, dtype))
 
-    def __call__(self, deep: Float[Array, "... hidden"]) -> Float[Array, "... hidden"]:
-        return dot("...k,kn->...n", self.norm(deep), self.memory_proj[...])
+    def __call__(self, deep: Float[Array, "batch 1 hidden"]) -> Float[Array, "batch depths hidden"]:
+        """At all depths, from 1."""
+        return dot("bk,kdn->bdn", self.norm(deep[:, 0]), self.memory_proj[...])
+
+    def at(
+        self, deep: Float[Array, "batch time hidden"], depths: Int[Array, "batch time"]
+    ) -> Float[Array, "batch time hidden"]:
+        """At a depth for each state; 0 adds nothing."""
+        normed = self.norm(deep)
+
+        def chosen(depth: int) -> Float[Array, "batch time hidden"]:
+            of_depth = jnp.where((depths == depth)[:, :, None], normed, 0)
+            return dot("...k,kn->...n", of_depth, self.memory_proj[:, depth - 1])
+
+        return sum(chosen(depth) for depth in range(1, self.memory_proj.shape[1] + 1))
 
 
 @flax.struct.dataclass
@@ -43,22 +58,26 @@ class MemoryState:
     """Between rounds."""
 
     adapter: AdapterState
-    known: Float[Array, "batch 1 hidden"]  # what the newest known deep state, of position n - 1, adds
+    known: Float[
+        Array, "batch depths hidden"
+    ]  # what the newest known deep state, of position n - 1, adds at each depth
+    depth: Int[Array, " batch"]  # draft steps taken in the round
 
 
 class MemoryAdapter(Adapter):
     """RMSNorm, attention with a residual, the residual of the newest deep state, RMSNorm. A `DraftModel`."""
 
     kind: ClassVar[str] = "memory"
-    depends_on_depth: ClassVar[bool] = True
+    depths: ClassVar[int] = 6  # the paper's gamma; deeper tokens are drafted as the last of these
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, num_layers: int = 1):
         super().__init__(config, rngs=rngs, dtype=dtype, num_layers=num_layers)
-        self.memory = Memory(config, rngs=rngs, dtype=dtype)
+        self.memory = Memory(config, self.depths, rngs=rngs, dtype=dtype)
 
     def init(self, batch: int, capacity: int, dtype: jnp.dtype, backend: AttentionBackend) -> MemoryState:
         state = super().init(batch, capacity, dtype, backend)
-        return MemoryState(state, jnp.zeros_like(state.last))
+        known = jnp.zeros((batch, self.depths, self.config.hidden_size), dtype)
+        return MemoryState(state, known, jnp.zeros((batch,), jnp.int32))
 
     def after_prefill(
         self,
@@ -71,7 +90,7 @@ class MemoryAdapter(Adapter):
     ) -> MemoryState:
         newest = jnp.take_along_axis(deep, (lengths - 1)[:, None, None], axis=1)
         adapter = super().after_prefill(state.adapter, tokens, shallow, deep, start, lengths)
-        return MemoryState(adapter, self.memory(newest))
+        return MemoryState(adapter, self.memory(newest), state.depth)
 
     def begin(
         self,
@@ -83,8 +102,8 @@ class MemoryAdapter(Adapter):
     ) -> tuple[MemoryState, Float[Array, "batch drafted"]]:
         del token
         hidden, positions, cache = from_last(state.adapter, shallow, start)
-        adapted, cache = memory_apply(self, hidden, state.known, positions, cache)
-        carry = state.replace(adapter=state.adapter.replace(cache=cache))
+        adapted, cache = memory_apply(self, hidden, state.known[:, :1], positions, cache)
+        carry = state.replace(adapter=state.adapter.replace(cache=cache), depth=jnp.ones_like(state.depth))
         return carry, draft_head(target, self, adapted[:, -1])
 
     def observe(
@@ -110,8 +129,11 @@ class MemoryAdapter(Adapter):
         if positions is None:
             positions = start[:, None] + jnp.arange(shallow.shape[1])
         cache = carry.adapter.cache.replace(length=start)
-        adapted, cache = memory_apply(self, shallow, carry.known, positions, cache, mask=mask)
-        return carry.replace(adapter=carry.adapter.replace(cache=cache)), draft_head(target, self, adapted)
+        depth = jnp.minimum(carry.depth, self.depths - 1)
+        known = jnp.take_along_axis(carry.known, depth[:, None, None], axis=1)
+        adapted, cache = memory_apply(self, shallow, known, positions, cache, mask=mask)
+        carry = carry.replace(adapter=carry.adapter.replace(cache=cache), depth=carry.depth + 1)
+        return carry, draft_head(target, self, adapted)
 
     def at_depths(
         self,
@@ -126,15 +148,14 @@ class MemoryAdapter(Adapter):
         # drafted from: decoding begins behind a prompt of one token or more.
         depths = jnp.minimum(depths, positions)
         newest = jnp.maximum(jnp.arange(positions.shape[1]) - depths, 0)
-        known = jnp.take_along_axis(self.memory(deep), newest[:, :, None], axis=1)
-        known = jnp.where(depths[:, :, None] > 0, known, 0)
+        known = self.memory.at(jnp.take_along_axis(deep, newest[:, :, None], axis=1), depths)
         return memory_apply(self, shallow, known, positions, mask=mask)[0]
 
     def after_verify(self, state: MemoryState, carry: MemoryState, committed: Committed) -> MemoryState:
         adapter = super().after_verify(state.adapter, carry.adapter, committed)
         known = self.memory(committed.newest(committed.deep))
         known = jnp.where((committed.count == 0)[:, None, None], state.known, known)
-        return MemoryState(adapter, known)
+        return MemoryState(adapter, known, jnp.zeros_like(state.depth))
 
 
 def memory_apply(
