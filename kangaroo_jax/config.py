@@ -372,12 +372,15 @@ class AdapterConfig:
     """The adapter that is trained.
 
     Attributes:
+      kind: what drafts: kangaroo, the paper's adapter; or memory, which also takes the target's own newest hidden
+        state (model/drafts/memory.py).
       num_layers: layers of norm and attention. The paper's adapter has one; each more makes every draft step longer.
 
     Raises:
       InputError: for a value of the wrong type or out of range.
     """
 
+    kind: Literal["kangaroo", "memory"] = "kangaroo"
     num_layers: int = 1
 
     def __post_init__(self) -> None:

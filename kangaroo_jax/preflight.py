@@ -27,7 +27,7 @@ from kangaroo_jax.config import DraftConfig, TrainConfig
 from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.config import ModelConfig
-from kangaroo_jax.model.drafts.kangaroo import abstract_adapter
+from kangaroo_jax.model.drafts.kinds import abstract_adapter
 from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel
 
@@ -200,7 +200,8 @@ def training(config: TrainConfig, machine: Machine) -> Report:
     step, _ = training_step.compiled(optimizer, shape, config, mesh)
     # The data decides what "auto" is; nothing takes more than the complete vocabulary.
     drafted = _placed(jax.ShapeDtypeStruct((size,), jnp.int32), NamedSharding(mesh, PartitionSpec())) if size else None
-    programs = [_compile("training step", step, (*state, target, batch, drafted, config.loss), machine)]
+    step_count = jax.ShapeDtypeStruct((), jnp.int32)
+    programs = [_compile("training step", step, (*state, target, batch, drafted, step_count, config.loss), machine)]
     if config.teacher == "cached":
         inputs = target, {name: x for name, x in batch.items() if name != "teacher"}
         programs.append(_compile("teacher's pass", teacher.program(config, mesh), inputs, machine))

@@ -29,7 +29,7 @@ from kangaroo_jax.engine.shapes import Shapes
 from kangaroo_jax.model.attention.backend import AttentionBackend, choose_backend
 from kangaroo_jax.model.drafts.draft_model import Committed
 from kangaroo_jax.model.drafts.kangaroo import Adapter
-from kangaroo_jax.model.target import TargetModel
+from kangaroo_jax.model.target import TargetModel, deep_apply
 
 NOT_IN_TREE = np.iinfo(np.int32).max  # greater than any budget
 
@@ -254,9 +254,12 @@ def _scan(
             found = (drafted.tokens, drafted.scores, drafted.frontiers)
         # Continue at the next position of the answer. The drafted positions after it are masked, then overwritten.
         one, path = jnp.ones((1,), jnp.int32), jnp.zeros((1, 1), jnp.int32)
-        committed = Committed(state.shallow.length, one, path, hidden, hidden, None)
+        start = state.shallow.length
+        normed, deep = deep_apply(model, hidden, start[:, None], state.deep, exit_layer=exit_layer)
+        committed = Committed(start, one, path, hidden, normed, None)
         following = state.replace(
-            shallow=drafted.shallow.replace(length=state.shallow.length + 1),
+            shallow=drafted.shallow.replace(length=start + 1),
+            deep=deep,
             draft=adapter.after_verify(state.draft, drafted.carry, committed),
         )
         return following, tuple(x[0] for x in found)

@@ -29,7 +29,8 @@ from kangaroo_jax.config import DecideConfig, DraftConfig, LookupConfig, RoundCo
 from kangaroo_jax.errors import InputError, one_line
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.config import ModelConfig
-from kangaroo_jax.model.drafts.kangaroo import Adapter, DraftVocabulary, abstract_adapter
+from kangaroo_jax.model.drafts.kangaroo import Adapter, DraftVocabulary
+from kangaroo_jax.model.drafts.kinds import KINDS, abstract_adapter
 from kangaroo_jax.model.naming import parameter_paths
 
 # Among the parameters of an adapter that was trained with a draft vocabulary: the tokens that its drafts are made of.
@@ -43,8 +44,6 @@ DRAFT_VOCABULARY = "draft_vocabulary.npy"
 BEST_BY = "expected_acceptance"
 _FORMAT = "kangaroo_jax adapter"
 _VERSION = 1
-# What drafts. Checkpoints from before it was recorded hold the paper's adapter too.
-_KIND = "kangaroo"
 
 
 class DamagedError(InputError):
@@ -80,9 +79,9 @@ def named_leaves(tree: PyTree) -> dict[str, Array]:
     return dict(zip(parameter_paths(tree), jax.tree.leaves(tree), strict=True))
 
 
-def adapter_from_parameters(config: ModelConfig, parameters: dict[str, Array]) -> Adapter:
-    """The adapter whose parameters are `parameters` (the inverse of `named_leaves`), whatever their dtype."""
-    abstract = abstract_adapter(config, jnp.float32, _num_layers(parameters))
+def adapter_from_parameters(config: ModelConfig, parameters: dict[str, Array], kind: str = Adapter.kind) -> Adapter:
+    """The draft model whose parameters are `parameters` (the inverse of `named_leaves`), whatever their dtype."""
+    abstract = abstract_adapter(config, jnp.float32, _num_layers(parameters), kind)
     return jax.tree.unflatten(jax.tree.structure(abstract), [parameters[path] for path in parameter_paths(abstract)])
 
 
@@ -99,13 +98,13 @@ def drafted_tokens(metadata: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def adapter_metadata(
-    parameters: dict[str, Array], target: Target, exit_layer: int, training: dict[str, Any] | None
+    parameters: dict[str, Array], target: Target, exit_layer: int, training: dict[str, Any] | None, kind: str
 ) -> dict[str, Any]:
     """The `metadata` item: what is stored, what it belongs to, and how it was trained."""
     return {
         "format": _FORMAT,
         "version": _VERSION,
-        "kind": _KIND,
+        "kind": kind,
         "exit_layer": exit_layer,
         "dtype": parameters["norm.weight"].dtype.name,
         "parameters": {path: list(x.shape) for path, x in parameters.items()},
@@ -153,7 +152,7 @@ def save_adapter(
     if adapter.draft_vocabulary is not None:
         del parameters["draft_vocabulary.weight"]  # the target's
     arrays = {path: np.asarray(x) for path, x in parameters.items()}
-    metadata = adapter_metadata(parameters, target, exit_layer, training)
+    metadata = adapter_metadata(parameters, target, exit_layer, training, adapter.kind)
     metadata["checksums"] = {path: checksum(x) for path, x in arrays.items()}
     items = ocp.args.Composite(adapter=ocp.args.PyTreeSave(arrays), metadata=ocp.args.JsonSave(metadata))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers())) as checkpointer:
@@ -374,12 +373,18 @@ def check_format(metadata: Any, folder: pathlib.Path) -> None:
                 f"{folder}: metadata: {name} is missing or of a wrong type, found {metadata.get(name)!r:.60}; "
                 "copy or train the adapter again"
             )
-    kind = metadata.get("kind", _KIND)
-    if kind != _KIND:
+    kind = kind_of(metadata)
+    if kind not in KINDS:
         raise InputError(
             f"{folder}: metadata: a draft model of kind {kind!r}, written as {_FORMAT!r} {metadata['version']}, is not "
-            f"supported; supported: {_KIND!r}; load it with the version of kangaroo_jax that wrote it"
+            f"supported; supported: {', '.join(map(repr, KINDS))}; load it with the version of kangaroo_jax that wrote "
+            "it"
         )
+
+
+def kind_of(metadata: dict[str, Any]) -> str:
+    """What drafts. Checkpoints from before it was recorded hold the paper's adapter."""
+    return metadata.get("kind", Adapter.kind)
 
 
 def is_for(metadata: dict[str, Any], target: Target) -> bool:
@@ -468,7 +473,8 @@ def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     num_layers = _num_layers(metadata["parameters"])
-    expected = named_leaves(abstract_adapter(target.config, target.model.dtype, num_layers))
+    kind = kind_of(metadata)
+    expected = named_leaves(abstract_adapter(target.config, target.model.dtype, num_layers, kind))
     tokens = drafted_tokens(metadata)
     # The list first: it names a mismatch where the arrays themselves would only fail to be read.
     check_parameters(metadata["parameters"], expected | tokens, folder)
@@ -480,7 +486,7 @@ def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
     else:
         parameters = sharding.put(parameters, sharding.shardings(parameters, target.mesh))
     parameters = {path: sharding.arranged(path, x) for path, x in parameters.items()}
-    model = adapter_from_parameters(target.config, parameters)
+    model = adapter_from_parameters(target.config, parameters, kind)
     if tokens:
         place = f"{folder}: parameter {TOKEN_IDS}"
         token_ids = _checked_tokens(found[TOKEN_IDS], target.config, place, "copy or train it again")

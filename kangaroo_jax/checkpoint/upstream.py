@@ -16,7 +16,8 @@ from kangaroo_jax.checkpoint.mapping import check_tensors, fill_module
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.checkpoint.weights import Pieces, open_weights
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.model.drafts.kangaroo import Adapter, abstract_adapter
+from kangaroo_jax.model.drafts.kangaroo import Adapter
+from kangaroo_jax.model.drafts.kinds import abstract_adapter
 from kangaroo_jax.model.families import read_config
 
 _WRAPPED = "module."

@@ -69,6 +69,11 @@ class Rows:
         return np.add.reduceat(before(first + packing.lengths) - before(first), packing.row_starts[:-1])
 
     @property
+    def lengths(self) -> Int[np.ndarray, " rows"]:
+        """The number of positions of each row that hold a token."""
+        return np.add.reduceat(self._packing.lengths, self._packing.row_starts[:-1])
+
+    @property
     def padding(self) -> float:
         """Share of positions that hold no token."""
         return self._packing.padding(self.sequence_length)

@@ -35,6 +35,7 @@ _TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r"qkv_proj", (None, "model", None, "fsdp")),  # [hidden, kv_heads, q_per_kv + 2, head_dim]
     (r"qkv_bias", ("model", None, None)),
     (r"o_proj", ("model", "fsdp")),  # [heads * head_dim, hidden]
+    (r"memory_proj", ("fsdp", None, "model")),  # [hidden, depths, hidden]
     (r"gate_up_proj", (None, None, ("model", "fsdp"))),  # [hidden, 2, intermediate]
     (r"gate_up_bias", (None, "model")),
     (r"down_proj", ("model", "fsdp")),  # [intermediate, hidden]

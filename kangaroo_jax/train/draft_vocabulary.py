@@ -20,7 +20,8 @@ from kangaroo_jax.data.cache import TokenCache
 from kangaroo_jax.data.input import Rows
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ModelConfig
-from kangaroo_jax.model.drafts.kangaroo import abstract_adapter
+from kangaroo_jax.model.drafts.kangaroo import Adapter
+from kangaroo_jax.model.drafts.kinds import abstract_adapter
 
 # The chance that a trained adapter's draft is the target's token, where it can be drafted: it is not known before
 # training.
@@ -44,14 +45,14 @@ class StepBytes:
     head_row: int
 
     @classmethod
-    def of(cls, target: Target, exit_layer: int, adapter_layers: int = 1) -> StepBytes:
+    def of(cls, target: Target, exit_layer: int, adapter_layers: int = 1, kind: str = Adapter.kind) -> StepBytes:
         model = target.model
         layers = [_nbytes(layer) for layer in model.layers]
         head = _nbytes(model.embed_tokens if model.lm_head is None else model.lm_head)
         return cls(
             shallow=sum(layers[:exit_layer]),
             deep=sum(layers[exit_layer:]) + _nbytes(model.norm),
-            adapter=_nbytes(abstract_adapter(target.config, model.dtype, adapter_layers)),
+            adapter=_nbytes(abstract_adapter(target.config, model.dtype, adapter_layers, kind)),
             head_row=head // target.config.vocab_size,
         )
 
@@ -104,7 +105,7 @@ def choose_for_run(config: TrainConfig, target: Target, training: Rows, held_out
         return None
     counts, unseen = (count_tokens(rows.cache, vocab_size, rows.records) for rows in (training, held_out))
     ranked = _ranked(counts, target.eos_token_ids)
-    parts = StepBytes.of(target, config.exit_layer, config.adapter.num_layers)
+    parts = StepBytes.of(target, config.exit_layer, config.adapter.num_layers, config.adapter.kind)
     if size is None:
         size = best_size(ranked, unseen, parts, len(target.eos_token_ids))
         if size == vocab_size:

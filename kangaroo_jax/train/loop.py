@@ -38,6 +38,7 @@ from kangaroo_jax.data.input import (
 from kangaroo_jax.data.synthesize.run import Tally
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
+from kangaroo_jax.model.drafts.kinds import KINDS
 from kangaroo_jax.report import SILENT, Report
 from kangaroo_jax.train import checkpoints, draft_vocabulary, own_data, preemption
 from kangaroo_jax.train.settings import (
@@ -70,8 +71,9 @@ def train(
       on_data: called after each record that the target writes itself, where `data.files` is self.
 
     Returns:
-      The held-out `loss` (nats), `expected_acceptance` and `top1_agreement` at the last step. None if SIGTERM came
-      before the last step: the run was saved, and the next call continues it.
+      The held-out `loss` (nats), `expected_acceptance` and `top1_agreement` at the last step; of a draft model that
+      tells the depths of a draft apart, their means over depths, and each depth's as `loss_depth_1` and so on. None if
+      SIGTERM came before the last step: the run was saved, and the next call continues it.
 
     Raises:
       InputError: for a wrong setting, target or text, an output folder that holds a run with other settings, or a loss
@@ -126,7 +128,12 @@ def train(
     batches = training_batches(rows, config.batch_size, config.seed, **process)
     evaluation = evaluation_batches(held_out, config.batch_size, config.evaluation_windows, **process)
     if config.teacher == "cached":
-        teacher = TeacherCache(rows, target, cache_folder(config.data.cache))
+        teacher = TeacherCache(
+            rows,
+            target,
+            cache_folder(config.data.cache),
+            everywhere=KINDS[config.adapter.kind].depths > 1,
+        )
         teacher.make(target, config, report)
         batches = training_batches(rows, config.batch_size, config.seed, **process, extend=teacher.extend)
     try:
@@ -159,9 +166,14 @@ class _Run:
         self.step = 0
         shapes = abstract_state(self.optimizer, target.config, config, target.mesh)
         self._where = jax.tree.map(lambda x: x.sharding, shapes)
-        start = jax.jit(initial_parameters, static_argnums=(1, 2, 4), out_shardings=self._where[0])
+        start = jax.jit(initial_parameters, static_argnums=(1, 2, 4, 5), out_shardings=self._where[0])
         self.parameters = start(
-            target.model, config.exit_layer, config.initialization, config.seed, config.adapter.num_layers
+            target.model,
+            config.exit_layer,
+            config.initialization,
+            config.seed,
+            config.adapter.num_layers,
+            config.adapter.kind,
         )
         self.state = jax.jit(self.optimizer.init, out_shardings=self._where[1])(self.parameters)
         self._train_step, self._evaluate_batch = compiled(self.optimizer, target.config, config, target.mesh)
@@ -229,6 +241,7 @@ class _Run:
                     self.target.model,
                     self._put(batch),
                     self._drafted.get(adapter_checkpoint.TOKEN_IDS),
+                    np.int32(self.step),
                     loss_of_step(config, self.step),
                 )
                 self.step += 1
@@ -290,11 +303,15 @@ class _Run:
                 for batch in evaluation
             ]
         )
-        weights = [float(batch.pop("positions")) for batch in results]
-        held_out = {
-            name: sum(w * float(batch[name]) for w, batch in zip(weights, results, strict=True)) / sum(weights)
+        weights = [float(np.max(batch.pop("positions"))) for batch in results]  # the same at each depth
+        means = {
+            name: sum(w * batch[name] for w, batch in zip(weights, results, strict=True)) / sum(weights)
             for name in results[0]
         }
+        held_out = {name: float(np.mean(value)) for name, value in means.items()}
+        for name, value in means.items():
+            if np.ndim(value):
+                held_out |= {f"{name}_depth_{depth}": float(x) for depth, x in enumerate(value, 1)}
         for name, value in held_out.items():
             writer.add_scalar(f"held_out/{name}", value, self.step)
         self._report.say(f"step {self.step}: {_describe(held_out)}")
@@ -310,12 +327,20 @@ class _Run:
             )
         # Copies, because a background thread writes them while the next steps donate the originals.
         parameters, state = self._copy((self.parameters | self._drafted, self.named_state()))
-        metadata = adapter_checkpoint.adapter_metadata(parameters, self.target, self.config.exit_layer, training)
+        config = self.config
+        metadata = adapter_checkpoint.adapter_metadata(
+            parameters, self.target, config.exit_layer, training, config.adapter.kind
+        )
         checkpoints.save(manager, self.step, parameters, state, metadata, input_state)
 
 
 def _describe(held_out: dict[str, float]) -> str:
-    return (
+    text = (
         f"held-out loss {held_out['loss']:.4f}, expected acceptance {held_out['expected_acceptance']:.4f}, "
         f"top-1 agreement {held_out['top1_agreement']:.4f}"
     )
+    for name, shown in (("expected_acceptance", "expected acceptance"), ("top1_agreement", "top-1 agreement")):
+        by_depth = [held_out[key] for key in held_out if key.startswith(f"{name}_depth_")]
+        if by_depth:
+            text += f"; {shown} at depth 1 to {len(by_depth)}: " + " ".join(f"{value:.4f}" for value in by_depth)
+    return text

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from kangaroo_jax.model.drafts.kangaroo import Adapter, DraftVocabulary, adapter_apply
+from kangaroo_jax.model.drafts.kangaroo import Adapter, DraftVocabulary
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, logits, shallow_apply
 
 Sums = dict[str, Float[Array, ""]]
@@ -187,6 +187,7 @@ def adapter_loss(
     positions: Int[Array, "batch time"],
     teacher: Float[Array, "batch time hidden"] | None = None,
     drafted: Int[Array, " drafted"] | None = None,
+    depths: Int[Array, "batch time"] | None = None,
     *,
     exit_layer: int,
     chunk: int,
@@ -203,8 +204,10 @@ def adapter_loss(
       segment_ids: which example of its row each position belongs to; examples do not see each other.
       positions: of each token in its example.
       teacher: the target's normed hidden states where `loss_mask` is not 0, anything finite elsewhere; None to compute
-        them here with the deep layers.
+        them here with the deep layers. A draft model that takes them as inputs needs them at all tokens.
       drafted: the tokens of the draft vocabulary; None for all tokens.
+      depths: which token of a draft each position's output predicts, from 1; None where the draft model does not
+        depend on it.
       exit_layer: number of shallow layers, static.
       chunk: positions of each sequence whose logits exist at once, static.
       loss: a name in `LOSSES`, static.
@@ -212,14 +215,56 @@ def adapter_loss(
     Returns:
       As for `distillation`.
     """
+    example = tokens, segment_ids, positions, teacher
+    adapter, target, mask, shallow, teacher = _in_target_dtype(adapter, target, *example, exit_layer=exit_layer)
+    draft = adapter.at_depths(shallow, teacher, positions, mask, depths)
+    vocabulary = None if drafted is None else DraftVocabulary(target, drafted)
+    return distillation(target, teacher, draft, loss_mask, vocabulary, chunk=chunk, loss=loss)
+
+
+def metrics_by_depth(
+    adapter: Adapter,
+    target: TargetModel,
+    tokens: Int[Array, "batch time"],
+    loss_mask: Float[Array, "batch time"],
+    segment_ids: Int[Array, "batch time"],
+    positions: Int[Array, "batch time"],
+    teacher: Float[Array, "batch time hidden"] | None = None,
+    drafted: Int[Array, " drafted"] | None = None,
+    *,
+    num_depths: int,
+    exit_layer: int,
+    chunk: int,
+) -> dict[str, Float[Array, " depths"]]:
+    """The metrics of `distillation` with every position at depth 1, at depth 2, ... at `num_depths`, static. Other
+    arguments as for `adapter_loss`. Only as deep as a position is in its example: there the depth is its position."""
+    example = tokens, segment_ids, positions, teacher
+    adapter, target, mask, shallow, teacher = _in_target_dtype(adapter, target, *example, exit_layer=exit_layer)
+    vocabulary = None if drafted is None else DraftVocabulary(target, drafted)
+
+    def at(depth: Int[Array, ""]) -> Sums:
+        draft = adapter.at_depths(shallow, teacher, positions, mask, jnp.full_like(positions, depth))
+        return distillation(target, teacher, draft, loss_mask, vocabulary, chunk=chunk)[1]
+
+    return jax.lax.map(at, jnp.arange(1, num_depths + 1))
+
+
+def _in_target_dtype(
+    adapter: Adapter,
+    target: TargetModel,
+    tokens: Int[Array, "batch time"],
+    segment_ids: Int[Array, "batch time"],
+    positions: Int[Array, "batch time"],
+    teacher: Float[Array, "batch time hidden"] | None,
+    *,
+    exit_layer: int,
+) -> tuple[Adapter, TargetModel, Bool[Array, "batch time time"], Array, Array]:
+    """Adapter and frozen target in one dtype, the mask of the examples, and the target's shallow and normed deep hidden
+    states. Arguments as for `adapter_loss`."""
     target = jax.lax.stop_gradient(target)
     adapter = jax.tree.map(lambda x: x.astype(target.compute_dtype), adapter)
     mask = segment_mask(segment_ids)
     shallow, _ = shallow_apply(target, tokens, positions, exit_layer=exit_layer, mask=mask)
     if teacher is None:
         teacher, _ = deep_apply(target, shallow, positions, exit_layer=exit_layer, mask=mask)
-    draft, _ = adapter_apply(adapter, shallow, positions, mask=mask)
-    vocabulary = None if drafted is None else DraftVocabulary(target, drafted)
-    return distillation(
-        target, teacher.astype(target.compute_dtype), draft, loss_mask, vocabulary, chunk=chunk, loss=loss
-    )
+    return adapter, target, mask, shallow, teacher.astype(target.compute_dtype)

@@ -26,6 +26,7 @@ from kangaroo_jax.model.config import ModelConfig
 # Settings that change a run's results, besides the target and the data, which have fingerprints.
 _FIXED = (
     "exit_layer",
+    "adapter.kind",
     "adapter.num_layers",
     "teacher",
     "dtype",

@@ -16,12 +16,17 @@ from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
 from kangaroo_jax.config import TrainConfig
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.config import ModelConfig
-from kangaroo_jax.model.drafts.kangaroo import abstract_adapter
+from kangaroo_jax.model.drafts.kangaroo import Adapter
+from kangaroo_jax.model.drafts.kinds import KINDS, abstract_adapter
 from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel
-from kangaroo_jax.train.objective import adapter_loss
+from kangaroo_jax.train.objective import adapter_loss, metrics_by_depth
 
 Parameters = dict[str, Array]  # dotted path -> float32 array
+
+# What memory's norm weights start at. Its products start at zero, and AdamW moves all matrices at one rate: inputs ten
+# times as large make the product grow ten times as fast, without which a short run hardly uses it.
+_MEMORY_NORM = 10.0
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -47,7 +52,12 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def initial_parameters(
-    target: TargetModel, exit_layer: int, initialization: str, seed: int, num_layers: int = 1
+    target: TargetModel,
+    exit_layer: int,
+    initialization: str,
+    seed: int,
+    num_layers: int = 1,
+    kind: str = Adapter.kind,
 ) -> Parameters:
     """float32 parameters to start from.
 
@@ -60,6 +70,7 @@ def initial_parameters(
         matrices from a normal distribution of deviation 0.02, as usual for such targets; norms of one.
       seed: for random parameters.
       num_layers: of the adapter. Further ones take the target's layers after `exit_layer`.
+      kind: of the draft model. What only `memory` has begins with products of zero, which add nothing, in all cases.
     """
     parts = {"norm": target.norm}
     for i, layer in enumerate(target.layers[exit_layer : exit_layer + num_layers]):
@@ -70,8 +81,14 @@ def initial_parameters(
         for prefix, module in parts.items()
         for path, x in adapter_checkpoint.named_leaves(module).items()
     }
+    own = adapter_checkpoint.named_leaves(abstract_adapter(target.config, jnp.float32, num_layers, kind))
+    own = {
+        path: jnp.full(x.shape, _MEMORY_NORM if path.endswith("norm.weight") else 0, jnp.float32)
+        for path, x in own.items()
+    }
+    own = {path: x for path, x in own.items() if path not in copied}
     if initialization == "layer":
-        return copied
+        return copied | own
 
     def drawn(key: Array, path: str, like: Array) -> Array:
         if path.endswith("norm.weight"):
@@ -83,7 +100,7 @@ def initial_parameters(
     if initialization == "zero_output":
         outputs = [path for path in random if path.endswith("o_proj")]
         random |= {path: jnp.zeros_like(copied[path]) for path in outputs} | {"norm.weight": copied["norm.weight"]}
-    return random
+    return random | own
 
 
 def loss_of_step(config: TrainConfig, step: int) -> str:
@@ -103,7 +120,8 @@ def abstract_state(
         structs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[path]) for path, x in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(tree), structs)
 
-    parameters = adapter_checkpoint.named_leaves(abstract_adapter(shape, jnp.float32, config.adapter.num_layers))
+    adapter = abstract_adapter(shape, jnp.float32, config.adapter.num_layers, config.adapter.kind)
+    parameters = adapter_checkpoint.named_leaves(adapter)
     parameters = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in parameters.items()}
     return placed(parameters), placed(jax.eval_shape(optimizer.init, parameters))
 
@@ -124,19 +142,23 @@ def compiled(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The training step and the evaluation of a batch, jitted:
 
-        train_step(parameters, optimizer state, target, batch, drafted, loss) -> parameters, optimizer state, metrics
+        train_step(parameters, optimizer state, target, batch, drafted, step, loss)
+            -> parameters, optimizer state, metrics
         evaluate_batch(parameters, target, batch, drafted) -> metrics
 
     The target is an argument of both, not a constant in them. `drafted` are the tokens of the draft vocabulary, or
-    None; `loss` is static. A batch that has the teacher's hidden states (`teacher`) does not run the deep layers. XLA
-    sums the gradients over data and fsdp, because the batch is split over both."""
+    None; `step`, how many steps were done before, decides with the run's seed which depth of a draft each position is
+    trained at; `loss` is static. Where the draft model tells depths apart, each metric of `evaluate_batch` is an array
+    of one value per depth. A batch that has the teacher's hidden states (`teacher`) does
+    not run the deep layers. XLA sums the gradients over data and fsdp, because the batch is split over both."""
     where = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, shape, config, mesh))
+    num_depths = KINDS[config.adapter.kind].depths
 
-    def objective(
-        parameters: Parameters, model: TargetModel, batch: dict[str, Array], drafted: Array | None, loss: str
-    ) -> tuple[Array, dict[str, Array]]:
-        adapter = adapter_checkpoint.adapter_from_parameters(shape, parameters)
-        return adapter_loss(
+    def example(
+        parameters: Parameters, model: TargetModel, batch: dict[str, Array], drafted: Array | None
+    ) -> tuple[Any, ...]:
+        adapter = adapter_checkpoint.adapter_from_parameters(shape, parameters, config.adapter.kind)
+        return (
             sharding.gathered(adapter, parameter_paths(adapter), mesh),
             sharding.gathered(model, parameter_paths(model), mesh),
             batch["tokens"],
@@ -145,14 +167,21 @@ def compiled(
             batch["positions"],
             batch.get("teacher"),
             drafted,
-            exit_layer=config.exit_layer,
-            chunk=config.loss_chunk,
-            loss=loss,
         )
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=5, out_shardings=(*where, None))
-    def train_step(parameters, state, model, batch, drafted, loss):
-        (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(parameters, model, batch, drafted, loss)
+    static = {"exit_layer": config.exit_layer, "chunk": config.loss_chunk}
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=6, out_shardings=(*where, None))
+    def train_step(parameters, state, model, batch, drafted, step, loss):
+        depths = None
+        if num_depths > 1:
+            key = jax.random.fold_in(jax.random.key(config.seed), step)
+            depths = jax.random.randint(key, batch["positions"].shape, 1, num_depths + 1)
+
+        def objective(parameters):
+            return adapter_loss(*example(parameters, model, batch, drafted), depths, **static, loss=loss)
+
+        (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(parameters)
         updates, state = optimizer.update(gradients, state, parameters)
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0)
@@ -160,6 +189,9 @@ def compiled(
 
     @jax.jit
     def evaluate_batch(parameters, model, batch, drafted):
-        return objective(parameters, model, batch, drafted, config.loss)[1]
+        arguments = example(parameters, model, batch, drafted)
+        if num_depths > 1:
+            return metrics_by_depth(*arguments, **static, num_depths=num_depths)
+        return adapter_loss(*arguments, **static, loss=config.loss)[1]
 
     return train_step, evaluate_batch

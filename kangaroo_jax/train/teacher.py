@@ -1,9 +1,10 @@
 """The cached teacher: the target's last hidden states on disk, for runs that see their data several times.
 
-The states are the LM head's inputs (after the final norm), in bfloat16, at the positions that count in the loss. They
+The states are the LM head's inputs (after the final norm), in bfloat16, at the positions that count in the loss; for a
+draft model that takes them as inputs too, at all positions that hold a token. They
 depend on the target and the rows alone, so runs with other exit layers, learning rates or adapters share them. The
-cache's folder is named after a hash of both. It holds parts: ArrayRecord files of consecutive rows, one record per row.
-A part gets its final name when it is complete; after a kill, the next run computes the missing parts only.
+cache's folder is named after a hash of all this. It holds parts: ArrayRecord files of consecutive rows, one record per
+row. A part gets its final name when it is complete; after a kill, the next run computes the missing parts only.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from kangaroo_jax import resumable
 from kangaroo_jax.checkpoint.target import Target
@@ -55,10 +56,12 @@ class TeacherCache:
       rows: the training rows.
       target: the target whose states are cached.
       folder: holds the caches of all data. Several processes must share it.
+      everywhere: whether the states are of all positions that hold a token, not only of those that count.
     """
 
-    def __init__(self, rows: Rows, target: Target, folder: pathlib.Path):
-        self._rows, self._counts, self._width = rows, rows.counts, target.config.hidden_size
+    def __init__(self, rows: Rows, target: Target, folder: pathlib.Path, *, everywhere: bool = False):
+        self._rows, self._everywhere, self._width = rows, everywhere, target.config.hidden_size
+        self._counts = rows.lengths if everywhere else rows.counts
         # A cache that an earlier version of this package made for the same target is as good.
         for fingerprint in (*target.earlier_fingerprints, target.fingerprint):
             self._about = {
@@ -67,7 +70,7 @@ class TeacherCache:
                 "computed in": target.model.arithmetic,
                 "stored in": _ITEM.name,
                 "rows": rows.fingerprint,
-            }
+            } | ({"positions": "all"} if everywhere else {})
             key = hashlib.sha256(json.dumps(self._about).encode()).hexdigest()[:32]
             self.folder = folder / f"teacher-{key}"
             if self.folder.exists():
@@ -105,19 +108,23 @@ class TeacherCache:
 
     def extend(self, batch: Batch) -> Batch:
         """A batch of the rows with `teacher` [batch, time, hidden] beside its other arrays: bfloat16, zero where
-        `loss_mask` is.
+        none is stored.
 
         Raises:
           InputError: for a damaged file.
         """
         states = np.zeros((*batch["tokens"].shape, self._width), _ITEM)
-        for of_row, counts, row in zip(states, batch["loss_mask"] > 0, batch["row_ids"].tolist(), strict=True):
+        for of_row, counts, row in zip(states, self._stored(batch), batch["row_ids"].tolist(), strict=True):
             if row >= 0:
                 of_row[counts] = self._read(row)
         return batch | {"teacher": states}
 
+    def _stored(self, batch: Batch) -> Bool[np.ndarray, "batch time"]:
+        """The positions whose states are stored."""
+        return batch["segment_ids"] > 0 if self._everywhere else batch["loss_mask"] > 0
+
     def _read(self, row: int) -> np.ndarray:
-        """[positions that count, hidden]."""
+        """[positions that are stored, hidden]."""
         part, record = divmod(row, self._part_rows)
         try:
             data = self._readers[part].read([record])[0]
@@ -197,13 +204,13 @@ class TeacherCache:
     def _computed(
         self, schedule: Iterator[np.ndarray], here: list[int], target: Target, config: TrainConfig
     ) -> Iterator[tuple[np.ndarray, np.ndarray, Array]]:
-        """For each batch: its rows, which positions count in the rows of this process (`here`), and the states. Yields
-        a batch after the next one is dispatched, so that writing overlaps with computing."""
+        """For each batch: its rows, which positions are stored in the rows of this process (`here`), and the states.
+        Yields a batch after the next one is dispatched, so that writing overlaps with computing."""
         states, before = program(config, target.mesh), None
         for rows in schedule:
             batch = device_part(self._rows.batch(rows[here]))
             on_devices = sharding.put_batch(batch, config.batch_size, target.mesh)
-            computed = rows, batch["loss_mask"] > 0, states(target.model, on_devices)
+            computed = rows, self._stored(batch), states(target.model, on_devices)
             if before is not None:
                 yield before
             before = computed

@@ -6,6 +6,7 @@ import pytest
 from kangaroo_jax import DraftConfig, TreeConfig, generate
 from kangaroo_jax.bench.acceptance import NOT_IN_TREE, Chains, Trees, path_of, places_of, record, record_trees
 from tests.bench.models import CONFIG, EXIT_LAYER, small_adapter, small_target
+from tests.decode.models import tiny_adapter, tiny_target
 
 PROMPT = [int(x) for x in np.random.default_rng(3).integers(0, CONFIG.vocab_size, 9)]
 
@@ -26,6 +27,20 @@ def test_rounds_are_those_of_generate(chains, gamma, eta):
     drafted, committed = (list(lengths) for lengths in zip(*chains.rounds(gamma, eta), strict=True))
     assert committed == out.accept_lengths[0]
     assert drafted == out.draft_lengths[0]
+
+
+@pytest.mark.long
+def test_rounds_of_a_draft_model_that_takes_deep_states_are_those_of_generate():
+    target, adapter = tiny_target(), tiny_adapter(2, kind="memory")
+    prompt, seen = [7, 40, 3, 3, 21], set()
+    chains = record(target, adapter, prompt, max_new_tokens=60, max_draft_len=5)
+    for gamma, eta in ((3, 0.0), (5, 0.0), (5, 0.3)):
+        out = generate(target, adapter, [prompt], 60, DraftConfig(2, gamma, eta), eos_token_ids=())
+        drafted, committed = (list(lengths) for lengths in zip(*chains.rounds(gamma, eta), strict=True))
+        assert committed == out.accept_lengths[0]
+        assert drafted == out.draft_lengths[0]
+        seen |= set(committed)
+    assert len(seen) > 2
 
 
 def test_the_model_is_one_on_which_settings_differ(chains):

@@ -27,6 +27,7 @@ from kangaroo_jax.checkpoint.target import Target, load_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ModelConfig, RopeScaling
 from kangaroo_jax.model.drafts.kangaroo import Adapter, DraftVocabulary
+from kangaroo_jax.model.drafts.memory import MemoryAdapter
 from kangaroo_jax.model.target import TargetModel
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "fixtures" / "golden"
@@ -99,16 +100,23 @@ def test_an_adapter_of_two_layers_is_read_as_one(tmp_path, target):
     assert_same(load_adapter(tmp_path / "adapter", target).model, adapter)
 
 
-def test_a_draft_vocabulary_is_stored_by_its_tokens_alone(tmp_path):
+@pytest.mark.parametrize("kind", [Adapter, MemoryAdapter], ids=["kangaroo", "memory"])
+def test_a_draft_vocabulary_is_stored_by_its_tokens_alone(tmp_path, kind):
     model = TargetModel(CONFIG, rngs=nnx.Rngs(0))
     target = dataclasses.replace(make_target(), model=model)
-    adapter = Adapter(CONFIG, rngs=nnx.Rngs(2))
+    adapter = kind(CONFIG, rngs=nnx.Rngs(2))
     adapter.draft_vocabulary = DraftVocabulary(model, jnp.asarray([3, 5, 60]))
     folder = tmp_path / "adapter"
     save_adapter(folder, adapter, exit_layer=2, target=target)
-    stored = json.loads((folder / "metadata" / "metadata").read_text())["parameters"]
-    assert stored.keys() == {*named_leaves(Adapter(CONFIG, rngs=nnx.Rngs(2))), "draft_vocabulary.token_ids"}
-    found = load_adapter(folder, target).model.draft_vocabulary
+    metadata = json.loads((folder / "metadata" / "metadata").read_text())
+    own = named_leaves(kind(CONFIG, rngs=nnx.Rngs(2)))
+    assert metadata["parameters"].keys() == {*own, "draft_vocabulary.token_ids"}
+    assert metadata["kind"] == kind.kind
+    loaded = load_adapter(folder, target).model
+    assert type(loaded) is kind
+    for path, x in own.items():
+        assert np.array_equal(named_leaves(loaded)[path], x), path
+    found = loaded.draft_vocabulary
     assert found.token_ids[...].tolist() == [3, 5, 60]
     np.testing.assert_array_equal(found.weight[...], model.lm_head[...][np.asarray([3, 5, 60])])
     # A file beside it comes first.

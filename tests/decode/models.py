@@ -14,6 +14,7 @@ from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import Adapter
+from kangaroo_jax.model.drafts.kinds import KINDS
 from kangaroo_jax.model.target import TargetModel
 
 LAYERS = 5
@@ -58,7 +59,9 @@ def lettered_target() -> Target:
 
 
 @functools.cache
-def tiny_adapter(exit_layer: int | None, seed: int = 1, num_layers: int = 1) -> TrainedAdapter:
-    adapter = Adapter(CONFIG, rngs=nnx.Rngs(seed), num_layers=num_layers)
+def tiny_adapter(
+    exit_layer: int | None, seed: int = 1, num_layers: int = 1, kind: str = Adapter.kind
+) -> TrainedAdapter:
+    adapter = KINDS[kind](CONFIG, rngs=nnx.Rngs(seed), num_layers=num_layers)
     strong = jax.tree.map(lambda x: x * 6 if x.ndim > 1 else x, adapter)  # so that what its attention reads matters
     return TrainedAdapter(strong, exit_layer, "tiny adapter", target_fingerprint=None)

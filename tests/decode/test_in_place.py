@@ -47,18 +47,21 @@ def cache_copies(text, batch=1):
 
 
 @pytest.mark.parametrize(
-    ("widths", "batch", "tree"),
+    ("widths", "batch", "tree", "kind"),
     [
-        pytest.param((7,), 1, None, marks=pytest.mark.long),
-        ((2, 4, 7), 1, None),
-        pytest.param((7,), 2, None, marks=pytest.mark.long),
-        pytest.param((4, 9), 1, _TREE, marks=pytest.mark.long),
-        pytest.param((9,), 2, _TREE, marks=pytest.mark.long),
+        pytest.param((7,), 1, None, "kangaroo", marks=pytest.mark.long),
+        ((2, 4, 7), 1, None, "kangaroo"),
+        pytest.param((7,), 2, None, "kangaroo", marks=pytest.mark.long),
+        pytest.param((4, 9), 1, _TREE, "kangaroo", marks=pytest.mark.long),
+        pytest.param((9,), 2, _TREE, "kangaroo", marks=pytest.mark.long),
+        pytest.param((2, 4, 7), 1, None, "memory", marks=pytest.mark.long),
+        pytest.param((4, 9), 2, _TREE, "memory", marks=pytest.mark.long),
     ],
 )
-def test_kangaroo_rounds_do_not_copy_the_cache(widths, batch, tree):
+def test_rounds_with_a_draft_model_do_not_copy_the_cache(widths, batch, tree, kind):
     shape = RoundShape(2, 6, tree, widths)
-    assert cache_copies(compiled_text(shape, tiny_adapter(2).model, donate=True, batch=batch), batch) == []
+    adapter = tiny_adapter(2, kind=kind).model
+    assert cache_copies(compiled_text(shape, adapter, donate=True, batch=batch), batch) == []
 
 
 @pytest.mark.long

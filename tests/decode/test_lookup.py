@@ -110,10 +110,17 @@ def prompts():
     return [*(rng.integers(0, VOCABULARY, rng.integers(1, 30)).tolist() for _ in range(3)), [3, 4, 5, 6] * 5]
 
 
-@pytest.mark.parametrize("adapter_layers", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_rounds_equal_the_definition_alone_and_in_a_batch(adapter_layers):
+@pytest.mark.parametrize(
+    ("adapter_layers", "kind"),
+    [
+        (1, "kangaroo"),
+        pytest.param(2, "kangaroo", marks=pytest.mark.long),
+        pytest.param(1, "memory", marks=pytest.mark.long),
+    ],
+)
+def test_rounds_equal_the_definition_alone_and_in_a_batch(adapter_layers, kind):
     """Which rounds look up, what they find, and what the adapter drafts after them: it knows what was looked up."""
-    target, adapter = tiny_target(), tiny_adapter(2, num_layers=adapter_layers)
+    target, adapter = tiny_target(), tiny_adapter(2, num_layers=adapter_layers, kind=kind)
 
     def find(tokens):
         return slow_look_up(tokens, LOOKUP)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kangaroo_jax import DraftConfig, generate, generate_plain
 from kangaroo_jax.decode import rounds
-from kangaroo_jax.model.drafts.kangaroo import adapter_apply
+from kangaroo_jax.model.drafts.kangaroo import adapter_apply, adapter_layers_apply
 from kangaroo_jax.model.target import deep_apply, lm_head, shallow_apply
 from tests.decode.models import LAYERS, VOCABULARY, tiny_adapter, tiny_target
 
@@ -56,14 +56,21 @@ def test_tokens_equal_plain_decoding(max_draft_len, exit_layer, prompt, threshol
 
 @functools.cache
 def full_forward(exit_layer, length):
-    """Logits of target and draft model at every position of a whole sequence, without caches."""
+    """Logits of target and draft model at every position of a whole sequence, without caches. The draft model's are
+    those of a round's `depth`th token."""
 
     @jax.jit
-    def forward(target, adapter, tokens):
+    def forward(target, adapter, tokens, depth=1):
         positions = jnp.arange(length)[None]
         hidden, _ = shallow_apply(target, tokens, positions, exit_layer=exit_layer)
         deep, _ = deep_apply(target, hidden, positions, exit_layer=exit_layer)
-        adapted, _ = adapter_apply(adapter, hidden, positions)
+        if adapter.kind == "memory":
+            mixed, _ = adapter_layers_apply(adapter, hidden, positions)
+            newest = jnp.roll(deep, depth, axis=1)  # of the position before the round's first
+            matrix = adapter.memory.memory_proj[...][:, jnp.minimum(depth, 6) - 1]
+            adapted = adapter.norm(mixed + adapter.memory.norm(newest) @ matrix)
+        else:
+            adapted, _ = adapter_apply(adapter, hidden, positions)
         return lm_head(target, deep)[0], lm_head(target, adapted)[0]
 
     return forward
@@ -73,10 +80,10 @@ def reference(target, adapter, prompt, max_new_tokens, draft, length=128, drafts
     """The method as the paper states it, by whole forward passes. What each round drafted is appended to `drafts`.
     What `find` finds is drafted in place of the adapter's tokens."""
 
-    def logits(tokens):
+    def logits(tokens, depth=1):
         padded = np.zeros((1, length), np.int32)
         padded[0, : len(tokens)] = tokens
-        ours, drafts = full_forward(draft.exit_layer, length)(target.model, adapter.model, padded)
+        ours, drafts = full_forward(draft.exit_layer, length)(target.model, adapter.model, padded, depth)
         return np.asarray(ours, np.float64), np.asarray(drafts, np.float64)
 
     tokens = [*prompt, int(logits(prompt)[0][len(prompt) - 1].argmax())]
@@ -84,7 +91,7 @@ def reference(target, adapter, prompt, max_new_tokens, draft, length=128, drafts
     while len(tokens) - len(prompt) < max_new_tokens:
         drafted = found = find(tokens)
         while not found and len(drafted) < draft.max_draft_len:
-            row = logits(tokens + drafted)[1][len(tokens) + len(drafted) - 1]
+            row = logits(tokens + drafted, len(drafted) + 1)[1][len(tokens) + len(drafted) - 1]
             drafted = [*drafted, int(row.argmax())]
             if 1 / np.exp(row - row.max()).sum() < draft.threshold:
                 break
@@ -102,16 +109,18 @@ def reference(target, adapter, prompt, max_new_tokens, draft, length=128, drafts
 
 
 @pytest.mark.parametrize(
-    ("exit_layer", "max_draft_len", "threshold", "adapter_layers"),
+    ("exit_layer", "max_draft_len", "threshold", "adapter_layers", "kind"),
     [
-        pytest.param(1, 4, 0.0, 1, marks=pytest.mark.long),
-        (2, 6, 0.1, 1),
-        pytest.param(3, 3, 0.2, 2, marks=pytest.mark.long),
-        pytest.param(4, 6, 0.3, 1, marks=pytest.mark.long),
+        pytest.param(1, 4, 0.0, 1, "kangaroo", marks=pytest.mark.long),
+        (2, 6, 0.1, 1, "kangaroo"),
+        pytest.param(3, 3, 0.2, 2, "kangaroo", marks=pytest.mark.long),
+        pytest.param(4, 6, 0.3, 1, "kangaroo", marks=pytest.mark.long),
+        (2, 5, 0.05, 1, "memory"),
+        pytest.param(3, 8, 0.0, 2, "memory", marks=pytest.mark.long),
     ],
 )
-def test_rounds_equal_the_definition(exit_layer, max_draft_len, threshold, adapter_layers):
-    target, adapter = tiny_target(), tiny_adapter(exit_layer, num_layers=adapter_layers)
+def test_rounds_equal_the_definition(exit_layer, max_draft_len, threshold, adapter_layers, kind):
+    target, adapter = tiny_target(), tiny_adapter(exit_layer, num_layers=adapter_layers, kind=kind)
     draft = DraftConfig(exit_layer, max_draft_len, threshold)
     rng = np.random.default_rng(exit_layer)
     seen, agreed = set(), []
@@ -130,8 +139,9 @@ def test_rounds_equal_the_definition(exit_layer, max_draft_len, threshold, adapt
 
 
 @pytest.mark.long
-def test_a_batch_of_different_lengths_equals_each_alone():
-    target, adapter = tiny_target(), tiny_adapter(2)
+@pytest.mark.parametrize("kind", ["kangaroo", "memory"])
+def test_a_batch_of_different_lengths_equals_each_alone(kind):
+    target, adapter = tiny_target(), tiny_adapter(2, kind=kind)
     draft = DraftConfig(2, 4, 0.1)
     prompts = [[1, 2, 3], list(range(30)), [7], [5] * 17]
     together = generate(target, adapter, prompts, 50, draft, eos_token_ids=[11])

@@ -50,10 +50,10 @@ def reference(target, adapter, prompt, max_new_tokens, draft, length=128, drafts
     drafted, with their probabilities, are appended to `drafts`."""
 
     @functools.cache
-    def logits(tokens):
+    def logits(tokens, depth=1):
         padded = np.zeros((1, length), np.int32)
         padded[0, : len(tokens)] = tokens
-        ours, drafts = full_forward(draft.exit_layer, length)(target.model, adapter.model, padded)
+        ours, drafts = full_forward(draft.exit_layer, length)(target.model, adapter.model, padded, depth)
         return np.asarray(ours[len(tokens) - 1]), np.asarray(drafts[len(tokens) - 1])
 
     def tree(tokens):
@@ -61,7 +61,7 @@ def reference(target, adapter, prompt, max_new_tokens, draft, length=128, drafts
         for _ in range(draft.max_draft_len):
             candidates = {}
             for path, score in frontier.items():
-                row = logits(tokens + path)[1]
+                row = logits(tokens + path, len(path) + 1)[1]
                 probs = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
                 for token in np.argsort(-probs)[: draft.tree.topk].tolist():
                     candidates[*path, token] = score * probs[token]
@@ -89,17 +89,22 @@ def reference(target, adapter, prompt, max_new_tokens, draft, length=128, drafts
 
 
 @pytest.mark.parametrize(
-    ("exit_layer", "gamma", "topk", "budget", "threshold", "adapter_layers"),
+    ("exit_layer", "gamma", "topk", "budget", "threshold", "adapter_layers", "kind"),
     [
-        (1, 4, 3, 7, 0.0, 1),
+        (1, 4, 3, 7, 0.0, 1, "kangaroo"),
         *(
             pytest.param(*x, marks=pytest.mark.long)
-            for x in ((2, 6, 4, 20, 0.05, 1), (4, 3, 1, 3, 0.2, 1), (2, 4, 3, 7, 0.0, 2))
+            for x in (
+                (2, 6, 4, 20, 0.05, 1, "kangaroo"),
+                (4, 3, 1, 3, 0.2, 1, "kangaroo"),
+                (2, 4, 3, 7, 0.0, 2, "kangaroo"),
+                (2, 4, 3, 7, 0.0, 1, "memory"),
+            )
         ),
     ],
 )
-def test_rounds_equal_the_definition(exit_layer, gamma, topk, budget, threshold, adapter_layers):
-    target, adapter = tiny_target(), tiny_adapter(exit_layer, num_layers=adapter_layers)
+def test_rounds_equal_the_definition(exit_layer, gamma, topk, budget, threshold, adapter_layers, kind):
+    target, adapter = tiny_target(), tiny_adapter(exit_layer, num_layers=adapter_layers, kind=kind)
     draft = DraftConfig(exit_layer, gamma, threshold, TreeConfig(topk, budget))
     rng = np.random.default_rng(exit_layer)
     seen = set()

@@ -42,8 +42,8 @@ SAMPLING = [
 ]
 
 
-def engine_of(slots, draft=DRAFT, target=None):
-    return Engine(target or lettered_target(), tiny_adapter(2), EngineConfig(slots), draft)
+def engine_of(slots, draft=DRAFT, target=None, kind="kangaroo"):
+    return Engine(target or lettered_target(), tiny_adapter(2, kind=kind), EngineConfig(slots), draft)
 
 
 def run(engine):
@@ -153,9 +153,10 @@ def test_200_mixes_equal_each_alone(first):
 
 
 @pytest.mark.long
-def test_a_conversation_prefills_only_what_is_new():
+@pytest.mark.parametrize("kind", ["kangaroo", "memory"])
+def test_a_conversation_prefills_only_what_is_new(kind):
     """Three turns, each with the one before as its beginning, beside a neighbour; and without reuse."""
-    engine = engine_of(2)
+    engine = engine_of(2, kind=kind)
     engine.add(Request(PROMPTS[0], 60))
     prompt = "abcdefghijklmnopqrstuvwxyz"
     for turn in range(3):
@@ -165,7 +166,7 @@ def test_a_conversation_prefills_only_what_is_new():
         if turn:
             # All but the question and the last two tokens, which the caches may lack.
             assert answer.reused_tokens == len(prompt) - len("ABCDEFG") - 2
-        fresh = engine_of(2)
+        fresh = engine_of(2, kind=kind)
         fresh.add(Request(prompt, 30))
         expected = run(fresh)[0][0]
         assert answer.tokens == expected.tokens

@@ -20,7 +20,7 @@ from kangaroo_jax.checkpoint.adapter import named_leaves
 from kangaroo_jax.checkpoint.target import save_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ModelConfig
-from kangaroo_jax.model.drafts.kangaroo import abstract_adapter
+from kangaroo_jax.model.drafts.kinds import abstract_adapter
 from kangaroo_jax.model.sharding import check_batch_size, make_mesh, partition, undivided
 from kangaroo_jax.model.target import TargetModel
 from tests.tokens import byte_tokenizer
@@ -50,7 +50,9 @@ def mesh_of(data: int, fsdp: int, model: int) -> types.SimpleNamespace:
 
 def test_every_parameter_and_its_optimizer_state_has_a_partition_and_every_matrix_is_split():
     target = named_leaves(nnx.eval_shape(lambda: TargetModel(CONFIG, rngs=nnx.Rngs(0))))
-    adapter = named_leaves(abstract_adapter(CONFIG, jnp.float32))
+    adapter = named_leaves(abstract_adapter(CONFIG, jnp.float32)) | named_leaves(
+        abstract_adapter(CONFIG, jnp.float32, kind="memory")
+    )
     state = named_leaves(jax.eval_shape(optax.adamw(1e-3).init, dict(adapter.items())))
     assert len(state) > 2 * len(adapter)
     mesh = mesh_of(1, 2, 2)
@@ -155,7 +157,7 @@ for count, sizes in [(1, (1, 1, 1)), (2, (1, 2, 1)), (4, (1, 1, 4)), (8, (2, 2, 
     for batch in batches:
         arrays = run._put(batch)
         run.parameters, run.state, metrics = run._train_step(
-            run.parameters, run.state, target.model, arrays, None, "total_variation"
+            run.parameters, run.state, target.model, arrays, None, np.int32(0), "total_variation"
         )
         losses.append(float(metrics["loss"]))
     if count in (1, 8):

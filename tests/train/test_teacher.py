@@ -25,7 +25,7 @@ from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from kangaroo_jax.data.input import Rows, device_part, load_rows
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.model.drafts.kangaroo import Adapter
+from kangaroo_jax.model.drafts.kinds import KINDS
 from kangaroo_jax.model.target import deep_apply, shallow_apply
 from kangaroo_jax.report import SILENT
 from kangaroo_jax.train import teacher as teacher_module
@@ -91,8 +91,8 @@ def calls(monkeypatch):
     return seen
 
 
-def made(rows, target, folder, report=SILENT):
-    cache = TeacherCache(rows, target, folder)
+def made(rows, target, folder, report=SILENT, *, everywhere=False):
+    cache = TeacherCache(rows, target, folder, everywhere=everywhere)
     cache.make(target, SETTINGS, report)
     return cache
 
@@ -105,15 +105,26 @@ def contents(cache):
     return {path.name: path.read_bytes() for path in parts(cache)}
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
-def test_losses_and_gradients_are_the_online_ones_to_bfloat16(small_target_folder, data, tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [
+        ("float32", "kangaroo"),
+        pytest.param("bfloat16", "kangaroo", marks=pytest.mark.long),
+        pytest.param("float32", "memory", marks=pytest.mark.long),
+    ],
+)
+def test_losses_and_gradients_are_the_online_ones_to_bfloat16(small_target_folder, data, tmp_path, dtype, kind):
     target = load_target(str(small_target_folder), dtype, make_mesh(SETTINGS))
     rows = load_rows(data, target, LENGTH, seed=0)[0]
-    cache = made(rows, target, tmp_path)
+    everywhere = kind == "memory"
+    cache = made(rows, target, tmp_path, everywhere=everywhere)
     batch = cache.extend(rows.batch([5, 2, 8, -1]))  # in other company than when they were computed
-    counts = batch["loss_mask"] > 0
+    counts, held = batch["loss_mask"] > 0, batch["segment_ids"] > 0
     assert 0.1 < counts.mean() < 0.6
     assert rows.counts[[5, 2, 8]].tolist() == counts.sum(1).tolist()[:3]
+    assert rows.lengths[[5, 2, 8]].tolist() == held.sum(1).tolist()[:3]
+    assert held.sum() > counts.sum()
+    stored = held if everywhere else counts
 
     mask, positions = segment_mask(batch["segment_ids"]), batch["positions"]
 
@@ -124,16 +135,17 @@ def test_losses_and_gradients_are_the_online_ones_to_bfloat16(small_target_folde
 
     expected = np.asarray(online(target.model).astype(jnp.bfloat16))
     assert batch["teacher"].dtype == ml_dtypes.bfloat16
-    assert np.array_equal(batch["teacher"][counts], expected[counts])
-    assert not batch["teacher"][~counts].any()
+    assert np.array_equal(batch["teacher"][stored], expected[stored])
+    assert not batch["teacher"][~stored].any()
 
-    adapter = Adapter(target.config, rngs=nnx.Rngs(1))
+    adapter = KINDS[kind](target.config, rngs=nnx.Rngs(1))
+    depths = np.random.default_rng(0).integers(1, 7, batch["tokens"].shape)
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(adapter, model, batch):
         arrays = (batch[name] for name in ("tokens", "loss_mask", "segment_ids", "positions"))
-        return adapter_loss(adapter, model, *arrays, batch.get("teacher"), exit_layer=1, chunk=16)
+        return adapter_loss(adapter, model, *arrays, batch.get("teacher"), depths=depths, exit_layer=1, chunk=16)
 
     without = {name: x for name, x in device_part(batch).items() if name != "teacher"}
     (_, cached), gradient = loss(adapter, target.model, device_part(batch))
@@ -331,6 +343,7 @@ def test_another_target_dtype_or_data_is_another_cache(data, rows, small, target
     lower = jax.tree.map(lambda x: x.astype(jnp.bfloat16), small.model)
     caches = [
         TeacherCache(rows, small, tmp_path),
+        TeacherCache(rows, small, tmp_path, everywhere=True),
         TeacherCache(rows, target, tmp_path),
         TeacherCache(rows, dataclasses.replace(small, model=lower), tmp_path),
         TeacherCache(load_rows(data, small, LENGTH, seed=1)[0], small, tmp_path),

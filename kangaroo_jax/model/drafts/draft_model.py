@@ -27,6 +27,12 @@ class Committed:
     step_positions: Int[Array, "batch path-1"] | None
     num_step_positions: int = flax.struct.field(pytree_node=False, default=0)
 
+    def newest(self, hidden: Float[Array, "batch nodes hidden"]) -> Float[Array, "batch 1 hidden"]:
+        """Of each node's hidden state, that of the last node on the path: of position n - 1 after the round. Without
+        meaning for a sequence that idles."""
+        node = jnp.take_along_axis(self.path, jnp.maximum(self.count - 1, 0)[:, None], axis=1)
+        return jnp.take_along_axis(hidden, node[:, :, None], axis=1)
+
 
 class DraftModel(Protocol):
     """A trained model that drafts, from the target's shallow hidden states. A pytree of weights; its state is another

@@ -63,6 +63,7 @@ class Adapter(nnx.Module):
     """
 
     kind: ClassVar[str] = "kangaroo"
+    depths: ClassVar[int] = 1  # how many places in a draft it tells apart
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, num_layers: int = 1):
         self.config = config
@@ -120,10 +121,7 @@ class Adapter(nnx.Module):
         start: Int[Array, " batch"],
     ) -> tuple[AdapterState, Float[Array, "batch drafted"]]:
         del token
-        # Two positions cost no extra pass over the weights; where n - 1 has been seen, the same entry is written again.
-        hidden = jnp.concatenate([state.last[:, -1:], shallow], axis=1)
-        positions = start[:, None] + jnp.arange(-1, 1)
-        adapted, cache = adapter_apply(self, hidden, positions, state.cache.replace(length=start - 1))
+        adapted, cache = adapter_apply(self, *from_last(state, shallow, start))
         return state.replace(cache=cache), draft_head(target, self, adapted[:, -1])
 
     def observe(
@@ -134,10 +132,8 @@ class Adapter(nnx.Module):
         start: Int[Array, " batch"],
     ) -> AdapterState:
         del tokens
-        # Position n - 1 as in `begin`; not the last token, from which no draft step would have been taken either.
-        hidden = jnp.concatenate([state.last[:, -1:], shallow[:, :-1]], axis=1)
-        positions = start[:, None] + jnp.arange(-1, hidden.shape[1] - 1)
-        _, cache = adapter_apply(self, hidden, positions, state.cache.replace(length=start - 1))
+        # Not the last token, from which no draft step would have been taken either.
+        _, cache = adapter_apply(self, *from_last(state, shallow[:, :-1], start))
         return state.replace(cache=cache)
 
     def step(
@@ -156,6 +152,19 @@ class Adapter(nnx.Module):
         adapted, cache = adapter_apply(self, shallow, positions, carry.cache.replace(length=start), mask=mask)
         return carry.replace(cache=cache), draft_head(target, self, adapted)
 
+    def at_depths(
+        self,
+        shallow: Float[Array, "batch time hidden"],
+        deep: Float[Array, "batch time hidden"],
+        positions: Int[Array, "batch time"],
+        mask: Bool[Array, "batch time time"],
+        depths: Int[Array, "batch time"] | None,
+    ) -> Float[Array, "batch time hidden"]:
+        """For training: what the draft step at each position gives to the head, where it drafts the token `depths` of
+        its round, from 1. `mask` keeps examples separate, whose `positions` begin at 0."""
+        del deep, depths
+        return adapter_apply(self, shallow, positions, mask=mask)[0]
+
     def after_verify(self, state: AdapterState, carry: AdapterState, committed: Committed) -> AdapterState:
         cache = carry.cache
         if committed.step_positions is not None:
@@ -170,9 +179,14 @@ class Adapter(nnx.Module):
         return AdapterState(cache.replace(length=committed.start + committed.count - 1), last)
 
 
-def abstract_adapter(config: ModelConfig, dtype: jnp.dtype, num_layers: int = 1) -> Adapter:
-    """The adapter of a target with `config`, with shapes in place of weights."""
-    return nnx.eval_shape(lambda: Adapter(config, rngs=nnx.Rngs(0), dtype=dtype, num_layers=num_layers))
+def from_last(
+    state: AdapterState, shallow: Float[Array, "batch time hidden"], start: Int[Array, " batch"]
+) -> tuple[Float[Array, "batch time+1 hidden"], Int[Array, "batch time+1"], KVCache]:
+    """Arguments of `adapter_apply` for position n - 1 and those from n = `start` on. One position more costs no extra
+    pass over the weights; where n - 1 has been seen, the same entry is written again."""
+    hidden = jnp.concatenate([state.last[:, -1:], shallow], axis=1)
+    positions = start[:, None] + jnp.arange(-1, shallow.shape[1])
+    return hidden, positions, state.cache.replace(length=start - 1)
 
 
 def adapter_apply(
@@ -191,10 +205,23 @@ def adapter_apply(
     Returns:
       Normed hidden states for `lm_head`, and the cache with the new entries counted in its length.
     """
+    hidden, cache = adapter_layers_apply(adapter, hidden, positions, cache, mask=mask)
+    with jax.named_scope("adapter"):
+        return adapter.norm(hidden), cache
+
+
+def adapter_layers_apply(
+    adapter: Adapter,
+    hidden: Float[Array, "batch time hidden"],
+    positions: Int[Array, "batch time"],
+    cache: KVCache | None = None,
+    *,
+    mask: Bool[Array, "batch time keys"] | None = None,
+) -> tuple[Float[Array, "batch time hidden"], KVCache | None]:
+    """`adapter_apply` without the last norm."""
     with jax.named_scope("adapter"):
         context = attention_context(adapter.config, positions, cache, mask, hidden.dtype)
-        hidden, cache = apply_layers(adapter.layers, hidden, context, cache)
-        return adapter.norm(hidden), cache
+        return apply_layers(adapter.layers, hidden, context, cache)
 
 
 def draft_head(
