@@ -148,7 +148,7 @@ def generate_many(
       MachineError: from the iterator, as `generate`; other answers may be lost with it. An `Engine` goes on.
     """
     if not is_integer(batch_size) or batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, an integer, found {batch_size!r}")
+        raise InputError(f"batch_size must be at least 1, found {batch_size!r}")
     requests = [request if isinstance(request, Request) else Request(request) for request in requests]
     config = EngineConfig(_slots(min(batch_size, max(1, len(requests))), target), max_length)
     engine = Engine(target, adapter, config, draft)

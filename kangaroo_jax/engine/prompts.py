@@ -76,7 +76,7 @@ def encode_prompt(target: Target, prompt: Prompt, max_new_tokens: int, max_lengt
 def check_new_tokens(max_new_tokens: Any) -> None:
     """Raises `InputError` for what is no number of new tokens."""
     if not is_integer(max_new_tokens) or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, an integer, found {max_new_tokens!r}")
+        raise InputError(f"max_new_tokens must be at least 1, found {max_new_tokens!r}")
 
 
 def user_turn(prompt: Prompt) -> Prompt:

@@ -86,6 +86,7 @@ def test_no_question_is_there_twice(records):
     assert normalised(" Why\n is\tthe ﬁnal SKY  ") == "why is the final sky"
 
 
+@pytest.mark.long
 def test_of_duplicates_the_first_by_index_stays_whichever_is_done_first(tmp_path):
     """Once all there is to ask is asked, every index is a duplicate of the smallest one with its question."""
     settings = dataclasses.replace(SETTINGS, temperature=0.3, question_tokens=6, turns=1)

@@ -83,6 +83,7 @@ def test_streamed_pieces_add_up_to_the_text(lettered):
     assert len(pieces) > 2
 
 
+@pytest.mark.long
 def test_a_stop_string_ends_one_sequence_of_a_batch_and_not_its_neighbours(lettered):
     prompts = ["abc", "hello", "Q"]
     whole = generate_plain(lettered, prompts, 60)

@@ -222,7 +222,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error_and_leaves_the_others_
     parameters = {path: jnp.asarray(x) for path, x in stored["adapter"].items()}
 
     def save(manager, step):
-        metadata = adapter_metadata(parameters, target, 3, {"step": step, "held_out": None})
+        metadata = adapter_metadata(parameters, target, 3, {"step": step, "held_out": None}, "kangaroo")
         checkpoints.save(manager, step, parameters, stored["optimizer"], metadata, {})
 
     with checkpoints.opened(output, keep=2) as manager:
@@ -283,7 +283,7 @@ def test_the_best_is_kept_beside_the_newest_and_is_what_loads(run, target, tmp_p
         for step, value in acceptance.items():
             parameters = {path: jnp.asarray(x) + step for path, x in stored["adapter"].items()}
             held_out = None if value is None else {"expected_acceptance": value}
-            metadata = adapter_metadata(parameters, target, 3, {"step": step, "held_out": held_out})
+            metadata = adapter_metadata(parameters, target, 3, {"step": step, "held_out": held_out}, "kangaroo")
             checkpoints.save(manager, step, parameters, stored["optimizer"], metadata, {})
     assert {x.name for x in (tmp_path / "run").iterdir()} == {"2", "4", "5"}
     best = named_leaves(load_adapter(tmp_path / "run", target).model)
