@@ -19,8 +19,8 @@ from kangaroo_jax.model.drafts.kangaroo import adapter_apply, adapter_layers_app
 from kangaroo_jax.model.target import deep_apply, lm_head, shallow_apply
 from tests.decode.models import LAYERS, VOCABULARY, tiny_adapter, tiny_target
 
-# Every gamma from 1 to 12 and every exit layer; each pair is a program to compile.
-PAIRS = [(gamma, 1 + gamma % (LAYERS - 1)) for gamma in range(1, 13)]
+# Every exit layer; each pair is a program to compile.
+PAIRS = [(gamma, 1 + gamma % (LAYERS - 1)) for gamma in (1, 2, 3, 4, 6, 9, 12)]
 QUICK = (6,)
 TOKEN = st.integers(0, VOCABULARY - 1)
 

@@ -13,7 +13,7 @@ from kangaroo_jax import DraftConfig, InputError, Request, SamplingConfig, gener
 from tests.decode.models import VOCABULARY, lettered_target, tiny_adapter, tiny_target
 
 MOST = 60
-SHAPES = [(1, 2, 2, 67), (4, 1, 3, 67), (2, 3, 5, 67)]
+SHAPES = [(1, 2, 2, 30), (4, 1, 3, 30), (2, 3, 5, 30)]
 _RANDOM = np.random.default_rng(0)
 PROMPTS = [tuple(_RANDOM.integers(0, VOCABULARY, _RANDOM.integers(1, 50)).tolist()) for _ in range(64)]
 
