@@ -17,7 +17,7 @@ def read_json(path: pathlib.Path, fix: str) -> dict[str, Any]:
         raise InputError(f"{path}: no such file; {fix}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, a number of thousands of digits
+    except ValueError as error:  # bad UTF-8, bad JSON, a number of thousands of digits
         raise InputError(f"{path}: not valid JSON ({one_line(error)})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")

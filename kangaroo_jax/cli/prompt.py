@@ -40,7 +40,7 @@ def read_messages(path: str) -> list[dict[str, str]]:
     """
     try:
         messages = json_text.parse(_read_text(path))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"--messages={path}: not JSON ({error})") from None

@@ -77,7 +77,7 @@ def _prompt(line: bytes) -> Prompt:
         raw = json_text.parse(line.decode())
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"not JSON ({error})") from None
     if not isinstance(raw, dict):
         raise InputError('expected an object with "id" and "prompt"')
