@@ -375,6 +375,7 @@ class AdapterConfig:
       kind: what drafts: kangaroo, the paper's adapter; or memory, which also takes the target's own newest hidden
         state (model/drafts/memory.py).
       num_layers: layers of norm and attention. The paper's adapter has one; each more makes every draft step longer.
+      mlp_size: width of an MLP after them. 0: none, as in the paper; what it adds makes every draft step longer.
 
     Raises:
       InputError: for a value of the wrong type or out of range.
@@ -382,9 +383,10 @@ class AdapterConfig:
 
     kind: Literal["kangaroo", "memory"] = "kangaroo"
     num_layers: int = 1
+    mlp_size: int = 0
 
     def __post_init__(self) -> None:
-        _check_settings(self, "adapter.")
+        _check_settings(self, "adapter.", zero=("mlp_size",))
 
 
 @dataclasses.dataclass(frozen=True)

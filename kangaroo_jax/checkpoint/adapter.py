@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from kangaroo_jax.checkpoint import fingerprint
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.checkpoint.upstream import is_upstream, load_upstream
 from kangaroo_jax.checks import is_integer
-from kangaroo_jax.config import DecideConfig, DraftConfig, LookupConfig, RoundCosts, TreeConfig
+from kangaroo_jax.config import AdapterConfig, DecideConfig, DraftConfig, LookupConfig, RoundCosts, TreeConfig
 from kangaroo_jax.errors import InputError, one_line
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.config import ModelConfig
@@ -81,14 +81,17 @@ def named_leaves(tree: PyTree) -> dict[str, Array]:
 
 def adapter_from_parameters(config: ModelConfig, parameters: dict[str, Array], kind: str = Adapter.kind) -> Adapter:
     """The draft model whose parameters are `parameters` (the inverse of `named_leaves`), whatever their dtype."""
-    abstract = abstract_adapter(config, jnp.float32, _num_layers(parameters), kind)
+    shape = _adapter_shape({path: x.shape for path, x in parameters.items()}, kind)
+    abstract = abstract_adapter(config, jnp.float32, shape)
     return jax.tree.unflatten(jax.tree.structure(abstract), [parameters[path] for path in parameter_paths(abstract)])
 
 
-def _num_layers(paths: Iterable[str]) -> int:
-    """How many layers an adapter with parameters of these paths has; at least 1."""
-    numbers = (path.split(".")[1] for path in paths if path.startswith("layers."))
-    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=1)
+def _adapter_shape(shapes: Mapping[str, Sequence[int]], kind: str) -> AdapterConfig:
+    """The settings of an adapter of that kind whose parameters have these shapes."""
+    numbers = (path.split(".")[1] for path in shapes if path.startswith("layers."))
+    num_layers = max((int(number) + 1 for number in numbers if number.isdecimal()), default=1)
+    mlp_size, *_ = shapes.get("mlp.mlp.down_proj") or (0,)
+    return AdapterConfig(kind, num_layers, mlp_size)
 
 
 def drafted_tokens(metadata: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -472,9 +475,9 @@ def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
         check_exit_layer(metadata["exit_layer"], target.config)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
-    num_layers = _num_layers(metadata["parameters"])
     kind = kind_of(metadata)
-    expected = named_leaves(abstract_adapter(target.config, target.model.dtype, num_layers, kind))
+    shape = _adapter_shape(metadata["parameters"], kind)
+    expected = named_leaves(abstract_adapter(target.config, target.model.dtype, shape))
     tokens = drafted_tokens(metadata)
     # The list first: it names a mismatch where the arrays themselves would only fail to be read.
     check_parameters(metadata["parameters"], expected | tokens, folder)

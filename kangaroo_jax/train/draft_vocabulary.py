@@ -15,12 +15,11 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from kangaroo_jax.checkpoint.target import Target
-from kangaroo_jax.config import DraftConfig, TrainConfig
+from kangaroo_jax.config import AdapterConfig, DraftConfig, TrainConfig
 from kangaroo_jax.data.cache import TokenCache
 from kangaroo_jax.data.input import Rows
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ModelConfig
-from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.drafts.kinds import abstract_adapter
 
 # The chance that a trained adapter's draft is the target's token, where it can be drafted: it is not known before
@@ -45,14 +44,14 @@ class StepBytes:
     head_row: int
 
     @classmethod
-    def of(cls, target: Target, exit_layer: int, adapter_layers: int = 1, kind: str = Adapter.kind) -> StepBytes:
+    def of(cls, target: Target, exit_layer: int, adapter: AdapterConfig = AdapterConfig()) -> StepBytes:  # noqa: B008 - frozen
         model = target.model
         layers = [_nbytes(layer) for layer in model.layers]
         head = _nbytes(model.embed_tokens if model.lm_head is None else model.lm_head)
         return cls(
             shallow=sum(layers[:exit_layer]),
             deep=sum(layers[exit_layer:]) + _nbytes(model.norm),
-            adapter=_nbytes(abstract_adapter(target.config, model.dtype, adapter_layers, kind)),
+            adapter=_nbytes(abstract_adapter(target.config, model.dtype, adapter)),
             head_row=head // target.config.vocab_size,
         )
 
@@ -105,7 +104,7 @@ def choose_for_run(config: TrainConfig, target: Target, training: Rows, held_out
         return None
     counts, unseen = (count_tokens(rows.cache, vocab_size, rows.records) for rows in (training, held_out))
     ranked = _ranked(counts, target.eos_token_ids)
-    parts = StepBytes.of(target, config.exit_layer, config.adapter.num_layers, config.adapter.kind)
+    parts = StepBytes.of(target, config.exit_layer, config.adapter)
     if size is None:
         size = best_size(ranked, unseen, parts, len(target.eos_token_ids))
         if size == vocab_size:

@@ -166,14 +166,13 @@ class _Run:
         self.step = 0
         shapes = abstract_state(self.optimizer, target.config, config, target.mesh)
         self._where = jax.tree.map(lambda x: x.sharding, shapes)
-        start = jax.jit(initial_parameters, static_argnums=(1, 2, 4, 5), out_shardings=self._where[0])
+        start = jax.jit(initial_parameters, static_argnums=(1, 2, 4), out_shardings=self._where[0])
         self.parameters = start(
             target.model,
             config.exit_layer,
             config.initialization,
             config.seed,
-            config.adapter.num_layers,
-            config.adapter.kind,
+            config.adapter,
         )
         self.state = jax.jit(self.optimizer.init, out_shardings=self._where[1])(self.parameters)
         self._train_step, self._evaluate_batch = compiled(self.optimizer, target.config, config, target.mesh)

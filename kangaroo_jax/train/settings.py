@@ -28,6 +28,7 @@ _FIXED = (
     "exit_layer",
     "adapter.kind",
     "adapter.num_layers",
+    "adapter.mlp_size",
     "teacher",
     "dtype",
     "seed",

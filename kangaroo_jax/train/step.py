@@ -13,10 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
 from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
-from kangaroo_jax.config import TrainConfig
+from kangaroo_jax.config import AdapterConfig, TrainConfig
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.config import ModelConfig
-from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.drafts.kinds import KINDS, abstract_adapter
 from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel
@@ -56,8 +55,7 @@ def initial_parameters(
     exit_layer: int,
     initialization: str,
     seed: int,
-    num_layers: int = 1,
-    kind: str = Adapter.kind,
+    adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 - frozen
 ) -> Parameters:
     """float32 parameters to start from.
 
@@ -69,11 +67,11 @@ def initial_parameters(
         whose output projection is zero, so that it adds nothing at first, and the target's final norm. "random":
         matrices from a normal distribution of deviation 0.02, as usual for such targets; norms of one.
       seed: for random parameters.
-      num_layers: of the adapter. Further ones take the target's layers after `exit_layer`.
-      kind: of the draft model. What only `memory` has begins with products of zero, which add nothing, in all cases.
+      adapter: its shape. Layers after the first take the target's after `exit_layer`. An MLP and what only `memory` has
+        add nothing at first, in all cases: their last products are zero.
     """
     parts = {"norm": target.norm}
-    for i, layer in enumerate(target.layers[exit_layer : exit_layer + num_layers]):
+    for i, layer in enumerate(target.layers[exit_layer : exit_layer + adapter.num_layers]):
         parts |= {f"layers.{i}.input_layernorm": layer.input_layernorm, f"layers.{i}.self_attn": layer.self_attn}
     # Copies, because the training step donates its parameters and must not donate the target's weights.
     copied = {
@@ -81,26 +79,38 @@ def initial_parameters(
         for prefix, module in parts.items()
         for path, x in adapter_checkpoint.named_leaves(module).items()
     }
-    own = adapter_checkpoint.named_leaves(abstract_adapter(target.config, jnp.float32, num_layers, kind))
+    shapes = adapter_checkpoint.named_leaves(abstract_adapter(target.config, jnp.float32, adapter))
+    own_keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), len(shapes))
     own = {
-        path: jnp.full(x.shape, _MEMORY_NORM if path.endswith("norm.weight") else 0, jnp.float32)
-        for path, x in own.items()
+        path: _start(key, path, like)
+        for key, (path, like) in zip(own_keys, shapes.items(), strict=True)
+        if path not in copied
     }
-    own = {path: x for path, x in own.items() if path not in copied}
     if initialization == "layer":
         return copied | own
 
-    def drawn(key: Array, path: str, like: Array) -> Array:
-        if path.endswith("norm.weight"):
-            return jnp.ones_like(like)
-        return jnp.zeros_like(like) if path.endswith("bias") else 0.02 * jax.random.normal(key, like.shape)
-
     keys = jax.random.split(jax.random.key(seed), len(copied))
-    random = {path: drawn(key, path, like) for key, (path, like) in zip(keys, copied.items(), strict=True)}
+    random = {path: _drawn(key, path, like) for key, (path, like) in zip(keys, copied.items(), strict=True)}
     if initialization == "zero_output":
         outputs = [path for path in random if path.endswith("o_proj")]
         random |= {path: jnp.zeros_like(copied[path]) for path in outputs} | {"norm.weight": copied["norm.weight"]}
     return random | own
+
+
+def _drawn(key: Array, path: str, like: jax.ShapeDtypeStruct | Array) -> Array:
+    """A parameter with a random start."""
+    if path.endswith("norm.weight"):
+        return jnp.ones(like.shape, jnp.float32)
+    return jnp.zeros(like.shape) if path.endswith("bias") else 0.02 * jax.random.normal(key, like.shape)
+
+
+def _start(key: Array, path: str, like: jax.ShapeDtypeStruct) -> Array:
+    """A parameter that no layer of the target has the like of."""
+    if path == "memory.norm.weight":
+        return jnp.full(like.shape, _MEMORY_NORM)
+    if path in ("memory.memory_proj", "mlp.mlp.down_proj"):
+        return jnp.zeros(like.shape)
+    return _drawn(key, path, like)
 
 
 def loss_of_step(config: TrainConfig, step: int) -> str:
@@ -120,7 +130,7 @@ def abstract_state(
         structs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[path]) for path, x in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(tree), structs)
 
-    adapter = abstract_adapter(shape, jnp.float32, config.adapter.num_layers, config.adapter.kind)
+    adapter = abstract_adapter(shape, jnp.float32, config.adapter)
     parameters = adapter_checkpoint.named_leaves(adapter)
     parameters = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in parameters.items()}
     return placed(parameters), placed(jax.eval_shape(optimizer.init, parameters))

@@ -94,8 +94,9 @@ def test_biases_are_kept(tmp_path):
     assert_same(load_adapter(tmp_path / "adapter", target).model, adapter)
 
 
-def test_an_adapter_of_two_layers_is_read_as_one(tmp_path, target):
-    adapter = Adapter(CONFIG, rngs=nnx.Rngs(2), num_layers=2)
+@pytest.mark.parametrize("sizes", [{"num_layers": 2}, {"mlp_size": 24}], ids=["two layers", "an MLP"])
+def test_an_adapter_of_another_shape_than_the_papers_is_read_as_one(tmp_path, target, sizes):
+    adapter = Adapter(CONFIG, rngs=nnx.Rngs(2), **sizes)
     save_adapter(tmp_path / "adapter", adapter, exit_layer=2, target=target)
     assert_same(load_adapter(tmp_path / "adapter", target).model, adapter)
 

@@ -60,8 +60,8 @@ def lettered_target() -> Target:
 
 @functools.cache
 def tiny_adapter(
-    exit_layer: int | None, seed: int = 1, num_layers: int = 1, kind: str = Adapter.kind
+    exit_layer: int | None, seed: int = 1, num_layers: int = 1, kind: str = Adapter.kind, mlp_size: int = 0
 ) -> TrainedAdapter:
-    adapter = KINDS[kind](CONFIG, rngs=nnx.Rngs(seed), num_layers=num_layers)
+    adapter = KINDS[kind](CONFIG, rngs=nnx.Rngs(seed), num_layers=num_layers, mlp_size=mlp_size)
     strong = jax.tree.map(lambda x: x * 6 if x.ndim > 1 else x, adapter)  # so that what its attention reads matters
     return TrainedAdapter(strong, exit_layer, "tiny adapter", target_fingerprint=None)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kangaroo_jax import DraftConfig, generate, generate_plain
 from kangaroo_jax.decode import rounds
-from kangaroo_jax.model.drafts.kangaroo import adapter_apply, adapter_layers_apply
+from kangaroo_jax.model.drafts.kangaroo import adapter_layers_apply
 from kangaroo_jax.model.target import deep_apply, lm_head, shallow_apply
 from tests.decode.models import LAYERS, VOCABULARY, tiny_adapter, tiny_target
 
@@ -64,14 +64,15 @@ def full_forward(exit_layer, length):
         positions = jnp.arange(length)[None]
         hidden, _ = shallow_apply(target, tokens, positions, exit_layer=exit_layer)
         deep, _ = deep_apply(target, hidden, positions, exit_layer=exit_layer)
+        mixed, _ = adapter_layers_apply(adapter, hidden, positions)
         if adapter.kind == "memory":
-            mixed, _ = adapter_layers_apply(adapter, hidden, positions)
             newest = jnp.roll(deep, depth, axis=1)  # of the position before the round's first
-            matrix = adapter.memory.memory_proj[...][:, jnp.minimum(depth, 6) - 1]
-            adapted = adapter.norm(mixed + adapter.memory.norm(newest) @ matrix)
-        else:
-            adapted, _ = adapter_apply(adapter, hidden, positions)
-        return lm_head(target, deep)[0], lm_head(target, adapted)[0]
+            matrix = adapter.memory.memory_proj[...][:, jnp.minimum(depth, 4) - 1]
+            mixed += adapter.memory.norm(newest) @ matrix
+        if adapter.mlp is not None:
+            gate, up = jnp.moveaxis(jnp.tensordot(adapter.mlp.norm(mixed), adapter.mlp.mlp.gate_up_proj[...], 1), 2, 0)
+            mixed += jax.nn.silu(gate) * up @ adapter.mlp.mlp.down_proj[...]
+        return lm_head(target, deep)[0], lm_head(target, adapter.norm(mixed))[0]
 
     return forward
 
@@ -109,18 +110,19 @@ def reference(target, adapter, prompt, max_new_tokens, draft, length=128, drafts
 
 
 @pytest.mark.parametrize(
-    ("exit_layer", "max_draft_len", "threshold", "adapter_layers", "kind"),
+    ("exit_layer", "max_draft_len", "threshold", "adapter_layers", "mlp_size", "kind"),
     [
-        pytest.param(1, 4, 0.0, 1, "kangaroo", marks=pytest.mark.long),
-        (2, 6, 0.1, 1, "kangaroo"),
-        pytest.param(3, 3, 0.2, 2, "kangaroo", marks=pytest.mark.long),
-        pytest.param(4, 6, 0.3, 1, "kangaroo", marks=pytest.mark.long),
-        pytest.param(2, 5, 0.05, 1, "memory", marks=pytest.mark.long),
-        pytest.param(3, 8, 0.0, 2, "memory", marks=pytest.mark.long),
+        pytest.param(1, 4, 0.0, 1, 0, "kangaroo", marks=pytest.mark.long),
+        (2, 6, 0.1, 1, 0, "kangaroo"),
+        pytest.param(3, 3, 0.2, 2, 0, "kangaroo", marks=pytest.mark.long),
+        pytest.param(4, 6, 0.3, 1, 24, "kangaroo", marks=pytest.mark.long),
+        pytest.param(2, 5, 0.05, 1, 24, "memory", marks=pytest.mark.long),
+        pytest.param(3, 8, 0.0, 2, 0, "memory", marks=pytest.mark.long),
     ],
 )
-def test_rounds_equal_the_definition(exit_layer, max_draft_len, threshold, adapter_layers, kind):
-    target, adapter = tiny_target(), tiny_adapter(exit_layer, num_layers=adapter_layers, kind=kind)
+def test_rounds_equal_the_definition(exit_layer, max_draft_len, threshold, adapter_layers, mlp_size, kind):
+    target = tiny_target()
+    adapter = tiny_adapter(exit_layer, num_layers=adapter_layers, mlp_size=mlp_size, kind=kind)
     draft = DraftConfig(exit_layer, max_draft_len, threshold)
     rng = np.random.default_rng(exit_layer)
     seen, agreed = set(), []

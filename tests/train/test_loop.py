@@ -15,7 +15,7 @@ import pytest
 
 from kangaroo_jax import generate, generate_plain
 from kangaroo_jax.checkpoint.adapter import abstract_adapter, adapter_from_parameters, load_adapter, named_leaves
-from kangaroo_jax.config import DataConfig, OptimizerConfig, TrainConfig
+from kangaroo_jax.config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import adapter_apply
 from kangaroo_jax.train.loop import train
@@ -185,31 +185,43 @@ def test_a_zero_output_starts_as_the_exit_layer_itself_and_random_parameters_are
 
 
 def test_each_layer_of_an_adapter_starts_from_a_layer_of_the_target(target):
-    parameters = initial_parameters(target.model, 3, "layer", 0, num_layers=2)
-    assert parameters.keys() == named_leaves(abstract_adapter(target.config, jnp.float32, 2)).keys()
+    shape = AdapterConfig(num_layers=2)
+    parameters = initial_parameters(target.model, 3, "layer", 0, shape)
+    assert parameters.keys() == named_leaves(abstract_adapter(target.config, jnp.float32, shape)).keys()
     for i in range(2):
         expected = target.model.layers[3 + i].self_attn.qkv_proj[...]
         assert np.array_equal(parameters[f"layers.{i}.self_attn.qkv_proj"], expected)
-    zero = initial_parameters(target.model, 3, "zero_output", 0, num_layers=2)
+    zero = initial_parameters(target.model, 3, "zero_output", 0, shape)
     assert not zero["layers.0.self_attn.o_proj"].any()
     assert not zero["layers.1.self_attn.o_proj"].any()
 
 
+def test_an_mlp_adds_nothing_at_first(target):
+    hidden = jax.random.normal(jax.random.key(0), (1, 5, target.config.hidden_size))
+
+    def adapted(shape):
+        parameters = initial_parameters(target.model, 3, "layer", 0, shape)
+        return adapter_apply(adapter_from_parameters(target.config, parameters), hidden, jnp.arange(5)[None])[0]
+
+    assert np.array_equal(adapted(AdapterConfig(mlp_size=24)), adapted(AdapterConfig()))
+
+
 @pytest.mark.long
-def test_an_adapter_of_two_layers_is_trained_and_decoded_with(settings, target, tmp_path):
+def test_an_adapter_of_two_layers_and_an_mlp_is_trained_and_decoded_with(settings, target, tmp_path):
     output = tmp_path / "run"
-    short = {"output": str(output), "steps": 4, "save_every": 2, "adapter.num_layers": 2}
+    short = {"output": str(output), "steps": 4, "save_every": 2, "adapter.num_layers": 2, "adapter.mlp_size": 24}
     train(configured(settings, **short))
     shutil.rmtree(output / "4")
     train(configured(settings, **short))
-    start = initial_parameters(target.model, 3, "layer", 0, num_layers=2)
+    start = initial_parameters(target.model, 3, "layer", 0, AdapterConfig(num_layers=2, mlp_size=24))
     adapter = load_adapter(output / "4", target)
     for path, x in named_leaves(adapter.model).items():
         assert not np.array_equal(x, start[path]), path
     out = generate(target, adapter, ["def f("], 16)
     assert out.tokens == generate_plain(target, ["def f("], 16).tokens
-    with pytest.raises(InputError, match=r"expected adapter\.num_layers 1, found 2"):
-        train(configured(settings, **short | {"adapter.num_layers": 1}))
+    for name, value, found in (("num_layers", 1, 2), ("mlp_size", 16, 24)):
+        with pytest.raises(InputError, match=rf"expected adapter\.{name} {value}, found {found}"):
+            train(configured(settings, **short | {f"adapter.{name}": value}))
 
 
 def test_optimizer_follows_the_schedule():

@@ -1,8 +1,9 @@
 """The paper's draft model: an adapter of one attention and two norms on the shallow layers (section 3.1). An adapter
-may also have several such layers of norm and attention before its last norm."""
+may also have several such layers of norm and attention before its last norm, and an MLP after them."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar
 
 import flax.struct
@@ -15,7 +16,7 @@ from kangaroo_jax.model.attention.backend import AttentionBackend
 from kangaroo_jax.model.cache import KVCache
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.draft_model import Committed
-from kangaroo_jax.model.layers import Attention, AttentionContext, RMSNorm, apply_layers, attention_context
+from kangaroo_jax.model.layers import MLP, Attention, AttentionContext, RMSNorm, apply_layers, attention_context
 from kangaroo_jax.model.target import TargetModel, lm_head, logits
 
 
@@ -31,6 +32,17 @@ class AdapterLayer(nnx.Module):
     ) -> tuple[Float[Array, "batch time hidden"], Array, Array]:
         mixed, keys, values = self.self_attn(self.input_layernorm(x), context, keys, values)
         return x + mixed, keys, values
+
+
+class AdapterMLP(nnx.Module):
+    """The other half of a decoder layer, of any width: norm, MLP, residual."""
+
+    def __init__(self, config: ModelConfig, size: int, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.norm = RMSNorm(config, dtype)
+        self.mlp = MLP(dataclasses.replace(config, intermediate_size=size), rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time hidden"]:
+        return x + self.mlp(self.norm(x))
 
 
 class DraftVocabulary(nnx.Module):
@@ -59,15 +71,25 @@ class AdapterState:
 class Adapter(nnx.Module):
     """RMSNorm, attention with a residual, RMSNorm. Its output goes through the target's LM head. A `DraftModel`.
 
-    `config` is the target's: hidden size, heads and rotary settings are the same. The paper's has one layer.
+    `config` is the target's: hidden size, heads and rotary settings are the same. The paper's has one layer, and no
+    MLP (`mlp_size` 0).
     """
 
     kind: ClassVar[str] = "kangaroo"
     depths: ClassVar[int] = 1  # how many places in a draft it tells apart
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, num_layers: int = 1):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        num_layers: int = 1,
+        mlp_size: int = 0,
+    ):
         self.config = config
         self.layers = nnx.List([AdapterLayer(config, rngs=rngs, dtype=dtype) for _ in range(num_layers)])
+        self.mlp = nnx.data(AdapterMLP(config, mlp_size, rngs=rngs, dtype=dtype) if mlp_size else None)
         self.norm = RMSNorm(config, dtype)
         # Not trained: set where an adapter is loaded with one.
         self.draft_vocabulary: DraftVocabulary | None = nnx.data(None)
@@ -199,15 +221,14 @@ def adapter_apply(
 ) -> tuple[Float[Array, "batch time hidden"], KVCache | None]:
     """The adapter over the shallow hidden states of `time` positions.
 
-    Mirrors the authors' AdapterModel: one decoder layer without MLP (or several), then a norm. Arguments as for
-    `shallow_apply`.
+    Mirrors the authors' AdapterModel: one decoder layer without MLP (or several, or with one), then a norm. Arguments
+    as for `shallow_apply`.
 
     Returns:
       Normed hidden states for `lm_head`, and the cache with the new entries counted in its length.
     """
     hidden, cache = adapter_layers_apply(adapter, hidden, positions, cache, mask=mask)
-    with jax.named_scope("adapter"):
-        return adapter.norm(hidden), cache
+    return adapter_output(adapter, hidden), cache
 
 
 def adapter_layers_apply(
@@ -218,10 +239,16 @@ def adapter_layers_apply(
     *,
     mask: Bool[Array, "batch time keys"] | None = None,
 ) -> tuple[Float[Array, "batch time hidden"], KVCache | None]:
-    """`adapter_apply` without the last norm."""
+    """The part of `adapter_apply` that sees other positions: all but `adapter_output`."""
     with jax.named_scope("adapter"):
         context = attention_context(adapter.config, positions, cache, mask, hidden.dtype)
         return apply_layers(adapter.layers, hidden, context, cache)
+
+
+def adapter_output(adapter: Adapter, hidden: Float[Array, "batch time hidden"]) -> Float[Array, "batch time hidden"]:
+    """The rest of `adapter_apply`: the MLP, if the adapter has one, and the last norm."""
+    with jax.named_scope("adapter"):
+        return adapter.norm(hidden if adapter.mlp is None else adapter.mlp(hidden))
 
 
 def draft_head(

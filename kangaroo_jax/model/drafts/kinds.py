@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import nnx
 
+from kangaroo_jax.config import AdapterConfig
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.drafts.memory import MemoryAdapter
@@ -12,6 +13,7 @@ from kangaroo_jax.model.drafts.memory import MemoryAdapter
 KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (Adapter, MemoryAdapter)}
 
 
-def abstract_adapter(config: ModelConfig, dtype: jnp.dtype, num_layers: int = 1, kind: str = Adapter.kind) -> Adapter:
-    """The draft model of a kind for a target with `config`, with shapes in place of weights."""
-    return nnx.eval_shape(lambda: KINDS[kind](config, rngs=nnx.Rngs(0), dtype=dtype, num_layers=num_layers))
+def abstract_adapter(config: ModelConfig, dtype: jnp.dtype, shape: AdapterConfig = AdapterConfig()) -> Adapter:  # noqa: B008 - frozen
+    """The draft model of that kind and shape for a target with `config`, with shapes in place of weights."""
+    sizes = {"num_layers": shape.num_layers, "mlp_size": shape.mlp_size}
+    return nnx.eval_shape(lambda: KINDS[shape.kind](config, rngs=nnx.Rngs(0), dtype=dtype, **sizes))

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -22,7 +21,14 @@ from kangaroo_jax.model.attention.backend import AttentionBackend
 from kangaroo_jax.model.cache import KVCache
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.draft_model import Committed
-from kangaroo_jax.model.drafts.kangaroo import Adapter, AdapterState, adapter_layers_apply, draft_head, from_last
+from kangaroo_jax.model.drafts.kangaroo import (
+    Adapter,
+    AdapterState,
+    adapter_layers_apply,
+    adapter_output,
+    draft_head,
+    from_last,
+)
 from kangaroo_jax.model.layers import INIT, RMSNorm
 from kangaroo_jax.model.ops import dot
 from kangaroo_jax.model.target import TargetModel
@@ -64,13 +70,22 @@ class MemoryState:
 
 
 class MemoryAdapter(Adapter):
-    """RMSNorm, attention with a residual, the residual of the newest deep state, RMSNorm. A `DraftModel`."""
+    """RMSNorm, attention with a residual, the residual of the newest deep state, an MLP if asked for, RMSNorm. A
+    `DraftModel`."""
 
     kind: ClassVar[str] = "memory"
-    depths: ClassVar[int] = 6  # the paper's gamma; deeper tokens are drafted as the last of these
+    depths: ClassVar[int] = 4  # deeper tokens, which few rounds reach, are drafted as the last of these
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, num_layers: int = 1):
-        super().__init__(config, rngs=rngs, dtype=dtype, num_layers=num_layers)
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        num_layers: int = 1,
+        mlp_size: int = 0,
+    ):
+        super().__init__(config, rngs=rngs, dtype=dtype, num_layers=num_layers, mlp_size=mlp_size)
         self.memory = Memory(config, self.depths, rngs=rngs, dtype=dtype)
 
     def init(
@@ -173,7 +188,6 @@ def memory_apply(
     *,
     mask: Bool[Array, "batch time keys"] | None = None,
 ) -> tuple[Float[Array, "batch time hidden"], KVCache | None]:
-    """`adapter_apply` with `known`, what `Memory` makes of the newest known deep state, added before the last norm."""
+    """`adapter_apply` with `known`, what `Memory` makes of the newest known deep state, added after the attention."""
     mixed, cache = adapter_layers_apply(adapter, hidden, positions, cache, mask=mask)
-    with jax.named_scope("adapter"):
-        return adapter.norm(mixed + known), cache
+    return adapter_output(adapter, mixed + known), cache
