@@ -4,14 +4,16 @@
     python train.py --config=configs/smollm2_135m.py
     python decode.py --model=smollm2-135m --adapter=runs/smollm2_135m --prompt="..."
 
+The adapter that comes with the package for this target was trained with these settings, on 14,012 conversations that
+three processes with the seeds 1 to 3 wrote at once (docs/dev/gpu.md).
+
 The LM head has 49,152 rows and is most of what a draft step reads, so drafts come from a draft vocabulary. Training
 begins with cross entropy: from the start that `layer` gives, the draft model's distribution hardly overlaps with the
 target's, and total variation would have next to no gradient.
 
-Hardware: one GPU. Tried so far, on an H200, a minute and a quarter beside two other runs: 5,709
-conversations, --config.teacher=online --config.dtype=bfloat16 --config.steps=700 --config.cross_entropy_steps=300,
-stopped after 494 of these steps. That is too little: 1.3 tokens per round, slower than plain decoding on a CPU
-(docs/dev/gpu.md). These steps have not been run.
+Hardware: one GPU. Measured on an H100: three minutes for the conversations, 21 s for the teacher's states, two minutes
+for the 5000 steps (42 a second); held-out expected acceptance 0.669 for the first token of a draft to 0.635 for the
+fourth, from 0.071 before the first step. On 2 CPU cores the same takes days.
 
 TrainConfig in kangaroo_jax/config.py describes every setting; here is what differs from its defaults.
 """
@@ -27,9 +29,9 @@ def get_config() -> ml_collections.ConfigDict:
         output="runs/smollm2_135m",
         data={
             "files": "self",
-            "held_out": 0.02,
+            "held_out": 0.01,
             "synthesis": {
-                "conversations": 12_000,
+                "conversations": 14_000,
                 "turns": 1,
                 "several_turns": 0.0,
                 "question_tokens": 96,
@@ -37,17 +39,17 @@ def get_config() -> ml_collections.ConfigDict:
                 "batch_size": 512,  # for a GPU; 16 on a CPU
             },
         },
-        dtype="float32",
         exit_layer=3,
+        adapter={"kind": "memory", "mlp_size": 1024},
         teacher="cached",
-        steps=4000,
+        steps=5000,
         batch_size=32,
         sequence_length=512,
         loss="total_variation",
-        cross_entropy_steps=1000,
+        cross_entropy_steps=500,
         draft_vocabulary=8192,
-        optimizer={"learning_rate": 1e-3, "warmup_steps": 50, "schedule": "cosine"},
-        evaluate_every=250,
-        save_every=250,
+        optimizer={"learning_rate": 6e-3, "warmup_steps": 100, "schedule": "cosine"},
+        evaluate_every=1000,
+        save_every=1000,
         keep_checkpoints=2,
     )

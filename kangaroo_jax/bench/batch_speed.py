@@ -16,6 +16,7 @@ import numpy as np
 from kangaroo_jax import Answer, DraftConfig, Request, generate_many
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.engine.prompts import Prompt
 
 DecodeAll = Callable[[], list[Answer]]
 
@@ -64,7 +65,7 @@ class RefillSpeed:
     answers: int
 
 
-def requests_of(prompts: Sequence[str], lengths: Sequence[int]) -> list[Request]:
+def requests_of(prompts: Sequence[Prompt], lengths: Sequence[int]) -> list[Request]:
     """A request per length; prompts are repeated where there are more lengths."""
     return [Request(prompts[i % len(prompts)], length) for i, length in enumerate(lengths)]
 

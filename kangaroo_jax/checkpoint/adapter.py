@@ -336,6 +336,18 @@ def best_step(run: pathlib.Path) -> pathlib.Path | None:
     return max(_steps(run), key=rank, default=None)
 
 
+def training_of(path: str | pathlib.Path) -> dict[str, Any] | None:
+    """How the adapter that `load_adapter` finds in a folder of this format was trained: its settings and held-out
+    figures, JSON values; None where that is not recorded.
+
+    Raises:
+      InputError: as `read_metadata`.
+    """
+    folder = paths.expanded(path).resolve()
+    step = folder if (folder / "adapter").is_dir() else best_step(folder)
+    return read_metadata(folder if step is None else step)["training"]
+
+
 def _steps(run: pathlib.Path) -> list[pathlib.Path]:
     if not run.is_dir():
         return []

@@ -1,8 +1,10 @@
-"""Writes an adapter that the authors' PyTorch code trained as an Orbax checkpoint.
+"""Writes an adapter alone, to keep or to give to others: what the authors' PyTorch code trained as an Orbax checkpoint,
+or the best step of a training run in bfloat16, half as large and without the optimizer's state.
 
-    python -m kangaroo_jax.cli.convert --adapter=FOLDER --target=FOLDER --exit_layer=2 --output=FOLDER
+    python -m kangaroo_jax.cli.convert --adapter=FOLDER --target=FOLDER --exit_layer=2 --output=FOLDER     the authors'
+    python -m kangaroo_jax.cli.convert --adapter=runs/NAME --target=FOLDER --output=FOLDER
 
-The checkpoint records the exit layer and the target, and needs no torch to be read.
+What is written records the exit layer and the target, and needs no torch to be read.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ from absl import flags
 
 from kangaroo_jax.cli import command_line
 
-_ADAPTER = flags.DEFINE_string("adapter", None, "Folder in the authors' format.")
-_TARGET = flags.DEFINE_string("target", None, "Its target: a folder in Hugging Face format, or a hub id.")
-_EXIT_LAYER = flags.DEFINE_integer("exit_layer", None, "Number of shallow layers it was trained for.")
+_ADAPTER = flags.DEFINE_string("adapter", None, "Folder in the authors' format, or of a training run or adapter.")
+_TARGET = flags.DEFINE_string("target", None, "Its target: a folder in Hugging Face format, a GGUF file, or a hub id.")
+_EXIT_LAYER = flags.DEFINE_integer(
+    "exit_layer", None, "Number of shallow layers it was trained for, which the authors' format does not record."
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist.")
 
 
@@ -23,19 +27,30 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _convert() -> None:
-    command_line.require(_ADAPTER, _TARGET, _EXIT_LAYER, _OUTPUT)
+    command_line.require(_ADAPTER, _TARGET, _OUTPUT)
     import jax.numpy as jnp
 
-    from kangaroo_jax import load_target
-    from kangaroo_jax.checkpoint.adapter import check_exit_layer, save_adapter
-    from kangaroo_jax.checkpoint.upstream import load_upstream
+    from kangaroo_jax import InputError, load_target, paths
+    from kangaroo_jax.checkpoint.adapter import check_exit_layer, load_adapter, save_adapter, training_of
+    from kangaroo_jax.checkpoint.upstream import is_upstream, load_upstream
 
-    target = load_target(_TARGET.value, "bfloat16")
-    check_exit_layer(_EXIT_LAYER.value, target.config)
-    # float32 is the authors' own type, so nothing is lost whatever type the target is run in later.
-    adapter = load_upstream(_ADAPTER.value, target, jnp.float32)
-    training = {"converted_from": _ADAPTER.value}
-    save_adapter(_OUTPUT.value, adapter, exit_layer=_EXIT_LAYER.value, target=target, training=training)
+    folder = paths.expanded(_ADAPTER.value)
+    if is_upstream(folder):
+        command_line.require(_EXIT_LAYER)
+        target = load_target(_TARGET.value, "bfloat16")
+        exit_layer, training = _EXIT_LAYER.value, {"converted_from": _ADAPTER.value}
+        check_exit_layer(exit_layer, target.config)
+        # float32 is the authors' own type, so nothing is lost whatever type the target is run in later.
+        model = load_upstream(folder, target, jnp.float32)
+    else:
+        target = load_target(_TARGET.value, "bfloat16")
+        adapter = load_adapter(folder, target)
+        if adapter.other_target is not None:
+            raise InputError(f"--target: the adapter was trained for {adapter.other_target}; give that")
+        if _EXIT_LAYER.value not in (None, adapter.exit_layer):
+            raise InputError(f"--exit_layer: the adapter was trained for {adapter.exit_layer}; leave the flag out")
+        model, exit_layer, training = adapter.model, adapter.exit_layer, training_of(folder)
+    save_adapter(_OUTPUT.value, model, exit_layer=exit_layer, target=target, training=training)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from kangaroo_jax.train.objective import adapter_loss, metrics_by_depth
 
 Parameters = dict[str, Array]  # dotted path -> float32 array
 
-# What memory's norm weights start at. Its products start at zero, and AdamW moves all matrices at one rate: inputs ten
-# times as large make the product grow ten times as fast, without which a short run hardly uses it.
-_MEMORY_NORM = 10.0
+# What memory's norm weights start at. Its products start at zero, and AdamW moves all matrices at one rate: inputs
+# twice as large make the product grow twice as fast.
+_MEMORY_NORM = 2.0
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:

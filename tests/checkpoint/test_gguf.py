@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kangaroo_jax import demo, generate_plain
+from kangaroo_jax import DraftConfig, adapters, demo, generate, generate_plain, load_adapter
 from kangaroo_jax.checkpoint.gguf_source import gguf_source
 from kangaroo_jax.checkpoint.hub import find_checkpoint
 from kangaroo_jax.checkpoint.known_models import model_config
@@ -315,7 +315,7 @@ def test_smollm2_is_found_without_importing_its_package_and_says_what_it_is() ->
 @pytest.mark.long
 @needs_torch
 @needs_smollm2
-def test_greedy_tokens_of_smollm2_equal_those_of_transformers() -> None:
+def test_greedy_tokens_of_smollm2_equal_those_of_transformers_and_of_its_adapter() -> None:
     import torch
     import transformers
 
@@ -336,6 +336,11 @@ def test_greedy_tokens_of_smollm2_equal_those_of_transformers() -> None:
             logits = model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
         assert tokens == logits.argmax(-1).tolist()
         assert len(tokens) == 64 or tokens[-1] in target.eos_token_ids
+    adapter = load_adapter(adapters.find(target), target)
+    drafted = generate(target, adapter, prompts, max_new_tokens=64, draft=DraftConfig(max_draft_len=6, threshold=0.6))
+    assert drafted.tokens == found
+    rounds = [length for lengths in drafted.accept_lengths for length in lengths]
+    assert np.mean(rounds) > 1.6  # 1.72 where it was trained; 1.30 with a tenth of the training
 
 
 _MEASURE = """

@@ -12,12 +12,14 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from kangaroo_jax.checkpoint import upstream
-from kangaroo_jax.checkpoint.adapter import load_adapter, named_leaves
+from kangaroo_jax.checkpoint.adapter import load_adapter, named_leaves, save_adapter, training_of
 from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import adapter_apply
+from kangaroo_jax.model.drafts.memory import MemoryAdapter
 
 torch = pytest.importorskip("torch", reason="the authors' adapters are PyTorch files, which need torch to read")
 import safetensors.torch  # noqa: E402 - needs torch
@@ -108,6 +110,23 @@ def test_command_converts(pair, tmp_path):
         assert np.array_equal(named_leaves(converted.model)[path], x)
 
 
+def test_command_writes_an_adapter_of_our_own_in_bfloat16(pair, tmp_path):
+    target, _ = pair
+    adapter = MemoryAdapter(target.config, rngs=nnx.Rngs(0), mlp_size=8)
+    training = {"steps": 3}
+    save_adapter(tmp_path / "run" / "3", adapter, exit_layer=3, target=target, training=training)
+    done = convert(adapter=tmp_path / "run", target=target.name, output=tmp_path / "written")
+    assert done.returncode == 0, done.stderr
+    assert training_of(tmp_path / "written") == training
+    written = load_adapter(tmp_path / "written", target)
+    assert written.exit_layer == 3
+    for path, x in named_leaves(adapter).items():
+        assert np.array_equal(named_leaves(written.model)[path], x.astype(jnp.bfloat16).astype(jnp.float32)), path
+    done = convert(adapter=tmp_path / "run", target=target.name, exit_layer=2, output=tmp_path / "other")
+    assert done.stderr == "convert: error: --exit_layer: the adapter was trained for 3; leave the flag out\n"
+    assert not (tmp_path / "other").exists()
+
+
 def test_command_names_what_is_wrong(pair, tmp_path):
     target, folder = pair
     done = convert(adapter=folder, target=target.name, exit_layer=8, output=tmp_path / "converted")
@@ -117,9 +136,10 @@ def test_command_names_what_is_wrong(pair, tmp_path):
 
 
 def test_command_names_a_flag_that_is_missing(tmp_path):
-    done = convert(adapter="x", target="y", output=tmp_path / "converted")
+    done = convert(adapter=GOLDEN / "tiny-gqa-adapter", target="y", output=tmp_path / "converted")
     assert done.returncode == 2
-    assert done.stderr == "convert: error: --exit_layer is missing; Number of shallow layers it was trained for.\n"
+    assert done.stderr.startswith("convert: error: --exit_layer is missing; Number of shallow layers")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.fixture

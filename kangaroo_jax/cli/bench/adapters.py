@@ -36,7 +36,11 @@ def main() -> None:
     target = load_target_of(_MODEL.value, _DTYPE.value)
     dtype = str(target.model.dtype)
     adapters = [load_adapter_of(target, path) for path in _ADAPTERS.value or [None]]
-    prompts = shared_flags.encoded_prompts(target, held_out_functions(_PROMPTS.value))
+    prompts = shared_flags.encoded_prompts(
+        target,
+        shared_flags.texts_for(target, lambda: held_out_functions(_PROMPTS.value), _PROMPTS.value),
+        _MAX_NEW_TOKENS.value,
+    )
     print(machine.describe())
     print(f"{len(prompts)} prompts, {_MAX_NEW_TOKENS.value} new tokens, gamma {_MAX_DRAFT_LEN.value}, {dtype}, greedy")
     columns = "".join(f"{f'accept at eta {eta:g}':>20}" for eta in thresholds)

@@ -15,6 +15,7 @@ from kangaroo_jax import compilation_cache
 from kangaroo_jax.bench import machine
 from kangaroo_jax.bench.batch_speed import compare_with_fixed, compare_with_plain, ragged_lengths, requests_of
 from kangaroo_jax.bench.benchmark_prompts import held_out_functions
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.cli.bench import shared_flags
 from kangaroo_jax.cli.models import load_adapter_of, load_target_of
 from kangaroo_jax.errors import InputError
@@ -47,7 +48,7 @@ def main() -> None:
     print(f"{target.name}, {draft}, {dtype}, greedy")
 
     count, length = _PROMPTS.value, _MAX_NEW_TOKENS.value
-    requests = requests_of(held_out_functions(count), [length] * count)
+    requests = requests_of(_prompts(target, count, length), [length] * count)
     print(f"\n{len(requests)} prompts, {length} new tokens each, tokens per second of the complete batch")
     print(f"{'batch':>5}{'Kangaroo':>10}{'plain':>10}{'speed-up':>10}{'accept':>8}{'identical':>12}")
     for row in compare_with_plain(target, adapter, draft, requests, sizes, _RUNS.value):
@@ -59,7 +60,7 @@ def main() -> None:
         )
 
     lengths = ragged_lengths(_REQUESTS.value, _SHORTEST.value, _LONGEST.value)
-    requests = requests_of(held_out_functions(_REQUESTS.value), lengths)
+    requests = requests_of(_prompts(target, _REQUESTS.value, max(lengths)), lengths)
     print(
         f"\n{len(requests)} prompts, answers of {min(lengths)} to {max(lengths)} tokens ({sum(lengths)} together), "
         f"batch {sizes[-1]}, tokens per second"
@@ -70,3 +71,8 @@ def main() -> None:
             f"{row.name:10}{row.tokens / row.refilled_seconds:10.1f}{row.tokens / row.fixed_seconds:10.1f}"
             f"{row.fixed_seconds / row.refilled_seconds:8.2f}{f'{row.identical} of {row.answers}':>12}"
         )
+
+
+def _prompts(target: Target, count: int, max_new_tokens: int) -> list[list[int]]:
+    texts = shared_flags.texts_for(target, lambda: held_out_functions(count), count)
+    return shared_flags.encoded_prompts(target, texts, max_new_tokens)

@@ -16,6 +16,7 @@ import statistics
 from kangaroo_jax import compilation_cache
 from kangaroo_jax.bench import machine
 from kangaroo_jax.bench.benchmark_prompts import held_out_prompts
+from kangaroo_jax.bench.chat_prompts import CHAT_PROMPTS
 from kangaroo_jax.bench.peer_speed import PromptSpeeds, StepSpeed, compare, decoders, plain_step_speeds
 from kangaroo_jax.cli.bench import shared_flags
 from kangaroo_jax.cli.models import load_adapter_of, load_target_of
@@ -40,8 +41,10 @@ def main() -> None:
     target = load_target_of(_MODEL.value, "float32")
     adapter = load_adapter_of(target, _ADAPTER.value)
     draft = _DRAFT.over(adapter.draft)
-    texts = held_out_prompts(_PROMPTS.value)
-    prompts = dict(zip(texts, shared_flags.encoded_prompts(target, list(texts.values())), strict=True))
+    named = {} if shared_flags.is_chat(target) else held_out_prompts(_PROMPTS.value)
+    texts = list(named.values()) or CHAT_PROMPTS[: _PROMPTS.value]
+    ids = shared_flags.encoded_prompts(target, texts, _MAX_NEW_TOKENS.value)
+    prompts = dict(zip(named or [text[:22] for text in texts], ids, strict=True))
     print(machine.describe("torch", "transformers"))
     print(f"{draft}, {_MAX_NEW_TOKENS.value} new tokens, float32, greedy")
     by_name = decoders(target, adapter, draft, _MAX_NEW_TOKENS.value, os.cpu_count() or 1)

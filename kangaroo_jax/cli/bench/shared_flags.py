@@ -6,14 +6,15 @@ A command calls the functions for the flags it has, when its module is imported.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
 
 from kangaroo_jax import DraftConfig
-from kangaroo_jax.bench.benchmark_prompts import prompts_of_file
+from kangaroo_jax.bench.chat_prompts import CHAT_PROMPTS
 from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.engine.prompts import encode_prompts, user_turn
 from kangaroo_jax.errors import InputError
 
 flags.disclaim_key_flags()  # they belong to the command that calls for them, so that its --help shows them
@@ -46,7 +47,7 @@ def define_dtype(
 
 def define_prompt_count(default: int) -> flags.FlagHolder[int]:
     """--prompts as a number."""
-    return flags.DEFINE_integer("prompts", default, "Number of held-out prompts.")
+    return flags.DEFINE_integer("prompts", default, "Number of prompts: held-out code, or questions for a chat model.")
 
 
 def define_prompt_file(default: str) -> flags.FlagHolder[str | None]:
@@ -162,13 +163,20 @@ def numbers(flag: flags.FlagHolder[list[str]]) -> list[float]:
         ) from None
 
 
-def encoded_prompts(target: Target, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, or `InputError` for a target without a tokenizer."""
-    if target.tokenizer is None:
-        raise InputError(f"{target.name}: has no tokenizer; put its tokenizer files beside the weights")
-    return [target.tokenizer.encode(text, verbose=False) for text in texts]
+def encoded_prompts(target: Target, texts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    """Token ids of each text; of a chat model, of a user's turn with it. `InputError` for a target without a tokenizer,
+    or a text that does not fit with its answer."""
+    chat = is_chat(target)
+    prompts = [user_turn(text) if chat else text for text in texts]
+    return encode_prompts(target, prompts, max_new_tokens, None)
 
 
-def texts_of(path: str | None, default: Sequence[str]) -> Sequence[str]:
-    """The prompts of the file that the flag names, else `default`."""
-    return prompts_of_file(path) if path else default
+def texts_for(target: Target, modules: Callable[[], Sequence[str]], count: int | None = None) -> Sequence[str]:
+    """What is measured with where no file of prompts is given, at most `count` of it: questions for a chat model, else
+    library code, which `modules` reads."""
+    return (CHAT_PROMPTS if is_chat(target) else modules())[:count]
+
+
+def is_chat(target: Target) -> bool:
+    """Whether a target's prompts are users' turns."""
+    return target.tokenizer is not None and bool(target.tokenizer.chat_template)

@@ -14,7 +14,7 @@ from absl import flags
 
 from kangaroo_jax import compilation_cache
 from kangaroo_jax.bench import machine
-from kangaroo_jax.bench.benchmark_prompts import held_out_prompts
+from kangaroo_jax.bench.benchmark_prompts import held_out_prompts, prompts_of_file
 from kangaroo_jax.bench.tree_speed import SettingSpeed, compare_settings, settings_to_compare, single_sequence
 from kangaroo_jax.cli.bench import shared_flags
 from kangaroo_jax.cli.bench.printing import TREE_COLUMNS, progress_bar, tree_columns
@@ -35,14 +35,15 @@ def main() -> None:
     shared_flags.check_positive(_MAX_NEW_TOKENS, _MAX_DRAFT_LEN, _RUNS)
     topks, budgets = _TREES.shapes()
     thresholds = shared_flags.numbers(_THRESHOLD)
-    texts = shared_flags.texts_of(_PROMPTS.value, list(held_out_prompts(10).values()))
+    texts = prompts_of_file(_PROMPTS.value) if _PROMPTS.value else None
     compilation_cache.enable()
     target = load_target_of(_MODEL.value, _DTYPE.value)
+    texts = texts or shared_flags.texts_for(target, lambda: list(held_out_prompts(10).values()), 10)
     dtype = str(target.model.dtype)
     adapter = load_adapter_of(target, _ADAPTER.value)
     single = single_sequence(adapter.draft, _MAX_DRAFT_LEN.value)
     settings = settings_to_compare(single, topks, budgets, thresholds)
-    prompts = shared_flags.encoded_prompts(target, texts)
+    prompts = shared_flags.encoded_prompts(target, texts, _MAX_NEW_TOKENS.value)
     count = _MAX_NEW_TOKENS.value
     print(machine.describe())
     print(f"{len(prompts)} prompts, gamma {single.max_draft_len}, {count} new tokens, {dtype}, greedy")

@@ -23,7 +23,7 @@ from absl import flags
 
 from kangaroo_jax import compilation_cache
 from kangaroo_jax.bench import machine, parts
-from kangaroo_jax.bench.benchmark_prompts import held_out_prompts
+from kangaroo_jax.bench.benchmark_prompts import held_out_prompts, prompts_of_file
 from kangaroo_jax.bench.tuning import Effort, Tuning, settings_of_trees, tune
 from kangaroo_jax.checkpoint.adapter import write_draft_settings
 from kangaroo_jax.cli.bench import shared_flags
@@ -36,7 +36,7 @@ _ADAPTER = flags.DEFINE_multi_string(
     [],
     "Folder of an adapter of --model; may be given several times. Default: the one that comes with the package.",
 )
-_PROMPTS = shared_flags.define_prompt_file("held-out library modules")
+_PROMPTS = shared_flags.define_prompt_file("questions for a chat model, else held-out library modules")
 _DTYPE = shared_flags.define_dtype()
 _MAX_NEW_TOKENS = shared_flags.define_max_new_tokens()
 _CONFIRM = flags.DEFINE_integer(
@@ -56,12 +56,13 @@ def main() -> None:
     on_cpu = jax.default_backend() == "cpu"
     topks, budgets = _TREES.shapes(*(((2, 3, 4), (8, 12, 16)) if on_cpu else ((4, 10), (16, 32, 64))))
     # The first ten held-out modules are for the other benchmarks.
-    texts = shared_flags.texts_of(_PROMPTS.value, list(held_out_prompts(100).values())[10:])
+    texts = prompts_of_file(_PROMPTS.value) if _PROMPTS.value else None
     compilation_cache.enable()
     target = load_target_of(_MODEL.value, _DTYPE.value)
+    texts = texts or shared_flags.texts_for(target, lambda: list(held_out_prompts(100).values())[10:])
     dtype = str(target.model.dtype)
     adapters = [load_adapter_of(target, path) for path in _ADAPTER.value or [None]]
-    prompts = shared_flags.encoded_prompts(target, texts)
+    prompts = shared_flags.encoded_prompts(target, texts, _MAX_NEW_TOKENS.value)
     print(machine.describe())
     print(f"{len(prompts)} calibration prompts, {_MAX_NEW_TOKENS.value} new tokens, {dtype}, greedy")
     trees = settings_of_trees(topks, budgets)
