@@ -18,6 +18,7 @@ from kangaroo_jax.model import sharding
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.drafts.kinds import KINDS, abstract_adapter
+from kangaroo_jax.model.layers import RMSNorm
 from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel
 from kangaroo_jax.train.objective import adapter_loss, metrics_by_depth
@@ -73,8 +74,10 @@ def initial_parameters(
       kind: of the draft model. What only `memory` has begins with products of zero, which add nothing, in all cases.
     """
     parts = {"norm": target.norm}
+    ones = RMSNorm(target.config)  # where a layer has no norm before its attention
     for i, layer in enumerate(target.layers[exit_layer : exit_layer + num_layers]):
-        parts |= {f"layers.{i}.input_layernorm": layer.input_layernorm, f"layers.{i}.self_attn": layer.self_attn}
+        norm = getattr(layer, "input_layernorm", ones)
+        parts |= {f"layers.{i}.input_layernorm": norm, f"layers.{i}.self_attn": layer.self_attn}
     # Copies, because the training step donates its parameters and must not donate the target's weights.
     copied = {
         f"{prefix}.{path}": jnp.array(x, jnp.float32, copy=True)
@@ -92,7 +95,7 @@ def initial_parameters(
 
     def drawn(key: Array, path: str, like: Array) -> Array:
         if path.endswith("norm.weight"):
-            return jnp.ones_like(like)
+            return jnp.full_like(like, 1 - target.config.norm_offset)
         return jnp.zeros_like(like) if path.endswith("bias") else 0.02 * jax.random.normal(key, like.shape)
 
     keys = jax.random.split(jax.random.key(seed), len(copied))

@@ -15,7 +15,7 @@ from kangaroo_jax.model.attention.backend import AttentionBackend
 from kangaroo_jax.model.cache import KVCache
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.draft_model import Committed
-from kangaroo_jax.model.layers import Attention, AttentionContext, RMSNorm, apply_layers, attention_context
+from kangaroo_jax.model.layers import Attention, AttentionContext, RMSNorm, added, apply_layers, attention_context
 from kangaroo_jax.model.target import TargetModel, lm_head, logits
 
 
@@ -24,13 +24,14 @@ class AdapterLayer(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         self.input_layernorm = RMSNorm(config, dtype)
-        self.self_attn = Attention(config, rngs=rngs, dtype=dtype)
+        self.self_attn = Attention(config, config.attention_kinds[0], rngs=rngs, dtype=dtype)
+        self.residual_multiplier = config.residual_multiplier
 
     def __call__(
         self, x: Float[Array, "batch time hidden"], context: AttentionContext, keys: Array | None, values: Array | None
     ) -> tuple[Float[Array, "batch time hidden"], Array, Array]:
         mixed, keys, values = self.self_attn(self.input_layernorm(x), context, keys, values)
-        return x + mixed, keys, values
+        return added(self.residual_multiplier, x, mixed), keys, values
 
 
 class DraftVocabulary(nnx.Module):
@@ -59,7 +60,8 @@ class AdapterState:
 class Adapter(nnx.Module):
     """RMSNorm, attention with a residual, RMSNorm. Its output goes through the target's LM head. A `DraftModel`.
 
-    `config` is the target's: hidden size, heads and rotary settings are the same. The paper's has one layer.
+    `config` is the target's: hidden size and heads are the same, and its attention is of the kind of the target's first
+    layer (rotary settings, window). The paper's has one layer.
     """
 
     kind: ClassVar[str] = "kangaroo"
@@ -220,7 +222,7 @@ def adapter_layers_apply(
 ) -> tuple[Float[Array, "batch time hidden"], KVCache | None]:
     """`adapter_apply` without the last norm."""
     with jax.named_scope("adapter"):
-        context = attention_context(adapter.config, positions, cache, mask, hidden.dtype)
+        context = attention_context(adapter.config.attention_kinds[:1], positions, cache, mask, hidden.dtype)
         return apply_layers(adapter.layers, hidden, context, cache)
 
 
@@ -232,4 +234,4 @@ def draft_head(
     if adapter.draft_vocabulary is None:
         return lm_head(target, adapted)
     with jax.named_scope("draft_head"):
-        return logits(adapted, adapter.draft_vocabulary.weight[...])
+        return logits(target.config, adapted, adapter.draft_vocabulary.weight[...])
