@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,10 +17,9 @@ from kangaroo_jax.checkpoint.target import load_target, save_target
 from kangaroo_jax.model.families import all_families
 from tests.checkpoint.forward import assert_same_logits, forward
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed"),
-    pytest.mark.long,
-]
+pytestmark = pytest.mark.long
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+ROOT = pathlib.Path(__file__).parents[2]
 LENGTH = 40
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -139,6 +141,7 @@ def random_settings(model_type: str, seed: int) -> dict[str, Any]:
     return settings | windowed | own[model_type]
 
 
+@needs_torch
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("model_type", [family.model_type for family in all_families()])
 def test_logits_equal_those_of_transformers_both_ways(model_type: str, seed: int, tmp_path: pathlib.Path) -> None:
@@ -163,3 +166,26 @@ def test_logits_equal_those_of_transformers_both_ways(model_type: str, seed: int
     )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     np.testing.assert_allclose(logits_of(read.eval(), tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+_SHARDED = """
+import sys
+import numpy as np
+from kangaroo_jax.checkpoint.target import load_target
+from kangaroo_jax.model.sharding import make_mesh
+from tests.checkpoint.forward import assert_same_logits, forward
+for name in sys.argv[1:]:
+    mesh = make_mesh({"data": 1, "fsdp": 2, "model": 2})
+    model = load_target(f"tests/fixtures/hf_logits/{name}", "float32", mesh).model
+    qkv = model.layers[0].self_attn.qkv_proj[...]
+    assert qkv.addressable_shards[0].data.size * 4 == qkv.size
+    tokens, expected = (np.load(f"tests/fixtures/hf_logits/{name}/{x}.npy") for x in ("tokens", "logits"))
+    assert_same_logits(forward(model, tokens), expected, 1e-4)
+"""
+
+
+def test_weights_split_over_devices_give_the_logits_of_transformers() -> None:
+    """Fused tensors are read in parts; the norm of all queries is over heads on two devices."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    names = ["gemma2", "gemma3", "granite", "olmo2", "phi3", "qwen3", "smollm3"]
+    subprocess.run([sys.executable, "-c", _SHARDED, *names], cwd=ROOT, env=environment, check=True)
