@@ -19,6 +19,7 @@ import safetensors.numpy
 import transformers
 from flax import nnx
 
+from kangaroo_jax.checkpoint.known_models import SHAPES
 from kangaroo_jax.checkpoint.target import load_target, save_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import families, sharding
@@ -355,6 +356,16 @@ def test_every_parameter_of_every_family_has_a_partition() -> None:
             assert len(sharding.partition(path, x.shape, mesh)) <= len(x.shape)
         split = [path for path, x in paths.items() if any(sharding.partition(path, x.shape, mesh))]
         assert len(split) >= 4 * config.num_hidden_layers  # of each layer, all matrices
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [("qwen3_8b", 8_190_735_360), ("qwen3_4b", 4_022_468_096), ("mistral_7b", 7_248_023_552)],
+)
+def test_known_shapes_have_as_many_parameters_as_the_hub_says(shape: str, parameters: int) -> None:
+    model = nnx.eval_shape(lambda: TargetModel(SHAPES[shape], rngs=nnx.Rngs(0)))
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(model)) == parameters
 
 
 TOY = '''"""Toy: attention and MLP side by side, from one norm, each channel gated."""
