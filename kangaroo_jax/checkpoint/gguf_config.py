@@ -14,7 +14,7 @@ from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.families import read_config
 
 # general.architecture -> model_type. llama.cpp converts Mistral to "llama" too: one layer computes both.
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2"}
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 # Metadata by which llama.cpp computes something else, where it is there and not 0.
 _NOT_COMPUTED = ("expert_count", "attention.sliding_window", "attention.scale", "attention.clamp_kqv", "logit_scale")
@@ -107,6 +107,10 @@ def _rope_scaling(file: GGUFFile, get: Callable[..., Any], head_dim: int, theta:
                 f"{list(factors.shape)} in {factors.kind.name}"
             )
         return _llama3(file, file.read_rows(ROPE_FACTORS, 0, 1)[0], theta)
+    if kind not in (None, "none", "linear"):
+        raise InputError(
+            f"{file.path}: rope type {kind!r} is not supported in a GGUF file; supported: none, linear, and Llama 3.1's"
+        )
     if kind is None and factor not in (None, 0.0, 1.0):
         kind = "linear"
     if kind in (None, "none") or (kind == "linear" and factor in (None, 0.0, 1.0)):

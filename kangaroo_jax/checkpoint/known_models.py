@@ -18,7 +18,19 @@ from kangaroo_jax.model.families import read_config
 _LLAMA2 = functools.partial(
     ModelConfig, model_type="llama", vocab_size=32000, head_dim=128, max_position_embeddings=4096, rms_norm_eps=1e-5
 )
-# From the config.json of Llama-2-7b, Llama-2-13b, Meta-Llama-3-8B and Llama-3.2-1B; Vicuna's are Llama's.
+_QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+}
+# From the config.json of Llama-2-7b, Llama-2-13b, Meta-Llama-3-8B, Llama-3.2-1B, Qwen3-8B, Qwen3-4B, Mistral-7B-v0.3
+# and, its text_config alone, gemma-3-12b-it; Vicuna's are Llama's.
 SHAPES = {
     "llama7b": _LLAMA2(
         hidden_size=4096,
@@ -62,6 +74,37 @@ SHAPES = {
         rope_scaling=RopeScaling("llama3", factor=32.0),
         tie_word_embeddings=True,
     ),
+    "qwen3_8b": read_config(_QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288}),
+    "qwen3_4b": read_config(_QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True}),
+    "mistral_7b": read_config(
+        {
+            "model_type": "mistral",
+            "vocab_size": 32768,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "sliding_window": None,
+        }
+    ),
+    "gemma3_12b": read_config(
+        {
+            "model_type": "gemma3_text",
+            "vocab_size": 262208,
+            "hidden_size": 3840,
+            "intermediate_size": 15360,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "sliding_window": 1024,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        }
+    ),
 }
 
 # Hub ids whose config.json gives these shapes.
@@ -76,6 +119,10 @@ _KNOWN = {
     "meta-llama/Llama-2-13b-chat-hf": "llama13b",
     "meta-llama/Meta-Llama-3-8B": "llama3_8b",
     "meta-llama/Meta-Llama-3-8B-Instruct": "llama3_8b",
+    "Qwen/Qwen3-8B": "qwen3_8b",
+    "Qwen/Qwen3-4B": "qwen3_4b",
+    "mistralai/Mistral-7B-v0.3": "mistral_7b",
+    "mistralai/Mistral-7B-Instruct-v0.3": "mistral_7b",
 }
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from kangaroo_jax.checkpoint import fingerprint
 from kangaroo_jax.checkpoint.folder_source import folder_source
+from kangaroo_jax.checkpoint.fused import join_fused, split_fused
 from kangaroo_jax.checkpoint.gguf_source import gguf_source
 from kangaroo_jax.checkpoint.hub import find_checkpoint
 from kangaroo_jax.checkpoint.mapping import check_tensors, fill_module, parameter_rule
@@ -100,13 +101,20 @@ def load_target(
     path = find_checkpoint(name)
     source = folder_source(path) if path.is_dir() else gguf_source(path)
     config, weights = source.config, source.weights
-    tensor_name = family_of(config).tensor_name
+    family = family_of(config)
+    tensor_name = family.tensor_name
     layers, tensors = config.num_hidden_layers, len(weights.found)
     if layers > tensors:  # building so many would take long, for the same message
         raise InputError(
             f"{name}: num_hidden_layers is {layers}, but its weights are {tensors} tensors; fetch the checkpoint again"
         )
     abstract = nnx.eval_shape(lambda: TargetModel(config, rngs=nnx.Rngs(0), dtype=dtype, compute_dtype=compute_dtype))
+    rules = [
+        parameter_rule(path, leaf.shape)
+        for path, leaf in zip(parameter_paths(abstract), jax.tree.leaves(abstract), strict=True)
+    ]
+    expected = {tensor_name(part): shape for rule in rules for part, shape in zip(rule.names, rule.shapes, strict=True)}
+    weights = split_fused(weights, family.fused, expected)
     check_tensors(abstract, weights.found, weights.files, tensor_name)
     bytes_read = 0
 
@@ -117,8 +125,8 @@ def load_target(
         return tensor
 
     samples = {}
-    for place, leaf in zip(parameter_paths(abstract), jax.tree.leaves(abstract), strict=True):
-        for name_here in parameter_rule(place, leaf.shape).names:
+    for rule in rules:
+        for name_here in rule.names:
             full = tensor_name(name_here)
             rows = read(full, (fingerprint.sample_index(weights.found[full][0]),))
             samples[name_here] = fingerprint.sample(rows)
@@ -157,6 +165,7 @@ def save_target(model: TargetModel, folder: str | pathlib.Path, dtype: jnp.dtype
         rule = parameter_rule(path, leaf.shape)
         for name, part in zip(rule.names, rule.split(np.asarray(leaf)), strict=True):
             tensors[family.tensor_name(name)] = np.ascontiguousarray(part.astype(dtype))
+    tensors = join_fused(tensors, family.fused)
     temporary = folder / "model.safetensors.tmp"
     safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(folder / "model.safetensors")

@@ -116,6 +116,18 @@ def causal_mask(start: Int[Array, " batch"], time: int, capacity: int) -> Bool[A
     return jnp.arange(capacity) <= positions[:, :, None]
 
 
+def within_window(mask: Bool[Array, "batch time places"], window: int) -> Bool[Array, "batch time places"]:
+    """Of what each query sees, the last `window` positions.
+
+    A place is not a position: several tokens of a tree have one. But what a query sees is a path of tokens, one at each
+    position up to its own, in this order. So the positions are counted along the path.
+    """
+    if mask.shape[-1] <= window:
+        return mask
+    count = jnp.cumsum(mask, axis=-1, dtype=jnp.int32)
+    return mask & (count > count[:, :, -1:] - window)
+
+
 def draft_mask(
     start: Int[Array, " batch"], visible: Bool[Array, "batch time drafts"], capacity: int
 ) -> Bool[Array, "batch time capacity"]:

@@ -1,10 +1,14 @@
-"""The parts of a Llama decoder layer, as NNX modules that hold weights and functions of arrays.
+"""The parts of decoder layers, as NNX modules that hold weights and functions of arrays.
 
 Mirrors transformers' models/llama/modeling_llama.py, in its order of casts: norms, softmax and rotary angles in
-float32, matrix products in the weights' dtype. Projections that read the same input are one matrix.
+float32, matrix products in the weights' dtype. Projections that read the same input are one matrix. What other families
+compute otherwise, `ModelConfig` says; no part knows of families.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
 
 import flax.struct
 import jax
@@ -15,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kangaroo_jax.model import cache as kv_cache
 from kangaroo_jax.model.attention.backend import AttentionBackend
 from kangaroo_jax.model.attention.uncached import attend
-from kangaroo_jax.model.config import ModelConfig
+from kangaroo_jax.model.config import AttentionKind, ModelConfig, Rotary
 from kangaroo_jax.model.ops import dot
 from kangaroo_jax.model.rotary import rotary_angles
 
@@ -26,45 +30,64 @@ INIT = nnx.initializers.normal(0.02)
 class AttentionContext:
     """What all layers of one forward pass share: computed once, from positions and the cache's lengths."""
 
-    cos: Float[Array, "batch time head_dim"]
-    sin: Float[Array, "batch time head_dim"]
-    mask: Bool[Array, "batch time keys"]  # True where a query may look
+    rotaries: tuple[Rotary, ...] = flax.struct.field(pytree_node=False)  # that any of the layers has
+    angles: tuple[tuple[Float[Array, "batch time turned"], Float[Array, "batch time turned"]], ...]  # of each, cos, sin
+    windows: tuple[int | None, ...] = flax.struct.field(pytree_node=False)  # likewise
+    masks: tuple[Bool[Array, "batch time keys"], ...]  # of each, True where a query may look
     start: Int[Array, " batch"] | None  # position of the first new entry in the cache; None without a cache
     backend: AttentionBackend | None = flax.struct.field(pytree_node=False)  # None without a cache
     in_prompt: Bool[Array, "batch time"] | None = None  # as the cache's `prompt_end` says
 
+    def mask(self, kind: AttentionKind) -> Bool[Array, "batch time keys"]:
+        return self.masks[self.windows.index(kind.window)]
+
+    def turn(self, x: Float[Array, "batch time heads head_dim"], kind: AttentionKind) -> Array:
+        """`x` turned by its positions."""
+        if kind.rotary is None:
+            return x
+        cos, sin = self.angles[self.rotaries.index(kind.rotary)]
+        still = x[..., cos.shape[-1] :]
+        x = x[..., : cos.shape[-1]]
+        first, second = jnp.split(x, 2, axis=-1)
+        turned = x * cos[:, :, None, :] + jnp.concatenate([-second, first], axis=-1) * sin[:, :, None, :]
+        return turned if still.shape[-1] == 0 else jnp.concatenate([turned, still], axis=-1)
+
 
 class RMSNorm(nnx.Module):
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype = jnp.float32):
-        self.weight = nnx.Param(jnp.ones((config.hidden_size,), dtype))
+    """Of hidden states, or of `size` values."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype = jnp.float32, size: int | None = None):
+        self.offset, self.in_float32 = config.norm_offset, config.norm_in_float32
+        self.weight = nnx.Param(jnp.full((size or config.hidden_size,), 1 - self.offset, dtype))
         self.eps = config.rms_norm_eps
 
     def __call__(self, x: Float[Array, "... hidden"]) -> Float[Array, "... hidden"]:
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        if self.in_float32:
+            return ((self.offset + self.weight[...].astype(jnp.float32)) * x32).astype(x.dtype)
         return self.weight[...].astype(x.dtype) * x32.astype(x.dtype)
 
 
-def _rotate(x: Float[Array, "batch time heads head_dim"], context: AttentionContext) -> Array:
-    first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return x * context.cos[:, :, None, :] + turned * context.sin[:, :, None, :]
-
-
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions.
+    """Grouped-query attention with rotary positions, of one kind.
 
     `qkv_proj` is [hidden, kv_heads, q_per_kv + 2, head_dim]: each key/value head's queries, key and value side by
     side, so one partition of the second axis shards it for any grouping.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: ModelConfig, kind: AttentionKind, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.kind, self.scale, self.soft_cap = kind, config.attention_scale, config.attention_soft_cap
         kv_heads, groups, head_dim = config.num_key_value_heads, config.queries_per_kv, config.head_dim
         shape = (config.hidden_size, kv_heads, groups + 2, head_dim)
         self.qkv_proj = nnx.Param(INIT(rngs.params(), shape, dtype))
         self.qkv_bias = nnx.Param(jnp.zeros(shape[1:], dtype)) if config.qkv_bias else None
         self.o_proj = nnx.Param(INIT(rngs.params(), (kv_heads * groups * head_dim, config.hidden_size), dtype))
         self.o_bias = nnx.Param(jnp.zeros((config.hidden_size,), dtype)) if config.o_bias else None
+        self.norms_heads = config.query_key_norm == "head"
+        sizes = (head_dim,) * 2 if self.norms_heads else (kv_heads * groups * head_dim, kv_heads * head_dim)
+        has_norms = config.query_key_norm is not None
+        self.q_norm, self.k_norm = (RMSNorm(config, dtype, size) if has_norms else None for size in sizes)
 
     def __call__(
         self,
@@ -83,28 +106,40 @@ class Attention(nnx.Module):
         qkv = qkv.reshape(batch, time, kv_heads, rows, head_dim)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...].astype(x.dtype)
-        turned = _rotate(qkv[..., :-1, :].reshape(batch, time, -1, head_dim), context)
+        turned = qkv[..., :-1, :]
+        if self.q_norm is not None:
+            parts = self._normed(self.q_norm, turned[..., :-1, :]), self._normed(self.k_norm, turned[..., -1:, :])
+            turned = jnp.concatenate(parts, axis=-2)
+        turned = context.turn(turned.reshape(batch, time, -1, head_dim), self.kind)
         turned = turned.reshape(batch, time, kv_heads, rows - 1, head_dim)
         query, new_keys, new_values = turned[..., :-1, :], turned[..., -1, :], qkv[..., -1, :]
+        mask, how = context.mask(self.kind), {"scale": self.scale, "soft_cap": self.soft_cap}
         if keys is None:
-            return self._project(attend(query, new_keys, new_values, context.mask)), new_keys, new_values
+            return self._project(attend(query, new_keys, new_values, mask, **how)), new_keys, new_values
         # See `KVCache`. A position whose value is not a number still gets what it would get with it: NaN.
         is_number = jnp.isfinite(new_values)
         cached = is_number if context.in_prompt is None else is_number | context.in_prompt[:, :, None, None]
         keys, values = context.backend.write(keys, values, new_keys, jnp.where(cached, new_values, 0), context.start)
-        mixed = context.backend.attend(query, keys, values, context.mask)
+        mixed = context.backend.attend(query, keys, values, mask, **how)
         return self._project(jnp.where(is_number[:, :, :, None], mixed, jnp.nan)), keys, values
+
+    def _normed(self, norm: RMSNorm, x: Float[Array, "batch time kv_heads rows head_dim"]) -> Array:
+        return norm(x) if self.norms_heads else norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
     def _project(self, mixed: Float[Array, "batch time kv_heads groups head_dim"]) -> Float[Array, "batch time hidden"]:
         out = dot("...k,kn->...n", mixed.reshape(*mixed.shape[:2], -1), self.o_proj[...])
         return out if self.o_bias is None else out + self.o_bias[...].astype(out.dtype)
 
 
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
 class MLP(nnx.Module):
-    """SwiGLU; `gate_up_proj` is [hidden, 2, intermediate]."""
+    """A gated MLP (SwiGLU, GeGLU); `gate_up_proj` is [hidden, 2, intermediate]."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         hidden, width = config.hidden_size, config.intermediate_size
+        self.activation = config.activation
         self.gate_up_proj = nnx.Param(INIT(rngs.params(), (hidden, 2, width), dtype))
         self.gate_up_bias = nnx.Param(jnp.zeros((2, width), dtype)) if config.mlp_bias else None
         self.down_proj = nnx.Param(INIT(rngs.params(), (width, hidden), dtype))
@@ -115,14 +150,25 @@ class MLP(nnx.Module):
         both = dot("...h,hgi->...gi", x, self.gate_up_proj[...])
         if self.gate_up_bias is not None:
             both = both + self.gate_up_bias[...].astype(x.dtype)
-        out = dot("...k,kn->...n", jax.nn.silu(both[..., 0, :]) * both[..., 1, :], self.down_proj[...])
+        gated = _ACTIVATIONS[self.activation](both[..., 0, :]) * both[..., 1, :]
+        out = dot("...k,kn->...n", gated, self.down_proj[...])
         return out if self.down_bias is None else out + self.down_bias[...].astype(out.dtype)
 
 
+def added(
+    multiplier: float, x: Float[Array, "batch time hidden"], more: Float[Array, "batch time hidden"]
+) -> Float[Array, "batch time hidden"]:
+    """`more` added to the residual stream, multiplied first."""
+    return x + more if multiplier == 1 else x + more * multiplier
+
+
 class DecoderLayer(nnx.Module):
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    """A norm before attention and one before the MLP. `index` says which of the model's layers it is."""
+
+    def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.residual_multiplier = config.residual_multiplier
         self.input_layernorm = RMSNorm(config, dtype)
-        self.self_attn = Attention(config, rngs=rngs, dtype=dtype)
+        self.self_attn = Attention(config, config.attention_kinds[index], rngs=rngs, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(config, dtype)
         self.mlp = MLP(config, rngs=rngs, dtype=dtype)
 
@@ -130,24 +176,25 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "batch time hidden"], context: AttentionContext, keys: Array | None, values: Array | None
     ) -> tuple[Float[Array, "batch time hidden"], Array, Array]:
         mixed, keys, values = self.self_attn(self.input_layernorm(x), context, keys, values)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), keys, values
+        x = added(self.residual_multiplier, x, mixed)
+        return added(self.residual_multiplier, x, self.mlp(self.post_attention_layernorm(x))), keys, values
 
 
 def attention_context(
-    config: ModelConfig,
+    kinds: Sequence[AttentionKind],
     positions: Int[Array, "batch time"],
     cache: kv_cache.KVCache | None,
     mask: Bool[Array, "batch time keys"] | None,
     dtype: jnp.dtype,
 ) -> AttentionContext:
-    """The shared part of a forward pass. `mask` replaces the causal one (over the cache's positions, or over the
-    new ones without a cache)."""
+    """The shared part of a forward pass through layers with attention of these kinds. `mask` replaces the causal one
+    (over the cache's positions, or over the new ones without a cache)."""
     batch, time = positions.shape
-    cos, sin = rotary_angles(config, positions, dtype)
-    if cache is not None:
+    rotaries = tuple(dict.fromkeys(kind.rotary for kind in kinds if kind.rotary is not None))
+    angles = tuple(rotary_angles(rotary, positions, dtype) for rotary in rotaries)
+    if cache is not None and angles:
         # Kept out of the layers' fusions, where XLA would compute the cosines again in each.
-        cos, sin = jax.lax.optimization_barrier((cos, sin))
+        angles = jax.lax.optimization_barrier(angles)
     start = None if cache is None else cache.length
     in_prompt = None
     if cache is not None and cache.prompt_end is not None:
@@ -156,7 +203,10 @@ def attention_context(
     if mask is None:
         first = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
         mask = kv_cache.causal_mask(first, time, time if cache is None else cache.capacity)
-    return AttentionContext(cos, sin, mask, start, None if cache is None else cache.backend, in_prompt)
+    windows = tuple(dict.fromkeys(kind.window for kind in kinds))
+    masks = tuple(mask if window is None else kv_cache.within_window(mask, window) for window in windows)
+    backend = None if cache is None else cache.backend
+    return AttentionContext(rotaries, angles, windows, masks, start, backend, in_prompt)
 
 
 def apply_layers(

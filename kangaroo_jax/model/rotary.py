@@ -2,28 +2,64 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kangaroo_jax.model.config import ModelConfig
+from kangaroo_jax.model.config import RopeScaling, Rotary
 
 
 def rotary_angles(
-    config: ModelConfig, positions: Int[Array, ...], dtype: jnp.dtype
-) -> tuple[Float[Array, "... head_dim"], Float[Array, "... head_dim"]]:
-    """Cosine and sine of the rotary angles (transformers' modeling_rope_utils.py: default, linear, llama3)."""
-    inv_freq = 1.0 / config.rope_theta ** (jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        inv_freq = inv_freq / scaling.factor
-    elif scaling is not None:
-        # Wavelengths short against the original context are kept, long ones divided, those between interpolated.
-        wavelengths_in_context = scaling.original_max_position_embeddings * inv_freq / (2 * jnp.pi)
-        smooth = (wavelengths_in_context - scaling.low_freq_factor) / (
-            scaling.high_freq_factor - scaling.low_freq_factor
-        )
-        smooth = jnp.clip(smooth, 0.0, 1.0)
-        inv_freq = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
-    angles = positions[..., None].astype(jnp.float32) * inv_freq
+    rotary: Rotary, positions: Int[Array, ...], dtype: jnp.dtype
+) -> tuple[Float[Array, "... turned"], Float[Array, "... turned"]]:
+    """Cosine and sine of the rotary angles, of the dimensions that are turned (transformers' modeling_rope_utils.py).
+    Of "dynamic" and "longrope", for texts within `ModelConfig.context`."""
+    frequencies = 1.0 / rotary.theta ** (jnp.arange(0, rotary.dim, 2, dtype=jnp.float32) / rotary.dim)
+    scaling, factor = rotary.scaling, 1.0
+    if scaling is not None:
+        frequencies, factor = _SCALED[scaling.kind](frequencies, rotary, scaling), scaling.attention_factor
+    angles = positions[..., None].astype(jnp.float32) * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if factor != 1.0:
+        cos, sin = cos * factor, sin * factor
+    return cos.astype(dtype), sin.astype(dtype)
+
+
+def _linear(frequencies: Array, rotary: Rotary, scaling: RopeScaling) -> Array:
+    return frequencies / scaling.factor
+
+
+def _dynamic(frequencies: Array, rotary: Rotary, scaling: RopeScaling) -> Array:
+    return frequencies
+
+
+def _llama3(frequencies: Array, rotary: Rotary, scaling: RopeScaling) -> Array:
+    # Wavelengths short against the original context are kept, long ones divided, those between interpolated.
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = jnp.clip(kept, 0.0, 1.0)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+
+
+def _yarn(frequencies: Array, rotary: Rotary, scaling: RopeScaling) -> Array:
+    # The same over the index of a frequency, between those that turn beta_fast and beta_slow times (arXiv 2309.00071).
+    def index(turns: float) -> float:
+        length = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
+        return rotary.dim * math.log(length) / (2 * math.log(rotary.theta))
+
+    first, last = index(scaling.beta_fast), index(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotary.dim - 1)
+    divided = (jnp.arange(rotary.dim // 2, dtype=jnp.float32) - first) / (last - first or 0.001)
+    divided = jnp.clip(divided, 0.0, 1.0)
+    return divided * frequencies / scaling.factor + (1 - divided) * frequencies
+
+
+def _longrope(frequencies: Array, rotary: Rotary, scaling: RopeScaling) -> Array:
+    return frequencies / jnp.asarray(scaling.short_factor, jnp.float32)
+
+
+_SCALED = {"linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}

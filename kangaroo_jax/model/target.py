@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from kangaroo_jax.model.attention.scores import capped
 from kangaroo_jax.model.cache import KVCache
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.families import family_of
@@ -15,7 +16,7 @@ from kangaroo_jax.model.ops import dot, rows
 
 
 class TargetModel(nnx.Module):
-    """A Llama-family decoder (transformers' LlamaForCausalLM). Weights and static shape only."""
+    """A decoder of any family (transformers' LlamaForCausalLM and others). Weights and static shape only."""
 
     def __init__(
         self,
@@ -29,7 +30,7 @@ class TargetModel(nnx.Module):
         self._compute_dtype = None if compute_dtype is None else jnp.dtype(compute_dtype)
         self.embed_tokens = nnx.Param(INIT(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
         layer = family_of(config).decoder_layer
-        self.layers = nnx.List([layer(config, rngs=rngs, dtype=dtype) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List([layer(config, i, rngs=rngs, dtype=dtype) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config, dtype)
         # [vocab, hidden] like the embedding, so that tied and untied heads are one code path.
         self.lm_head = (
@@ -80,7 +81,10 @@ def shallow_apply(
     """
     with jax.named_scope("shallow"):
         hidden = rows(target.embed_tokens[...], tokens, target.compute_dtype)
-        context = attention_context(target.config, positions, cache, mask, hidden.dtype)
+        if target.config.embedding_multiplier != 1:
+            hidden = hidden * jnp.asarray(target.config.embedding_multiplier, hidden.dtype)
+        kinds = target.config.attention_kinds[:exit_layer]
+        context = attention_context(kinds, positions, cache, mask, hidden.dtype)
         return apply_layers(target.layers[:exit_layer], hidden, context, cache)
 
 
@@ -98,7 +102,8 @@ def deep_apply(
     Arguments as for `shallow_apply`. Returns the normed hidden state that `lm_head` takes, and the cache.
     """
     with jax.named_scope("deep"):
-        context = attention_context(target.config, positions, cache, mask, hidden.dtype)
+        kinds = target.config.attention_kinds[exit_layer:]
+        context = attention_context(kinds, positions, cache, mask, hidden.dtype)
         hidden, cache = apply_layers(target.layers[exit_layer:], hidden, context, cache)
         return target.norm(hidden), cache
 
@@ -107,10 +112,15 @@ def lm_head(target: TargetModel, hidden: Float[Array, "... hidden"]) -> Float[Ar
     """float32 logits of normed hidden states (the target's, or the adapter's)."""
     with jax.named_scope("head"):
         weight = target.embed_tokens if target.lm_head is None else target.lm_head
-        return logits(hidden, weight[...])
+        return logits(target.config, hidden, weight[...])
 
 
-def logits(hidden: Float[Array, "... hidden"], weight: Float[Array, "vocab hidden"]) -> Float[Array, "... vocab"]:
-    """float32 logits, by a head's rows. Accumulated in float32 and not rounded: in bfloat16, logits near 20 are 0.125
-    apart, and ties would decide."""
-    return dot("...d,vd->...v", hidden, weight, accumulate=jnp.float32)
+def logits(
+    config: ModelConfig, hidden: Float[Array, "... hidden"], weight: Float[Array, "vocab hidden"]
+) -> Float[Array, "... vocab"]:
+    """float32 logits of a target with `config`, by a head's rows. Accumulated in float32 and not rounded: in bfloat16,
+    logits near 20 are 0.125 apart, and ties would decide."""
+    found = dot("...d,vd->...v", hidden, weight, accumulate=jnp.float32)
+    if config.logits_divisor != 1:
+        found = found / config.logits_divisor
+    return capped(found, config.logits_soft_cap)

@@ -63,7 +63,8 @@ def chunk_sums(
     if vocabulary is None:
         head, token_ids = functools.partial(lm_head, target), None
     else:
-        head, token_ids = functools.partial(logits, weight=vocabulary.weight[...]), vocabulary.token_ids[...]
+        head = functools.partial(logits, target.config, weight=vocabulary.weight[...])
+        token_ids = vocabulary.token_ids[...]
         p = p[..., token_ids]
     draft_logits, pull_back = jax.vjp(head, draft)
 

@@ -17,6 +17,7 @@ from kangaroo_jax.config import AdapterConfig, TrainConfig
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kinds import KINDS, abstract_adapter
+from kangaroo_jax.model.layers import RMSNorm
 from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel
 from kangaroo_jax.train.objective import adapter_loss, metrics_by_depth
@@ -71,8 +72,10 @@ def initial_parameters(
         add nothing at first, in all cases: their last products are zero.
     """
     parts = {"norm": target.norm}
+    ones = RMSNorm(target.config)  # where a layer has no norm before its attention
     for i, layer in enumerate(target.layers[exit_layer : exit_layer + adapter.num_layers]):
-        parts |= {f"layers.{i}.input_layernorm": layer.input_layernorm, f"layers.{i}.self_attn": layer.self_attn}
+        norm = getattr(layer, "input_layernorm", ones)
+        parts |= {f"layers.{i}.input_layernorm": norm, f"layers.{i}.self_attn": layer.self_attn}
     # Copies, because the training step donates its parameters and must not donate the target's weights.
     copied = {
         f"{prefix}.{path}": jnp.array(x, jnp.float32, copy=True)
@@ -82,7 +85,7 @@ def initial_parameters(
     shapes = adapter_checkpoint.named_leaves(abstract_adapter(target.config, jnp.float32, adapter))
     own_keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), len(shapes))
     own = {
-        path: _start(key, path, like)
+        path: _start(key, path, like, target.config.norm_offset)
         for key, (path, like) in zip(own_keys, shapes.items(), strict=True)
         if path not in copied
     }
@@ -90,27 +93,30 @@ def initial_parameters(
         return copied | own
 
     keys = jax.random.split(jax.random.key(seed), len(copied))
-    random = {path: _drawn(key, path, like) for key, (path, like) in zip(keys, copied.items(), strict=True)}
+    random = {
+        path: _drawn(key, path, like, target.config.norm_offset)
+        for key, (path, like) in zip(keys, copied.items(), strict=True)
+    }
     if initialization == "zero_output":
         outputs = [path for path in random if path.endswith("o_proj")]
         random |= {path: jnp.zeros_like(copied[path]) for path in outputs} | {"norm.weight": copied["norm.weight"]}
     return random | own
 
 
-def _drawn(key: Array, path: str, like: jax.ShapeDtypeStruct | Array) -> Array:
-    """A parameter with a random start."""
+def _drawn(key: Array, path: str, like: jax.ShapeDtypeStruct | Array, norm_offset: float) -> Array:
+    """A parameter with a random start. `norm_offset`: what norms add to their weights."""
     if path.endswith("norm.weight"):
-        return jnp.ones(like.shape, jnp.float32)
+        return jnp.full(like.shape, 1 - norm_offset, jnp.float32)
     return jnp.zeros(like.shape) if path.endswith("bias") else 0.02 * jax.random.normal(key, like.shape)
 
 
-def _start(key: Array, path: str, like: jax.ShapeDtypeStruct) -> Array:
+def _start(key: Array, path: str, like: jax.ShapeDtypeStruct, norm_offset: float) -> Array:
     """A parameter that no layer of the target has the like of."""
     if path == "memory.norm.weight":
-        return jnp.full(like.shape, _MEMORY_NORM)
+        return jnp.full(like.shape, _MEMORY_NORM - norm_offset)
     if path in ("memory.memory_proj", "mlp.mlp.down_proj"):
         return jnp.zeros(like.shape)
-    return _drawn(key, path, like)
+    return _drawn(key, path, like, norm_offset)
 
 
 def loss_of_step(config: TrainConfig, step: int) -> str:

@@ -61,6 +61,7 @@ def tensors(
     *,
     tied: bool = False,
     qkv_bias: bool = False,
+    head_norms: bool = False,
 ) -> dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]]:
     """A model's tensors by llama.cpp's names; matrices in the type, the rest in float32."""
     hidden, width = shape["hidden_size"], shape["intermediate_size"]
@@ -82,6 +83,8 @@ def tensors(
         }
         matrices |= {f"blk.{i}.{name}": size for name, size in of_layer.items()}
         vectors |= {f"blk.{i}.{name}_norm.weight": (1.0, hidden) for name in ("attn", "ffn")}
+        if head_norms:
+            vectors |= {f"blk.{i}.attn_{x}_norm.weight": (1.0, shape["head_dim"]) for x in "qk"}
         if qkv_bias:
             sizes = (queries, keys, keys)
             vectors |= {f"blk.{i}.attn_{x}.bias": (0.0, size) for x, size in zip("qkv", sizes, strict=True)}

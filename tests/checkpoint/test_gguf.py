@@ -60,10 +60,14 @@ def test_logits_of_every_quantisation_equal_those_of_transformers(kind, tmp_path
 
 @needs_torch
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("architecture", "bias"), [("llama", False), ("qwen2", True)])
+@pytest.mark.parametrize(("architecture", "bias"), [("llama", False), ("qwen2", True), ("qwen3", False)])
 def test_logits_of_every_architecture_equal_those_of_transformers(architecture, bias, tied, tmp_path) -> None:
-    weights = tensors(np.random.default_rng(0), TYPE.F32, tied=tied, qkv_bias=bias)
-    path = write(tmp_path / "model.gguf", metadata(architecture), weights, architecture)
+    rng = np.random.default_rng(0)
+    has_norms = architecture == "qwen3"
+    shape = SHAPE | ({"head_dim": 128} if has_norms else {})  # transformers reads no other from a file of Qwen3
+    weights = tensors(rng, TYPE.F32, shape, tied=tied, qkv_bias=bias, head_norms=has_norms)
+    entries = metadata(architecture) | {f"{architecture}.attention.key_length": shape["head_dim"]}
+    path = write(tmp_path / "model.gguf", entries, weights, architecture)
     target = load_target(path, "float32")
     assert target.config.model_type == architecture
     assert target.config.tie_word_embeddings is tied
@@ -194,7 +198,7 @@ def test_metadata_that_are_wrong_are_named(entries, words, weights, tmp_path: pa
 
 def test_an_unknown_architecture_is_named(weights, tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "model.gguf", metadata("gemma2"), weights, "gemma2")
-    refused(path, str(path), "architecture 'gemma2' is not supported; supported: llama, qwen2")
+    refused(path, str(path), "architecture 'gemma2' is not supported; supported: llama, qwen2, qwen3 (")
 
 
 @pytest.mark.parametrize("kind", [TYPE.Q8_K, TYPE.I32])

@@ -66,7 +66,7 @@ def test_scores_of_all_queries_never_exist_at_once():
 def test_a_value_that_overflows_is_noticed_where_it_may_matter(backend, prompt_end):
     """Position 3's value is infinite in float16, its input is not. It is NaN itself, and in a prompt so are those after
     it; others, which may be other drafts, are as if it were not there."""
-    attention = Attention(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float16)
+    attention = Attention(CONFIG, CONFIG.attention_kinds[0], rngs=nnx.Rngs(0), dtype=jnp.float16)
     attention.qkv_proj[...] = attention.qkv_proj[...].at[:, :, -1].multiply(100)
     x = np.random.default_rng(0).normal(size=(1, 6, CONFIG.hidden_size)).astype(np.float16)
     x[:, 3] *= 10_000
@@ -75,7 +75,7 @@ def test_a_value_that_overflows_is_noticed_where_it_may_matter(backend, prompt_e
         cache = KVCache.empty(CONFIG, 1, 1, 8, jnp.float16, backend)
         if prompt_end is not None:
             cache = cache.replace(prompt_end=jnp.asarray([prompt_end]))
-        context = attention_context(CONFIG, jnp.arange(6)[None], cache, None, jnp.float16)
+        context = attention_context(CONFIG.attention_kinds, jnp.arange(6)[None], cache, None, jnp.float16)
         return np.asarray(attention(jnp.asarray(x), context, cache.keys[0], cache.values[0])[0][0], np.float32)
 
     numbers = np.isfinite(output(x)).all(axis=-1).tolist()

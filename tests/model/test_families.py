@@ -1,6 +1,6 @@
 """What families make of a config.json, compared with what transformers makes of it; and a family made here, in a file.
 
-What a config.json means to transformers is in its models/{llama,mistral,qwen2}/configuration_*.py; needs no torch.
+What a config.json means to transformers is in its models/*/configuration_*.py; needs no torch.
 """
 
 from __future__ import annotations
@@ -17,16 +17,39 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import transformers
+from flax import nnx
 
+from kangaroo_jax.checkpoint.known_models import SHAPES
 from kangaroo_jax.checkpoint.target import load_target, save_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import families, sharding
 from kangaroo_jax.model.config import RopeScaling
 from kangaroo_jax.model.families import all_families, read_config
-from kangaroo_jax.model.target import deep_apply, lm_head, shallow_apply
+from kangaroo_jax.model.naming import parameter_paths
+from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 
 NAN = float("nan")
+FAMILIES = [
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "llama",
+    "ministral",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+]
 LINEAR = {"type": "linear", "factor": 2.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+STRETCHED = {"rope_type": "linear", "factor": 8.0}
+LAYERED_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -76,6 +99,22 @@ def hf(model_type: str = "llama", **changes: object) -> dict[str, object]:
         hf(eos_token_id=[7, 9]),
         hf(eos_token_id=None, bos_token_id=None),
         hf(rms_norm_eps=1e-5, max_position_embeddings=4096),
+        hf(rope_scaling={"type": "dynamic", "factor": 2.0}),
+        hf(rope_scaling=YARN, max_position_embeddings=8192),
+        hf(rope_parameters=YARN | {"rope_theta": 3e5, "beta_fast": 8, "truncate": False, "attention_factor": 1.5}),
+        hf("mistral", sliding_window=4096),
+        hf("qwen3"),
+        hf("qwen3", head_dim=32, attention_bias=True, rope_theta=1e6),
+        hf("granite", attention_bias=True, mlp_bias=True),
+        hf("smollm3"),
+        hf("smollm3", attention_bias=True, tie_word_embeddings=False),
+        hf("olmo2"),
+        hf("olmo2", attention_bias=True, rms_norm_eps=1e-6),
+        hf("phi3", num_attention_heads=4, original_max_position_embeddings=1024, rope_scaling=LONGROPE),
+        hf("phi3", partial_rotary_factor=0.75, num_attention_heads=8),
+        hf("ministral", num_attention_heads=16),
+        hf("gemma2", hidden_act="gelu_pytorch_tanh"),
+        hf("gemma2", attention_bias=True, tie_word_embeddings=False),
     ],
     ids=lambda config: ",".join(f"{k}={v}" for k, v in config.items() if k not in hf() or k == "model_type")[11:60],
 )
@@ -99,7 +138,8 @@ def test_means_what_it_means_to_transformers(config: dict[str, object], rewritte
         "tie_word_embeddings",
     ):
         assert getattr(ours, name) == getattr(theirs, name), name
-    assert ours.head_dim == (128 // ours.num_attention_heads if head_dim is None else head_dim)
+    default = getattr(theirs, "head_dim", None) or 128 // ours.num_attention_heads
+    assert ours.head_dim == (default if head_dim is None else head_dim)
     assert ours.o_bias == getattr(theirs, "attention_bias", False)
     assert ours.qkv_bias == (ours.o_bias or ours.model_type == "qwen2")
     assert ours.mlp_bias == getattr(theirs, "mlp_bias", False)
@@ -109,7 +149,10 @@ def test_means_what_it_means_to_transformers(config: dict[str, object], rewritte
     else:
         fields = dataclasses.asdict(ours.rope_scaling)
         assert fields.pop("kind") == kind
-        assert all(fields[key] == rope[key] for key in rope if key not in ("rope_type", "type", "rope_theta"))
+        fields |= {key: list(x) for key, x in fields.items() if isinstance(x, tuple)}
+        beside = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+        assert all(fields[key] == rope[key] for key in rope if key not in beside)
+    assert ours.rotary.dim == int(ours.head_dim * rope.get("partial_rotary_factor", 1))
     assert ours.bos_token_id == theirs.bos_token_id
     eos = theirs.eos_token_id
     assert ours.eos_token_ids == (() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,))
@@ -117,6 +160,66 @@ def test_means_what_it_means_to_transformers(config: dict[str, object], rewritte
 
 def _copy(value: object) -> object:
     return dict(value) if isinstance(value, dict) else value  # transformers writes into the dicts it is given
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf("mistral", sliding_window=77),
+        hf("ministral", sliding_window=9),
+        hf("ministral", layer_types=["full_attention", "sliding_attention"]),
+        hf("qwen2", use_sliding_window=True, max_window_layers=1),
+        hf("qwen2", use_sliding_window=True, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
+        hf("qwen2", use_sliding_window=False, sliding_window=5, max_window_layers=0),
+        hf("qwen3", use_sliding_window=True, sliding_window=8, max_window_layers=0),
+        hf("qwen3"),
+        hf("smollm3", use_sliding_window=True, sliding_window=6, no_rope_layers=[0, 1]),
+        hf("smollm3", no_rope_layer_interval=2, num_hidden_layers=5),
+        hf("phi3", sliding_window=2047),
+        hf("gemma2", num_hidden_layers=5),
+        hf("gemma3_text", num_hidden_layers=13),
+        hf("gemma3_text", num_hidden_layers=5, sliding_window_pattern=3, sliding_window=512),
+        hf("gemma3_text", rope_theta=5e5, rope_local_base_freq=2e4, rope_scaling=STRETCHED, sliding_window_pattern=2),
+        hf("gemma3_text", sliding_window_pattern=2, rope_parameters=LAYERED_ROPE),
+    ],
+    ids=lambda config: ",".join(f"{k}={v}" for k, v in config.items() if k not in hf() or k == "model_type")[11:60],
+)
+def test_each_layers_attention_is_what_it_is_in_transformers(config: dict[str, object]) -> None:
+    theirs = transformers.AutoConfig.for_model(**{key: _copy(value) for key, value in config.items()})
+    layers, uniform = theirs.num_hidden_layers, ["sliding_attention"] * theirs.num_hidden_layers
+    kinds = getattr(theirs, "layer_types", None) or (uniform if theirs.sliding_window else [])
+    windows = [theirs.sliding_window if kind == "sliding_attention" else None for kind in kinds] or [None] * layers
+    ours = read_config(config).attention_kinds
+    assert [kind.window for kind in ours] == windows
+    turned = getattr(theirs, "no_rope_layers", [1] * layers)
+    assert [kind.rotary is not None for kind in ours] == [bool(x) for x in turned]
+    for kind, name in zip(ours, kinds or [None] * layers, strict=True):
+        rope = theirs.rope_parameters.get(name, theirs.rope_parameters)
+        if kind.rotary is not None:
+            assert kind.rotary.theta == rope["rope_theta"]
+            assert (kind.rotary.scaling is None) == (rope["rope_type"] == "default")
+
+
+def test_multipliers_and_caps_are_those_of_transformers() -> None:
+    names = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+    granite = read_config(hf("granite") | {name: 2.0 + i for i, name in enumerate(names)})
+    assert (granite.embedding_multiplier, granite.residual_multiplier) == (2.0, 3.0)
+    assert (granite.attention_scale, granite.logits_divisor) == (4.0, 5.0)
+    gemma = read_config(hf("gemma2"))
+    theirs = transformers.AutoConfig.for_model(**hf("gemma2"))
+    assert gemma.attention_soft_cap == theirs.attn_logit_softcapping
+    assert gemma.logits_soft_cap == theirs.final_logit_softcapping
+    assert gemma.attention_scale == theirs.query_pre_attn_scalar**-0.5
+    assert read_config(hf("gemma3_text")).logits_soft_cap is None
+
+
+def test_a_context_beyond_which_positions_turn_otherwise_ends_there() -> None:
+    assert read_config(hf(rope_scaling={"type": "dynamic", "factor": 2.0})).context == 2048
+    phi = hf("phi3", num_attention_heads=4, max_position_embeddings=131072, rope_scaling=LONGROPE)
+    assert read_config(phi).context == 4096
+    assert read_config(hf("gemma3_text", rope_scaling=STRETCHED)).context == 131072
+    assert read_config(hf(rope_scaling=YARN, max_position_embeddings=1024)).context == 4096
+    assert read_config(hf(rope_scaling=YARN, max_position_embeddings=8192)).context == 8192
 
 
 def test_no_key_value_heads_means_as_many_as_heads() -> None:
@@ -135,17 +238,44 @@ def test_biases_that_only_llama_reads() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (hf("gemma"), "model_type 'gemma' is not supported; supported: llama, mistral, qwen2"),
+        (hf("gpt2"), f"model_type 'gpt2' is not supported; supported: {', '.join(FAMILIES)}"),
+        (hf("gemma3"), "model_type 'gemma3' is not supported (it has a vision tower; its text alone,"),
+        (
+            hf("gpt_oss"),
+            "model_type 'gpt_oss' is not supported (it would need a mixture of experts, and attention sinks)",
+        ),
+        (hf("llama", vision_config={"hidden_size": 3}), "a vision tower (vision_config) is not supported"),
         ({}, "model_type None"),
         (hf(["llama"]), "model_type ['llama']"),
-        (hf("mistral", sliding_window=4096), "mistral with sliding_window 4096"),
-        ({k: v for k, v in hf("mistral").items() if k != "sliding_window"}, "mistral with sliding_window 4096 (the"),
-        (hf("qwen2", use_sliding_window=True), "qwen2 with use_sliding_window"),
-        (hf("qwen2", layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
+        (hf("mistral", sliding_window=0), "sliding_window must be a positive integer, found 0"),
+        (hf("mistral", sliding_window="4096"), "sliding_window must be a positive integer, found '4096'"),
+        (hf("qwen2", layer_types=["full_attention", "linear_attention"]), "layer_types must be a list of 'full_att"),
+        (hf("qwen3", layer_types=["sliding_attention"] * 2), "'sliding_attention', but there is no sliding_window"),
+        (hf("qwen2", layer_types=["full_attention"]), "one for each of 2 layers, found ['full_attention']"),
+        (hf("qwen2", layer_types="full_attention"), "layer_types must be a list of"),
+        (hf("qwen3", max_window_layers="1"), "max_window_layers must be a positive integer, found '1'"),
+        (hf("smollm3", no_rope_layers=[1]), "no_rope_layers must be a list of 0 and 1, one for each of 2 layers"),
+        (hf("smollm3", no_rope_layer_interval=0), "no_rope_layer_interval must be a positive integer, found 0"),
+        (hf("granite", logits_scaling=0), "logits_scaling must be a finite number above 0, found 0"),
+        (hf("granite", residual_multiplier="1"), "residual_multiplier must be a finite number above 0, found '1'"),
+        (hf("gemma2", final_logit_softcapping=-1), "final_logit_softcapping must be a finite number above 0"),
+        (hf("gemma2", attn_logit_softcapping="50"), "attn_logit_softcapping must be a finite number above 0"),
+        (hf("gemma2", query_pre_attn_scalar=0), "query_pre_attn_scalar must be a finite number above 0, found 0"),
+        (hf("gemma2", hidden_activation="relu"), "hidden_activation 'relu' is not supported; supported: gelu_pytorch"),
+        (hf("gemma2", use_bidirectional_attention=True), "use_bidirectional_attention true is not supported"),
+        (hf("gemma3_text", attn_logit_softcapping=50.0), "attn_logit_softcapping must be null for gemma3_text"),
+        (hf("gemma3_text", rope_parameters={"rope_theta": 1e4}), "'sliding_attention' alone, found 'rope_theta'"),
+        (hf("gemma3_text", sliding_window_pattern=0), "sliding_window_pattern must be a positive integer, found 0"),
+        (hf("phi3", num_attention_heads=4, rope_scaling=LONGROPE | {"short_factor": [1.0]}), "must have 16 values"),
+        (hf("phi3", num_attention_heads=4, rope_scaling=LONGROPE | {"long_factor": 3}), "must be a list of numbers"),
+        (hf("phi3", num_attention_heads=4, rope_scaling=LONGROPE | {"long_factor": [0] * 16}), "long_factor must be"),
+        (hf("phi3", rope_scaling=LINEAR), "rope type 'linear' is not supported for phi3; supported: default, longrope"),
+        (hf("phi3", num_attention_heads=4, partial_rotary_factor=0.1), "an even number of head_dim (32), found 0.1"),
+        (hf("phi3", num_attention_heads=4, partial_rotary_factor=2), "must be at most 1"),
         (hf(hidden_act="gelu"), "hidden_act 'gelu'"),
         (hf(quantization_config={"quant_method": "gptq"}), "quantized weights ('gptq')"),
         (hf(quantization_config="int8"), "quantized weights ('int8')"),
-        (hf(partial_rotary_factor=0.5), "partial_rotary_factor must be 1, found 0.5"),
+        (hf(partial_rotary_factor=0.5), "partial_rotary_factor must be 1 for llama, found 0.5"),
         (hf(vocab_size=None), "vocab_size must be a positive integer, found None"),
         (hf(vocab_size=True), "vocab_size must be a positive integer, found True"),
         (hf(hidden_size="64"), "hidden_size must be a positive integer, found '64'"),
@@ -171,10 +301,13 @@ def test_biases_that_only_llama_reads() -> None:
         (hf(eos_token_id=True), "found True"),
         (hf(bos_token_id=[1, 2]), "bos_token_id must be one token id or null, found [1, 2]"),
         (hf(rope_scaling="linear"), "rope_scaling must be an object, found 'linear'"),
-        (hf(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope type 'dynamic' is not supported; supported:"),
-        (hf(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope type 'yarn'"),
-        (hf(rope_scaling={"type": "mrope", "mrope_section": [1]}), "rope type 'mrope'"),
-        (hf(rope_parameters={"rope_type": "longrope"}), "rope type 'longrope'"),
+        (hf(rope_scaling={"type": "dynamic"}), "rope_scaling of rope type 'dynamic' needs 'factor', found ['type']"),
+        (hf(rope_scaling=YARN | {"factor": 0}), "rope factor must be a finite number above 0, found 0"),
+        (hf(rope_scaling=YARN | {"beta_fast": -1}), "rope beta_fast must be a finite number above 0, found -1"),
+        (hf(rope_scaling=YARN | {"truncate": 1}), "rope truncate must be true or false, found 1"),
+        (hf(rope_scaling=YARN | {"mscale": 1.0, "mscale_all_dim": "1"}), "rope mscale must be a finite number"),
+        (hf(rope_scaling={"type": "mrope", "mrope_section": [1]}), "rope type 'mrope' is not supported; supported:"),
+        (hf(rope_parameters={"rope_type": "longrope"}), "rope type 'longrope' needs 'short_factor'"),
         (hf(rope_scaling={"type": "linear"}), "rope_scaling of rope type 'linear' needs 'factor', found ['type']"),
         (hf(rope_scaling=LINEAR | {"factor": NAN}), "rope factor must be a finite number above 0, found nan"),
         (hf(rope_scaling=LINEAR | {"factor": True}), "rope factor must be a finite number above 0, found True"),
@@ -183,7 +316,7 @@ def test_biases_that_only_llama_reads() -> None:
         (hf(rope_scaling={k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}), "needs 'low_freq_factor'"),
         (hf(rope_scaling=LLAMA3 | {"high_freq_factor": 1.0}), "must be above low_freq_factor (1.0), found 1.0"),
         (hf(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 0.5}), "positive integer, found 0.5"),
-        (hf(rope_parameters={"partial_rotary_factor": 0.25}), "rope_parameters.partial_rotary_factor must be 1"),
+        (hf(rope_parameters={"partial_rotary_factor": 0.25}), "partial_rotary_factor must be 1 for llama, found 0.25"),
         (hf(rope_parameters={"full_attention": {"rope_type": "default"}}), "differs between layers ('full_attention')"),
     ],
 )
@@ -209,7 +342,30 @@ def test_rope_scaling_of_another_kind() -> None:
 
 
 def test_every_family_is_found() -> None:
-    assert [family.model_type for family in all_families()] == ["llama", "mistral", "qwen2"]
+    assert [family.model_type for family in all_families()] == FAMILIES
+
+
+def test_every_parameter_of_every_family_has_a_partition() -> None:
+    mesh = sharding.Mesh(np.array([jax.devices()[0]] * 4).reshape(1, 2, 2), sharding.AXES)
+    settings = {"phi3": {"num_attention_heads": 4}, "qwen3": {"attention_bias": True}}
+    for name in FAMILIES:
+        config = read_config(hf(name) | settings.get(name, {}))
+        model = nnx.eval_shape(lambda config=config: TargetModel(config, rngs=nnx.Rngs(0)))
+        paths = dict(zip(parameter_paths(model), jax.tree.leaves(model), strict=True))
+        for path, x in paths.items():
+            assert len(sharding.partition(path, x.shape, mesh)) <= len(x.shape)
+        split = [path for path, x in paths.items() if any(sharding.partition(path, x.shape, mesh))]
+        assert len(split) >= 4 * config.num_hidden_layers  # of each layer, all matrices
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [("qwen3_8b", 8_190_735_360), ("qwen3_4b", 4_022_468_096), ("mistral_7b", 7_248_023_552)],
+)
+def test_known_shapes_have_as_many_parameters_as_the_hub_says(shape: str, parameters: int) -> None:
+    model = nnx.eval_shape(lambda: TargetModel(SHAPES[shape], rngs=nnx.Rngs(0)))
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(model)) == parameters
 
 
 TOY = '''"""Toy: attention and MLP side by side, from one norm, each channel gated."""
@@ -236,9 +392,9 @@ class ToyConfig(ModelConfig):
 
 
 class ToyLayer(nnx.Module):
-    def __init__(self, config, *, rngs, dtype=jnp.float32):
+    def __init__(self, config, index, *, rngs, dtype=jnp.float32):
         self.input_layernorm = RMSNorm(config, dtype)
-        self.self_attn = Attention(config, rngs=rngs, dtype=dtype)
+        self.self_attn = Attention(config, config.attention_kinds[index], rngs=rngs, dtype=dtype)
         self.mlp = MLP(config, rngs=rngs, dtype=dtype)
         self.gate = nnx.Param(jnp.ones((2, config.hidden_size // 2), dtype))
         self.multiplier = config.residual_multiplier
@@ -363,10 +519,10 @@ def test_a_familys_own_field_is_part_of_the_fingerprint(toy: pathlib.Path) -> No
 def test_a_familys_refusals_are_named_with_the_file(toy: pathlib.Path) -> None:
     with pytest.raises(InputError, match=r"some/config.json: residual_multiplier must be .* above 0, found -1"):
         read_config(TOY_CONFIG | {"residual_multiplier": -1}, "some/config.json")
-    with pytest.raises(InputError, match="supported: llama, mistral, qwen2, toy"):
+    with pytest.raises(InputError, match=f"supported: {', '.join([*FAMILIES, 'toy'])}"):
         read_config(TOY_CONFIG | {"model_type": "other"})
 
 
 def test_a_family_whose_file_is_not_there_is_refused() -> None:
-    with pytest.raises(InputError, match="model_type 'toy' is not supported; supported: llama, mistral, qwen2"):
+    with pytest.raises(InputError, match=f"model_type 'toy' is not supported; supported: {', '.join(FAMILIES)}"):
         read_config(TOY_CONFIG)

@@ -16,8 +16,9 @@ from flax import nnx
 from kangaroo_jax.model.attention.backend import AttentionBackend
 from kangaroo_jax.model.attention.cpu import CpuBackend
 from kangaroo_jax.model.attention.dense import DenseBackend
-from kangaroo_jax.model.cache import KVCache
+from kangaroo_jax.model.cache import KVCache, within_window
 from kangaroo_jax.model.config import ModelConfig, RopeScaling
+from kangaroo_jax.model.families import read_config
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 
 LENGTH, CAPACITY = 14, 20
@@ -27,22 +28,21 @@ CONFIGS = {
 }
 
 
-def make_target(**settings: object) -> TargetModel:
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+
+
+def make_target(config: ModelConfig) -> TargetModel:
     """A random float32 target with 3 layers, biases and norms included."""
-    config = ModelConfig(
-        **{
-            "model_type": "llama",
-            "vocab_size": 61,
-            "hidden_size": 32,
-            "intermediate_size": 40,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "head_dim": 8,
-            "max_position_embeddings": 64,
-        }
-        | settings
-    )
     rng = np.random.default_rng(0)
 
     def random(x: jax.ShapeDtypeStruct) -> jax.Array:
@@ -100,7 +100,7 @@ def assert_close(found: jax.Array, expected: jax.Array) -> None:
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def target(request: pytest.FixtureRequest) -> TargetModel:
-    return make_target(**CONFIGS[request.param])
+    return make_target(ModelConfig(**SHAPE | CONFIGS[request.param]))
 
 
 @pytest.fixture(scope="module", params=[CpuBackend(), DenseBackend()], ids=["cpu", "dense"])
@@ -221,6 +221,30 @@ def test_an_explicit_mask_replaces_the_causal_one(
     logits = masked(target, both, positions, shallow, jnp.asarray(mask))[0]
     for branch, rows in ((first, slice(0, 2)), (second, slice(2, 4))):
         assert_close(logits[rows], whole(target, np.concatenate([prefix, branch], axis=1), 3)[0, 5:])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model_type", ["gemma2", "granite", "olmo2"])
+def test_windows_caps_scales_and_norms_are_those_of_complete_passes(
+    model_type: str, tokens: np.ndarray, backend: AttentionBackend
+) -> None:
+    """gemma2: windows of 4, soft caps; granite: another scale of scores; olmo2: norms of all queries and keys."""
+    own = {"sliding_window": 4, "attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 20, "num_key_value_heads": 2}
+    target = make_target(read_config(SHAPE | {"model_type": model_type} | own))
+    assert (whole(target, (tokens + 1) % 61, 1) != whole(target, tokens, 1)).any()
+    test_blocks_through_the_cache_equal_the_whole(target, tokens, backend, [5, 3, 1, 2, 3])
+    test_rollback_forgets_what_came_after(target, tokens, backend)
+    test_ragged_sequences_in_a_batch_equal_each_alone(target, tokens, backend)
+    test_an_explicit_mask_replaces_the_causal_one(target, tokens, backend)
+
+
+def test_a_window_is_counted_along_the_path_that_a_query_sees() -> None:
+    """Places 3 and 4 hold two tokens of a tree at one position, 5 is a child of 3, 6 one of 4."""
+    mask = np.zeros((1, 3, 8), bool)
+    mask[0, 0, [0, 1, 2, 3, 5]] = mask[0, 1, [0, 1, 2, 4, 6]] = mask[0, 2, [0]] = True
+    found = np.asarray(within_window(jnp.asarray(mask), 3))[0]
+    assert [np.flatnonzero(row).tolist() for row in found] == [[2, 3, 5], [2, 4, 6], [0]]
+    np.testing.assert_array_equal(within_window(jnp.asarray(mask), 8), mask)
 
 
 def test_a_cache_of_other_layers_is_refused(target: TargetModel, tokens: np.ndarray, backend: AttentionBackend) -> None:

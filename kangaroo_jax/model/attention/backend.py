@@ -45,8 +45,12 @@ class AttentionBackend(Protocol):
         keys: Array,
         values: Array,
         mask: Bool[Array, "batch time capacity"],
+        *,
+        scale: float,
+        soft_cap: float | None = None,
     ) -> Float[Array, "batch time kv_heads groups head_dim"]:
-        """Attention of each query to the positions that its mask names."""
+        """Attention of each query to the positions that its mask names. Scores are multiplied by `scale`, and capped
+        as `scores.capped` says."""
 
     def move(
         self, keys: Array, values: Array, start: Int[Array, " batch"], sources: Int[Array, "batch moved"], region: int

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kangaroo_jax.model.attention.scores import capped
 from kangaroo_jax.model.ops import precision
 
 Keys = Float[Array, "batch*kv_heads head_dim capacity"]
@@ -45,14 +46,21 @@ class CpuBackend:
         return keys, values
 
     def attend(
-        self, query: Array, keys: Keys, values: Values, mask: Bool[Array, "batch time capacity"]
+        self,
+        query: Array,
+        keys: Keys,
+        values: Values,
+        mask: Bool[Array, "batch time capacity"],
+        *,
+        scale: float,
+        soft_cap: float | None = None,
     ) -> Float[Array, "batch time kv_heads groups head_dim"]:
         batch, time, kv_heads, groups, head_dim = query.shape
         merged = batch * kv_heads
         dtype = query.dtype
         query = query.transpose(0, 2, 3, 1, 4).reshape(merged, groups * time, head_dim)
         scores = jnp.einsum("nqd,nds->nqs", query, keys, precision=precision(dtype), preferred_element_type=jnp.float32)
-        scores = scores.reshape(batch, kv_heads, groups, time, -1) * head_dim**-0.5
+        scores = capped(scores.reshape(batch, kv_heads, groups, time, -1) * scale, soft_cap)
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(dtype).reshape(merged, groups * time, -1)
         mixed = jnp.einsum("nqs,nsd->nqd", weights, values, precision=precision(dtype))

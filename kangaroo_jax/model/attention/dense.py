@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from kangaroo_jax.model.attention.scores import capped
+from kangaroo_jax.model.ops import precision
+
 Entries = Float[Array, "batch kv_heads capacity head_dim"]
 
 
@@ -43,8 +46,17 @@ class DenseBackend:
         return put(keys, new_keys), put(values, new_values)
 
     def attend(
-        self, query: Array, keys: Entries, values: Entries, mask: Bool[Array, "batch time capacity"]
+        self,
+        query: Array,
+        keys: Entries,
+        values: Entries,
+        mask: Bool[Array, "batch time capacity"],
+        *,
+        scale: float,
+        soft_cap: float | None = None,
     ) -> Float[Array, "batch time kv_heads groups head_dim"]:
+        if soft_cap is not None:
+            return _attend_capped(query, keys, values, mask, scale, soft_cap)
         batch, time, kv_heads, groups, head_dim = query.shape
         # float32 is float32 on every platform, as in `ops.dot`.
         with jax.default_matmul_precision("highest" if query.dtype == jnp.float32 else "default"):
@@ -53,6 +65,7 @@ class DenseBackend:
                 keys.transpose(0, 2, 1, 3),
                 values.transpose(0, 2, 1, 3),
                 mask=mask[:, None],
+                scale=scale,
             )
         return mixed.reshape(query.shape)
 
@@ -104,6 +117,22 @@ class DenseBackend:
         if self.mesh is None:
             return buffer
         return jax.lax.with_sharding_constraint(buffer, NamedSharding(self.mesh, self.partition(buffer.shape)))
+
+
+def _attend_capped(
+    query: Float[Array, "batch time kv_heads groups head_dim"],
+    keys: Entries,
+    values: Entries,
+    mask: Bool[Array, "batch time capacity"],
+    scale: float,
+    soft_cap: float,
+) -> Float[Array, "batch time kv_heads groups head_dim"]:
+    """`jax.nn.dot_product_attention`, which has no soft cap."""
+    exact = precision(query.dtype)
+    scores = jnp.einsum("btkgd,bksd->bkgts", query, keys, precision=exact, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], capped(scores * scale, soft_cap), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    return jnp.einsum("bkgts,bksd->btkgd", weights, values, precision=exact)
 
 
 def _update(

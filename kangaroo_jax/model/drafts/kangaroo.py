@@ -16,7 +16,15 @@ from kangaroo_jax.model.attention.backend import AttentionBackend
 from kangaroo_jax.model.cache import KVCache
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.draft_model import Committed
-from kangaroo_jax.model.layers import MLP, Attention, AttentionContext, RMSNorm, apply_layers, attention_context
+from kangaroo_jax.model.layers import (
+    MLP,
+    Attention,
+    AttentionContext,
+    RMSNorm,
+    added,
+    apply_layers,
+    attention_context,
+)
 from kangaroo_jax.model.target import TargetModel, lm_head, logits
 
 
@@ -25,13 +33,14 @@ class AdapterLayer(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         self.input_layernorm = RMSNorm(config, dtype)
-        self.self_attn = Attention(config, rngs=rngs, dtype=dtype)
+        self.self_attn = Attention(config, config.attention_kinds[0], rngs=rngs, dtype=dtype)
+        self.residual_multiplier = config.residual_multiplier
 
     def __call__(
         self, x: Float[Array, "batch time hidden"], context: AttentionContext, keys: Array | None, values: Array | None
     ) -> tuple[Float[Array, "batch time hidden"], Array, Array]:
         mixed, keys, values = self.self_attn(self.input_layernorm(x), context, keys, values)
-        return x + mixed, keys, values
+        return added(self.residual_multiplier, x, mixed), keys, values
 
 
 class AdapterMLP(nnx.Module):
@@ -71,8 +80,8 @@ class AdapterState:
 class Adapter(nnx.Module):
     """RMSNorm, attention with a residual, RMSNorm. Its output goes through the target's LM head. A `DraftModel`.
 
-    `config` is the target's: hidden size, heads and rotary settings are the same. The paper's has one layer, and no
-    MLP (`mlp_size` 0).
+    `config` is the target's: hidden size and heads are the same, and its attention is of the kind of the target's first
+    layer (rotary settings, window). The paper's has one layer, and no MLP (`mlp_size` 0).
     """
 
     kind: ClassVar[str] = "kangaroo"
@@ -241,7 +250,7 @@ def adapter_layers_apply(
 ) -> tuple[Float[Array, "batch time hidden"], KVCache | None]:
     """The part of `adapter_apply` that sees other positions: all but `adapter_output`."""
     with jax.named_scope("adapter"):
-        context = attention_context(adapter.config, positions, cache, mask, hidden.dtype)
+        context = attention_context(adapter.config.attention_kinds[:1], positions, cache, mask, hidden.dtype)
         return apply_layers(adapter.layers, hidden, context, cache)
 
 
@@ -259,4 +268,4 @@ def draft_head(
     if adapter.draft_vocabulary is None:
         return lm_head(target, adapted)
     with jax.named_scope("draft_head"):
-        return logits(adapted, adapter.draft_vocabulary.weight[...])
+        return logits(target.config, adapted, adapter.draft_vocabulary.weight[...])

@@ -16,6 +16,26 @@ from typing import Any
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ModelConfig
 
+_EXPERTS = "it would need a mixture of experts"
+
+# What models that are close to a family have besides, for the message that refuses them.
+_NEEDS = {
+    "deepseek_v3": f"{_EXPERTS}, and attention to compressed keys and values",
+    "gemma": "Gemma 2 and later are",
+    "gemma3": "it has a vision tower; its text alone, saved as Gemma3ForCausalLM, is gemma3_text",
+    "gpt_oss": f"{_EXPERTS}, and attention sinks",
+    "granitemoe": _EXPERTS,
+    "ministral3": "it would need queries scaled by their position",
+    "mistral3": "it has a vision tower",
+    "mixtral": _EXPERTS,
+    "olmo3": "it would need OLMo 2's layer with windows",
+    "qwen2_5_vl": "it has a vision tower",
+    "qwen2_moe": _EXPERTS,
+    "qwen2_vl": "it has a vision tower",
+    "qwen3_moe": _EXPERTS,
+    "qwen3_vl": "it has a vision tower",
+}
+
 
 def standard_tensor_name(name: str) -> str:
     """The name in a checkpoint's files of the tensor `name`, which has Hugging Face's name without a prefix
@@ -32,10 +52,13 @@ class Family:
       read_config: the contents of a config.json -> its `ModelConfig`, or a subclass with the family's own fields.
         Raises `InputError` for what the family's layer does not compute.
       write_config: the inverse, without the dtype of the weights.
-      decoder_layer: the class of a layer: constructed and called as `layers.DecoderLayer`.
+      decoder_layer: the class of a layer: constructed and called as `layers.DecoderLayer`. It has its attention as
+        `self_attn`, and the norm before that, if there is one, as `input_layernorm`: an adapter starts from them.
       tensor_name: as `standard_tensor_name`, for a family whose files name tensors otherwise.
       partitions: of parameters that no other family has, as rows of the table in sharding.py: the end of a path (a
         regular expression), and the mesh axes of each dimension.
+      fused: tensors in its files that are several joined along their first axis: the end of the name, without
+        ".weight", and those of the single ones, in order.
     """
 
     model_type: str
@@ -44,6 +67,7 @@ class Family:
     decoder_layer: Callable[..., Any]
     tensor_name: Callable[[str], str] = standard_tensor_name
     partitions: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 def all_families() -> tuple[Family, ...]:
@@ -76,7 +100,9 @@ def _family(model_type: Any) -> Family:
         if family.model_type == model_type:
             return family
     supported = ", ".join(family.model_type for family in all_families())
-    raise InputError(f"model_type {model_type!r} is not supported; supported: {supported}")
+    needs = _NEEDS.get(model_type) if isinstance(model_type, str) else None
+    needs = f" ({needs})" if needs else ""
+    raise InputError(f"model_type {model_type!r} is not supported{needs}; supported: {supported}")
 
 
 def read_config(contents: Mapping[str, Any], source: str = "config.json") -> ModelConfig:

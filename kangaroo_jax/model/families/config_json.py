@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kangaroo_jax.checks import check_count, check_flag, check_positive
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.model.config import ModelConfig, RopeScaling
+from kangaroo_jax.model.config import ROPE_KINDS, ModelConfig, RopeScaling
 
 # Fields of `ModelConfig` that are no keys of a config.json.
-_OWN_FIELDS = ("rope_scaling", "qkv_bias", "o_bias", "mlp_bias", "eos_token_ids")
+_OWN_FIELDS = ("rope_scaling", "qkv_bias", "o_bias", "mlp_bias", "eos_token_ids", "windows")
+
+_UNUSED_WINDOW = 4096  # transformers wants one, even where no layer has it
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_ORIGINAL = "original_max_position_embeddings"
+
+# Fields of `RopeScaling` besides its factor, by kind: those that a config.json must give, and those it may.
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "dynamic": (),
+    "llama3": ("low_freq_factor", "high_freq_factor", _ORIGINAL),
+    "yarn": (_ORIGINAL,),
+    "longrope": (_ORIGINAL, "short_factor", "long_factor"),
+}
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "dynamic": (),
+    "llama3": (),
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "truncate"),
+    "longrope": ("attention_factor",),
+}
 
 
 def shared_fields(
@@ -21,8 +42,13 @@ def shared_fields(
     kv_heads: int | None = None,
     bos: int | None = None,
     eos: int | None = None,
+    tied: bool = False,
+    eps: float = 1e-6,
+    theta: float = 10000.0,
+    rope: Mapping[str, Any] | None = None,
+    turns_parts: bool = False,
 ) -> dict[str, Any]:
-    """The fields of `ModelConfig` but for the biases, of a config.json's contents.
+    """The fields of `ModelConfig` but for biases and windows, of a config.json's contents.
 
     Args:
       contents: of the file, parsed.
@@ -30,6 +56,11 @@ def shared_fields(
       kv_heads: num_key_value_heads likewise; None means as many as there are heads.
       bos: bos_token_id likewise.
       eos: eos_token_id likewise.
+      tied: tie_word_embeddings likewise.
+      eps: rms_norm_eps likewise.
+      theta: rope_theta likewise.
+      rope: the keys of `contents` that say how positions turn queries and keys; None means `contents`.
+      turns_parts: whether the family's rotary takes partial_rotary_factor.
 
     Raises:
       InputError: for a key that is missing or has a wrong value, and for what no model here computes.
@@ -38,8 +69,8 @@ def shared_fields(
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise InputError(f"quantized weights ({method!r}) are not supported; use the unquantized checkpoint")
-    if contents.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise InputError(f"partial_rotary_factor must be 1, found {contents['partial_rotary_factor']!r}")
+    if contents.get("vision_config"):
+        raise InputError("a model with a vision tower (vision_config) is not supported; give a model of text alone")
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         check_count(key, contents.get(key))
     hidden, heads = contents["hidden_size"], contents["num_attention_heads"]
@@ -52,7 +83,11 @@ def shared_fields(
             )
         head_dim = hidden // heads
     kv_heads = contents.get("num_key_value_heads", kv_heads)
-    theta, scaling = _rope(contents)
+    max_positions = contents.get("max_position_embeddings", max_positions)
+    parts = partial_rotary_factor(contents if rope is None else rope)
+    if parts != 1 and not turns_parts:
+        raise InputError(f"partial_rotary_factor must be 1 for {contents['model_type']}, found {parts!r}")
+    theta, scaling = rotary_settings(contents if rope is None else rope, theta, max_positions)
     first = token_ids(contents, "bos_token_id", bos)
     if len(first) > 1:
         raise InputError(f"bos_token_id must be one token id or null, found {contents['bos_token_id']!r}")
@@ -65,11 +100,11 @@ def shared_fields(
         "num_attention_heads": heads,
         "num_key_value_heads": heads if kv_heads is None else kv_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": contents.get("max_position_embeddings", max_positions),
-        "rms_norm_eps": contents.get("rms_norm_eps", 1e-6),
+        "max_position_embeddings": max_positions,
+        "rms_norm_eps": contents.get("rms_norm_eps", eps),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "tie_word_embeddings": flag(contents, "tie_word_embeddings"),
+        "tie_word_embeddings": flag(contents, "tie_word_embeddings", tied),
         "bos_token_id": first[0] if first else None,
         "eos_token_ids": token_ids(contents, "eos_token_id", eos),
     }
@@ -78,33 +113,73 @@ def shared_fields(
 def shared_keys(config: ModelConfig) -> dict[str, Any]:
     """The keys of a config.json that `shared_fields` reads."""
     keys = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _OWN_FIELDS]
-    eos, scaling = config.eos_token_ids, config.rope_scaling
-    rope = None
-    if scaling is not None:
-        fields = dataclasses.asdict(scaling)
-        kind = fields.pop("kind")
-        rope = {"rope_type": kind} | (fields if kind == "llama3" else {"factor": scaling.factor})
+    eos = config.eos_token_ids
     return {key: getattr(config, key) for key in keys} | {
         "hidden_act": "silu",
         "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
-        "rope_scaling": rope,
+        "rope_scaling": rotary_keys(config.rope_scaling),
     }
 
 
+def rotary_keys(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """The keys of a config.json's `rope_scaling` that `rotary_settings` reads; None without one."""
+    if scaling is None:
+        return None
+    values = {name: getattr(scaling, name) for name in ("factor", *_NEEDED[scaling.kind], *_OPTIONAL[scaling.kind])}
+    return {"rope_type": scaling.kind} | {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
+
+
+def layer_windows(
+    contents: Mapping[str, Any], window: int | None, default: Callable[[int], bool]
+) -> tuple[int | None, ...]:
+    """`ModelConfig.windows`.
+
+    Args:
+      contents: of the config.json. Its layer_types say which layers have a window.
+      window: of those; None where no layer has one.
+      default: whether the layer of an index has one, where there are no layer_types.
+
+    Raises:
+      InputError: for kinds of layers that no model here has.
+    """
+    layers = contents["num_hidden_layers"]
+    kinds = contents.get("layer_types")
+    if kinds is None:
+        kinds = [_SLIDING if default(i) else _FULL for i in range(layers)]
+    if not isinstance(kinds, list) or not set(map(str, kinds)) <= {_SLIDING, _FULL} or len(kinds) != layers:
+        raise InputError(
+            f"layer_types must be a list of {_FULL!r} and {_SLIDING!r}, one for each of {layers} layers, "
+            f"found {kinds!r}"
+        )
+    if window is None and contents.get("layer_types") is not None and _SLIDING in kinds:
+        raise InputError(f"layer_types has {_SLIDING!r}, but there is no sliding_window; give one, or {_FULL!r} alone")
+    if _SLIDING in kinds and window is not None:
+        check_count("sliding_window", window)
+        return tuple(window if kind == _SLIDING else None for kind in kinds)
+    return ()
+
+
+def window_keys(config: ModelConfig) -> dict[str, Any]:
+    """The keys of a config.json that say which layers have a window."""
+    kinds = [_FULL if window is None else _SLIDING for window in config.windows] or [_FULL] * config.num_hidden_layers
+    window = next((x for x in config.windows if x is not None), _UNUSED_WINDOW)
+    return {"layer_types": kinds, "sliding_window": window}
+
+
 def require_silu(contents: Mapping[str, Any]) -> None:
-    """Raises `InputError` for an activation that `layers.MLP` does not have."""
+    """Raises `InputError` for an activation of the MLP that is not SiLU."""
     # ACT2FN in transformers knows SiLU by both names.
     if contents.get("hidden_act", "silu") not in ("silu", "swish"):
         raise InputError(f"hidden_act {contents['hidden_act']!r} is not supported; supported: silu")
 
 
-def flag(contents: Mapping[str, Any], key: str) -> bool:
-    """The flag under `key`; false where it is left out or null.
+def flag(contents: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    """The flag under `key`; `default` where it is left out, false where it is null.
 
     Raises:
       InputError: for anything but true and false.
     """
-    value = contents.get(key)
+    value = contents.get(key, default)
     if value is None:
         return False
     check_flag(key, value)
@@ -125,31 +200,88 @@ def token_ids(contents: Mapping[str, Any], key: str, default: int | None = None)
     return ids
 
 
-def _rope(contents: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def partial_rotary_factor(contents: Mapping[str, Any]) -> float:
+    """The share of a head's dimensions that positions turn."""
+    value = _parameters(contents).get("partial_rotary_factor", contents.get("partial_rotary_factor"))
+    value = 1.0 if value is None else value
+    check_positive("partial_rotary_factor", value)
+    return value
+
+
+def rotary_settings(contents: Mapping[str, Any], theta: float, max_positions: int) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling, in the old spelling (`rope_theta`, `rope_scaling.type`) or the new
-    (`rope_parameters.rope_theta`, `.rope_type`)."""
-    key = "rope_scaling" if contents.get("rope_scaling") else "rope_parameters"  # transformers' precedence
-    parameters = contents.get(key) or {}
-    if not isinstance(parameters, Mapping):
-        raise InputError(f"{key} must be an object, found {parameters!r}")
+    (`rope_parameters.rope_theta`, `.rope_type`).
+
+    Args:
+      contents: the keys of a config.json.
+      theta: rope_theta where it is left out.
+      max_positions: the model's max_position_embeddings.
+
+    Raises:
+      InputError: for settings that are wrong, or that no model here has.
+    """
+    key, parameters = _rope_key(contents), _parameters(contents)
     nested = [name for name, value in parameters.items() if isinstance(value, Mapping)]
     if nested:
-        raise InputError(f"{key} that differs between layers ({nested[0]!r}) is not supported; use one for all layers")
-    if parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise InputError(f"{key}.partial_rotary_factor must be 1, found {parameters['partial_rotary_factor']!r}")
-    theta = parameters.get("rope_theta")
-    theta = contents.get("rope_theta") if theta is None else theta
-    theta = 10000.0 if theta is None else theta
+        raise InputError(
+            f"{key} that differs between layers ({nested[0]!r}) is not supported for this model_type; "
+            "use one for all layers"
+        )
+    found = parameters.get("rope_theta")
+    found = contents.get("rope_theta") if found is None else found
+    theta = theta if found is None else found
     check_positive("rope_theta", theta)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind is None or kind == "default":
         return float(theta), None
-    if kind not in ("linear", "llama3"):
-        raise InputError(f"rope type {kind!r} is not supported; supported: default, linear, llama3")
-    fields = ["factor"]
-    if kind == "llama3":
-        fields += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    for field in fields:
-        if field not in parameters:
+    if not isinstance(kind, str) or kind not in ROPE_KINDS:
+        raise InputError(f"rope type {kind!r} is not supported; supported: default, {', '.join(ROPE_KINDS)}")
+    given = {name: value for name, value in parameters.items() if value is not None}
+    # transformers: a key beside the parameters, which Phi has, comes first; the complete context is the default.
+    original = contents.get("original_max_position_embeddings")
+    if kind in ("yarn", "longrope"):
+        given["original_max_position_embeddings"] = original or given.get(_ORIGINAL, max_positions)
+        check_count(_ORIGINAL, given[_ORIGINAL])
+        check_count("max_position_embeddings", max_positions)
+        given.setdefault("factor", max_positions / given[_ORIGINAL])
+    for field in ("factor", *_NEEDED[kind]):
+        if field not in given:
             raise InputError(f"{key} of rope type {kind!r} needs {field!r}, found {sorted(parameters)}")
-    return float(theta), RopeScaling(kind, **{field: parameters[field] for field in fields})
+    if kind in ("yarn", "longrope"):
+        check_positive("rope factor", given["factor"])
+        given.setdefault("attention_factor", _attention_factor(kind, given))
+    for field in ("short_factor", "long_factor"):
+        if field in given and not isinstance(given[field], list):
+            raise InputError(f"{key}.{field} must be a list of numbers, found {given[field]!r}")
+        if field in given:
+            given[field] = tuple(given[field])
+    fields = ("factor", *_NEEDED[kind], *_OPTIONAL[kind])
+    return float(theta), RopeScaling(kind, **{field: given[field] for field in fields if field in given})
+
+
+def _attention_factor(kind: str, given: Mapping[str, Any]) -> float:
+    """What cosines and sines are multiplied by where the file does not say."""
+    factor = given["factor"]
+    if factor <= 1:
+        return 1.0
+    if kind == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(given[_ORIGINAL]))
+    scales = [given.get("mscale"), given.get("mscale_all_dim")]
+    if not all(scales):
+        return 0.1 * math.log(factor) + 1
+    for scale in scales:
+        check_positive("rope mscale", scale)
+    above, below = (0.1 * scale * math.log(factor) + 1 for scale in scales)
+    return above / below
+
+
+def _rope_key(contents: Mapping[str, Any]) -> str:
+    return "rope_scaling" if contents.get("rope_scaling") else "rope_parameters"  # transformers' precedence
+
+
+def _parameters(contents: Mapping[str, Any]) -> Mapping[str, Any]:
+    key = _rope_key(contents)
+    parameters = contents.get(key) or {}
+    if not isinstance(parameters, Mapping):
+        raise InputError(f"{key} must be an object, found {parameters!r}")
+    return parameters

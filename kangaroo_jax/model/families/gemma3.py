@@ -1,0 +1,96 @@
+"""The text of Gemma 3: Gemma 2's layer without soft caps of scores, with a norm on each head's query and key; layers
+with a window have their own rotary positions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from kangaroo_jax.checks import check_count, check_positive
+from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.config import AttentionKind, RopeScaling, Rotary
+from kangaroo_jax.model.families import Family
+from kangaroo_jax.model.families.config_json import layer_windows, rotary_keys, rotary_settings
+from kangaroo_jax.model.families.gemma2 import GemmaConfig, GemmaLayer, gemma_fields, gemma_keys
+
+_WINDOWED, _FULL = "sliding_attention", "full_attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma3Config(GemmaConfig):
+    """`rope_theta` and `rope_scaling` are those of layers without a window."""
+
+    query_key_norm: ClassVar[str] = "head"
+    local_rope_theta: float = 10000.0
+    local_rope_scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("rope_local_base_freq", self.local_rope_theta)
+
+    @property
+    def context(self) -> int:
+        return self.max_position_embeddings  # the scaling is counted in it
+
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        local = Rotary(self.local_rope_theta, self.head_dim, self.local_rope_scaling)
+        return tuple(
+            kind if kind.window is None else AttentionKind(local, kind.window) for kind in super().attention_kinds
+        )
+
+
+def _read_config(contents: Mapping[str, Any]) -> Gemma3Config:
+    if contents.get("attn_logit_softcapping") is not None:
+        raise InputError(
+            f"attn_logit_softcapping must be null for {contents['model_type']}, found "
+            f"{contents['attn_logit_softcapping']!r}"
+        )
+    everywhere, local = _rotary_of_kinds(contents)
+    fields = gemma_fields(contents, 131072, theta=1_000_000.0, rope=everywhere)
+    pattern = contents.get("sliding_window_pattern", 6)
+    check_count("sliding_window_pattern", pattern)
+    theta, scaling = rotary_settings(local, 10000.0, fields["max_position_embeddings"])
+    return Gemma3Config(
+        **fields,
+        windows=layer_windows(contents, contents.get("sliding_window", 4096), lambda index: (index + 1) % pattern != 0),
+        logits_soft_cap=contents.get("final_logit_softcapping"),
+        local_rope_theta=theta,
+        local_rope_scaling=scaling,
+    )
+
+
+def _rotary_of_kinds(contents: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys that say how positions turn queries and keys in layers without a window, and in those with one, as a
+    config.json of one rotary would have them."""
+    parameters = contents.get("rope_parameters") or {}
+    if not isinstance(parameters, Mapping):
+        raise InputError(f"rope_parameters must be an object, found {parameters!r}")
+    unknown = sorted(set(parameters) - {_WINDOWED, _FULL})
+    if unknown:
+        raise InputError(f"rope_parameters must have {_FULL!r} and {_WINDOWED!r} alone, found {unknown[0]!r}")
+    everywhere = {
+        "rope_theta": contents.get("rope_theta"),
+        "rope_scaling": contents.get("rope_scaling"),
+        "rope_parameters": parameters.get(_FULL),
+    }
+    local = {"rope_theta": contents.get("rope_local_base_freq"), "rope_parameters": parameters.get(_WINDOWED)}
+    return everywhere, local
+
+
+def _write_config(config: Gemma3Config) -> dict[str, Any]:
+    keys = gemma_keys(config)
+    del keys["rope_scaling"], keys["rope_theta"]
+    settings = {
+        _FULL: (config.rope_theta, config.rope_scaling),
+        _WINDOWED: (config.local_rope_theta, config.local_rope_scaling),
+    }
+    rope = {
+        kind: {"rope_theta": theta} | (rotary_keys(scaling) or {"rope_type": "default"})
+        for kind, (theta, scaling) in settings.items()
+    }
+    return keys | {"architectures": ["Gemma3ForCausalLM"], "attn_logit_softcapping": None, "rope_parameters": rope}
+
+
+FAMILY = Family("gemma3_text", _read_config, _write_config, GemmaLayer)

@@ -1,0 +1,191 @@
+"""Every family beside transformers, on random settings that switch each of its oddities on and off."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kangaroo_jax.checkpoint.target import load_target, save_target
+from kangaroo_jax.model.families import all_families
+from tests.checkpoint.forward import assert_same_logits, forward
+
+pytestmark = pytest.mark.long
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+ROOT = pathlib.Path(__file__).parents[2]
+LENGTH = 40
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def _rope(rng: np.random.Generator) -> dict[str, Any]:
+    original = int(rng.integers(8, 24))
+    factor = float(rng.uniform(1.5, 8))
+    kinds = [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": factor},
+        {"rope_type": "dynamic", "factor": factor},
+        {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": float(rng.uniform(2, 5)),
+            "original_max_position_embeddings": original,
+        },
+        {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original},
+        {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+            "beta_fast": float(rng.uniform(2, 32)),
+            "beta_slow": float(rng.uniform(0.1, 1)),
+            "truncate": bool(rng.integers(2)),
+            **({"attention_factor": 1.3} if rng.integers(2) else {"mscale": 1.1, "mscale_all_dim": 0.6}),
+        },
+        {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": 64,
+            **({"factor": factor} if rng.integers(2) else {}),
+        },
+    ]
+    return kinds[rng.integers(len(kinds))] | {"rope_theta": float(rng.uniform(100, 1e6))}
+
+
+def random_settings(model_type: str, seed: int) -> dict[str, Any]:
+    """Keys of a config.json."""
+    rng = np.random.default_rng([seed, *model_type.encode()])
+
+    def flag() -> bool:
+        return bool(rng.integers(2))
+
+    kv_heads, groups, layers = int(rng.integers(1, 4)), int(rng.integers(1, 4)), int(rng.integers(2, 5))
+    head_dim = 4 * int(rng.integers(1, 5))
+    window = int(rng.integers(1, 20))
+    types = [(_FULL, _SLIDING)[rng.integers(2)] for _ in range(layers)]
+    settings: dict[str, Any] = {
+        "num_key_value_heads": kv_heads,
+        "num_attention_heads": kv_heads * groups,
+        "hidden_size": kv_heads * groups * head_dim,
+        "intermediate_size": int(rng.integers(20, 60)),
+        "num_hidden_layers": layers,
+        "vocab_size": int(rng.integers(40, 90)),
+        "rms_norm_eps": float(10.0 ** rng.integers(-6, -2)),
+        "tie_word_embeddings": flag(),
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "rope_parameters": _rope(rng),
+    }
+    rope = settings["rope_parameters"]
+    if model_type in ("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma2", "gemma3_text") and flag():
+        settings["head_dim"] = head_dim = 2 * int(rng.integers(2, 10))
+    else:
+        settings["head_dim"] = head_dim
+    own: dict[str, dict[str, Any]] = {
+        "llama": {"attention_bias": flag(), "mlp_bias": flag()},
+        "mistral": {"sliding_window": window if flag() else None},
+        "ministral": {"sliding_window": window, "layer_types": types},
+        "qwen2": {"use_sliding_window": flag(), "max_window_layers": int(rng.integers(layers))},
+        "qwen3": {"attention_bias": flag()}
+        | (
+            {"use_sliding_window": True, "layer_types": types}
+            if flag()
+            else {"use_sliding_window": flag(), "max_window_layers": int(rng.integers(layers))}
+        ),
+        "granite": {"attention_bias": flag(), "mlp_bias": flag()}
+        | {
+            name: float(rng.uniform(0.3, 3)) if flag() else 1.0
+            for name in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+        },
+        "smollm3": {"attention_bias": flag(), "mlp_bias": flag(), "use_sliding_window": flag()}
+        | ({"no_rope_layers": rng.integers(0, 2, layers).tolist()} if flag() else {"no_rope_layer_interval": 2}),
+        "olmo2": {"attention_bias": flag()},
+        "phi3": {"sliding_window": window if flag() else None, "original_max_position_embeddings": 64},
+        "gemma2": {
+            "attention_bias": flag(),
+            "sliding_window": window,
+            "query_pre_attn_scalar": int(rng.integers(8, 40)),
+            "attn_logit_softcapping": float(rng.uniform(0.5, 5)) if flag() else None,
+            "final_logit_softcapping": float(rng.uniform(0.5, 5)) if flag() else None,
+        }
+        | ({"layer_types": types} if flag() else {}),
+        "gemma3_text": {
+            "attention_bias": flag(),
+            "sliding_window": window,
+            "query_pre_attn_scalar": int(rng.integers(8, 40)),
+            "final_logit_softcapping": float(rng.uniform(0.5, 5)) if flag() else None,
+        }
+        | ({"layer_types": types} if flag() else {"sliding_window_pattern": int(rng.integers(2, 4))}),
+    }
+    turned = head_dim
+    if model_type == "phi3":
+        rope |= {"partial_rotary_factor": (1.0, 0.5)[rng.integers(2)]}
+        turned = int(head_dim * rope["partial_rotary_factor"])
+        if rope["rope_type"] != "longrope":
+            settings["rope_parameters"] = rope = {"rope_type": ("default", "longrope")[rng.integers(2)]} | {
+                name: rope[name] for name in ("rope_theta", "partial_rotary_factor")
+            }
+    if rope["rope_type"] == "longrope":
+        rope |= {f"{name}_factor": rng.uniform(1, 4, turned // 2).tolist() for name in ("short", "long")}
+    if model_type == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": float(rng.uniform(100, 1e4))}
+        settings["rope_parameters"] = {_FULL: rope, _SLIDING: local}
+    windowed = {"sliding_window": window} if model_type in ("qwen2", "qwen3", "smollm3") else {}
+    return settings | windowed | own[model_type]
+
+
+@needs_torch
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("model_type", [family.model_type for family in all_families()])
+def test_logits_equal_those_of_transformers_both_ways(model_type: str, seed: int, tmp_path: pathlib.Path) -> None:
+    import torch
+    import transformers
+
+    from tests.fixtures.make_hf_logits import logits_of, make_model
+
+    settings = random_settings(model_type, seed)
+    model = make_model(model_type, settings, seed)
+    tokens = np.random.default_rng(seed).integers(0, model.config.vocab_size, (2, LENGTH))
+    expected = logits_of(model, tokens)
+    model.save_pretrained(tmp_path / "theirs")
+    target = load_target(tmp_path / "theirs", "float32")
+    assert_same_logits(forward(target.model, tokens), expected, 1e-4)
+
+    save_target(target.model, tmp_path / "ours", jnp.float32)
+    again = load_target(tmp_path / "ours", "float32")
+    assert (again.config, again.fingerprint) == (target.config, target.fingerprint)
+    read, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    np.testing.assert_allclose(logits_of(read.eval(), tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+_SHARDED = """
+import sys
+import numpy as np
+from kangaroo_jax.checkpoint.target import load_target
+from kangaroo_jax.model.sharding import make_mesh
+from tests.checkpoint.forward import assert_same_logits, forward
+for name in sys.argv[1:]:
+    mesh = make_mesh({"data": 1, "fsdp": 2, "model": 2})
+    model = load_target(f"tests/fixtures/hf_logits/{name}", "float32", mesh).model
+    qkv = model.layers[0].self_attn.qkv_proj[...]
+    assert qkv.addressable_shards[0].data.size * 4 == qkv.size
+    tokens, expected = (np.load(f"tests/fixtures/hf_logits/{name}/{x}.npy") for x in ("tokens", "logits"))
+    assert_same_logits(forward(model, tokens), expected, 1e-4)
+"""
+
+
+def test_weights_split_over_devices_give_the_logits_of_transformers() -> None:
+    """Fused tensors are read in parts; the norm of all queries is over heads on two devices."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    names = ["gemma2", "gemma3", "granite", "olmo2", "phi3", "qwen3", "smollm3"]
+    subprocess.run([sys.executable, "-c", _SHARDED, *names], cwd=ROOT, env=environment, check=True)
