@@ -1,0 +1,365 @@
+"""The server's application: OpenAI's endpoints, health, metrics and the page."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import importlib.resources
+import re
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter
+from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.config import DraftConfig, EngineConfig, ServeConfig
+from kangaroo_jax.engine.draft_spans import DraftSpans
+from kangaroo_jax.engine.engine import Engine
+from kangaroo_jax.engine.requests import Answer, Finished
+from kangaroo_jax.errors import InputError
+from kangaroo_jax.serve.api_error import ApiError, encode
+from kangaroo_jax.serve.engine_thread import EngineThread, Job
+from kangaroo_jax.serve.guards import AccessLog, Gate, error_response, read_json
+from kangaroo_jax.serve.metrics import Metrics
+from kangaroo_jax.serve.prompts import Prompts
+from kangaroo_jax.serve.replies import ChatReply, CompletionReply, usage_of
+from kangaroo_jax.serve.requests import Asked, parse_chat, parse_completion
+
+_PLAIN_SLOTS = 1  # of the engine that decodes plainly, for the page's race
+_SEND_PATIENCE = 60.0  # seconds that a client may take to read a piece of its answer
+
+
+class Server:
+    """Serves one target.
+
+    Args:
+      target: from `load_target`, with a tokenizer; its name is the model's in the API.
+      adapter: from `load_adapter`; None decodes plainly.
+      engine: slots, and the most tokens of a prompt and its answer.
+      draft: how to draft.
+      config: what is taken from clients.
+      log: takes the fields of a line of the access log.
+      on_failure: takes the traceback of a bug.
+
+    Raises:
+      InputError: as `Engine`, or for a target without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        adapter: TrainedAdapter | None,
+        engine: EngineConfig,
+        draft: DraftConfig,
+        config: ServeConfig,
+        log: Callable[[Mapping[str, Any]], None],
+        on_failure: Callable[[str], None],
+    ):
+        if target.tokenizer is None:
+            raise InputError(f"{target.name}: has no tokenizer; put its tokenizer files beside it")
+        self._target, self._adapter, self._config = target, adapter, config
+        # More would not be computed right: the context is what the model was trained for.
+        length = min(engine.max_length or target.config.context, target.config.context)
+        self._engine_config, self._draft = EngineConfig(engine.max_batch, length), draft
+        self._make_engine(plain=False)  # refuses what cannot be, before anything listens
+        self._metrics = Metrics()
+        self._prompts = Prompts(target, length)
+        slots = engine.max_batch
+        self._thread = EngineThread(
+            self._make_engine, slots + config.queue_size, slots, self._metrics.event, on_failure
+        )
+        self._metrics.watch(self._thread, slots)
+        self._page, self._page_headers = _page()
+        self._created = int(time.time())
+        self.app = self._application(log, on_failure)
+
+    def _make_engine(self, plain: bool) -> Engine:
+        config = self._engine_config
+        if not plain or self._adapter is None:
+            return Engine(self._target, self._adapter, config, self._draft)
+        return Engine(self._target, None, EngineConfig(_PLAIN_SLOTS, config.max_length))
+
+    def _application(self, log: Callable[[Mapping[str, Any]], None], on_failure: Callable[[str], None]) -> ASGIApp:
+        routes = [
+            Route("/", self._show_page),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._models),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._completion, methods=["POST"]),
+            Route("/health", self._ready),
+            Route("/health/live", self._live),
+            Route("/health/ready", self._ready),
+            Route("/metrics", self._show_metrics),
+        ]
+        around = [Middleware(Gate, config=self._config)]
+        if self._config.allow_origins:
+            around.insert(
+                0,
+                Middleware(
+                    CORSMiddleware,
+                    allow_origins=self._config.allow_origins,
+                    allow_methods=["GET", "POST"],
+                    allow_headers=["Authorization", "Content-Type"],
+                    expose_headers=["X-Request-ID", "Retry-After"],
+                ),
+            )
+        inner = Starlette(
+            routes=routes,
+            middleware=around,
+            lifespan=self._lifespan,
+            exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _bug},
+        )
+        paths = frozenset(route.path for route in routes if "{" not in route.path)
+        return AccessLog(inner, log, self._metrics.response, paths, lambda error: on_failure(_traceback(error)))
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        self._thread.start()
+        yield
+        await self._thread.stop()
+        self._prompts.close()
+
+    # --- Endpoints.
+
+    async def _show_page(self, _: Request) -> Response:
+        return Response(self._page, 200, self._page_headers, "text/html")
+
+    async def _models(self, request: Request) -> Response:
+        name = request.path_params.get("name")
+        if name not in (None, self._target.name):
+            raise ApiError(404, f"there is no model {name[:60]!r} here", "model_not_found", "model")
+        model = {
+            "id": self._target.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "kangaroo-jax",
+            "kangaroo": {
+                "chat": bool(self._target.tokenizer.chat_template),
+                "drafts": self._adapter is not None or self._draft.lookup is not None,
+                "context": self._engine_config.max_length,
+            },
+        }
+        return _json(model if name is not None else {"object": "list", "data": [model]})
+
+    async def _ready(self, _: Request) -> Response:
+        ready = self._thread.alive and self._thread.ready
+        return _json({"ready": ready, "live": self._thread.alive}, 200 if ready else 503)
+
+    async def _live(self, _: Request) -> Response:
+        return _json({"live": self._thread.alive}, 200 if self._thread.alive else 503)
+
+    async def _show_metrics(self, _: Request) -> Response:
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _chat(self, request: Request) -> ASGIApp:
+        asked = parse_chat(await read_json(request, self._config.max_body_bytes), self._target.name, self._config)
+        return await self._answer(request, asked, ChatReply(self._target.name))
+
+    async def _completion(self, request: Request) -> ASGIApp:
+        asked = parse_completion(await read_json(request, self._config.max_body_bytes), self._target.name, self._config)
+        return await self._answer(request, asked, CompletionReply(self._target.name))
+
+    async def _answer(self, request: Request, asked: Asked, reply: CompletionReply) -> ASGIApp:
+        self._thread.check_room(asked.choices)  # before the work of encoding
+        prompts, requests = await self._prompts.requests(asked)
+        job = Job(requests, asked.plain and self._adapter is not None, self._config.deadline)
+        self._thread.submit(job)
+        return _JobResponse(self, job, asked, prompts, reply, request.scope["kangaroo_log"])
+
+
+class _JobResponse:
+    """The response to a request for answers: an ASGI application of its own, as it ends the job when the client leaves.
+
+    Args:
+      server: that the job runs on.
+      job: that is submitted.
+      asked: what for.
+      prompts: token ids.
+      reply: the response's shape.
+      noted: fields of the request's line in the log.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        job: Job,
+        asked: Asked,
+        prompts: list[list[int]],
+        reply: CompletionReply,
+        noted: dict[str, Any],
+    ):
+        self._thread, self._tokenizer = server._thread, server._prompts.tokenizer
+        self._job, self._asked, self._prompts, self._reply, self._noted = job, asked, prompts, reply, noted
+        self._answers: dict[int, Answer] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.create_task(self._send_stream(send) if self._asked.stream else self._send_complete(send))
+        left = asyncio.create_task(_until_disconnect(receive))
+        try:
+            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientDisconnect
+            await work
+        finally:
+            self._thread.cancel(self._job)
+            for task in (work, left):
+                task.cancel()
+            await asyncio.gather(work, left, return_exceptions=True)
+            self._noted["new_tokens"] = sum(len(answer.tokens) for answer in self._answers.values())
+
+    async def _send_complete(self, send: Send) -> None:
+        try:
+            async for index, event in self._job.events():
+                self._note(index, event)
+            answers = self._in_order()
+            response = _json(self._reply.complete(answers, self._usage(answers)))
+        except ApiError as error:
+            self._noted["code"] = error.code
+            response = error_response(error)
+        await self._send(send, response.status_code, response.raw_headers, response.body)
+
+    async def _send_stream(self, send: Send) -> None:
+        begun: set[int] = set()
+        spans = {}
+        if self._asked.drafts:
+            spans = {i: DraftSpans(self._tokenizer, r.prompt) for i, r in enumerate(self._job.requests)}
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+        started = False
+        try:
+            async for index, event in self._job.events():
+                self._note(index, event)
+                chunks = []
+                if index not in begun:
+                    begun.add(index)
+                    chunks.append(self._reply.begin(index))
+                if isinstance(event, Finished):
+                    rest = spans[index].finish(event.answer) if spans else None
+                    chunks.append(self._reply.end(index, event.answer, rest))
+                else:
+                    known = spans[index].feed(event) if spans else None
+                    if event.text or known:
+                        chunks.append(self._reply.delta(index, event.text, known))
+                lines = [chunk for chunk in chunks if chunk is not None]
+                if not started:
+                    # Not before: an error that comes first has a status of its own.
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
+                    started = True
+                if lines:
+                    await self._send_lines(send, lines)
+            answers = self._in_order()
+            usage = self._usage(answers)
+            await self._send_lines(send, [self._reply.usage(usage)] if self._asked.include_usage else [])
+            await _patiently(send({"type": "http.response.body", "body": b"data: [DONE]\n\n"}))
+        except ApiError as error:
+            self._noted["code"] = error.code
+            if not started:
+                response = error_response(error)
+                await self._send(send, response.status_code, response.raw_headers, response.body)
+                return
+            await _patiently(send({"type": "http.response.body", "body": _line(error.body())}))
+
+    def _note(self, index: int, event: Any) -> None:
+        if isinstance(event, Finished):
+            self._answers[index] = event.answer
+            if event.answer.error is not None:
+                raise ApiError(500, event.answer.error, "not_numbers")
+
+    def _in_order(self) -> list[Answer]:
+        return [self._answers[i] for i in range(len(self._job.requests))]
+
+    def _usage(self, answers: list[Answer]) -> dict[str, Any]:
+        usage = usage_of(self._prompts, answers)
+        own = usage["kangaroo"]
+        self._noted |= {
+            "prompt_tokens": usage["prompt_tokens"],
+            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+            "rounds": own["rounds"],
+            "accept_length": own["accept_length"],
+            "finish_reasons": [answer.finish_reason for answer in answers],
+        }
+        return usage
+
+    async def _send_lines(self, send: Send, chunks: list[dict[str, Any]]) -> None:
+        body = b"".join(map(_line, chunks))
+        if body:
+            await _patiently(send({"type": "http.response.body", "body": body, "more_body": True}))
+
+    async def _send(self, send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await _patiently(send({"type": "http.response.body", "body": body}))
+
+
+async def _patiently(sending: Any) -> None:
+    """Sends; a client that does not read for long is taken to have left."""
+    try:
+        async with asyncio.timeout(_SEND_PATIENCE):
+            await sending
+    except TimeoutError:
+        raise ClientDisconnect from None
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _line(value: Any) -> bytes:
+    """An event of a stream of server-sent events."""
+    return b"data: " + encode(value) + b"\n\n"
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(encode(value), status, media_type="application/json")
+
+
+async def _api_error(request: Request, error: ApiError) -> Response:
+    request.scope["kangaroo_log"]["code"] = error.code
+    return error_response(error)
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    messages = {404: "there is nothing at this path", 405: "this path does not take this method"}
+    return await _api_error(
+        request,
+        ApiError(
+            error.status_code,
+            messages.get(error.status_code, str(error.detail)),
+            "not_found" if error.status_code == 404 else "not_allowed",
+            headers=dict(error.headers or {}),
+        ),
+    )
+
+
+async def _bug(request: Request, _: Exception) -> Response:
+    return await _api_error(request, ApiError(500, "the server failed; its log says why", "internal_error"))
+
+
+def _traceback(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+def _page() -> tuple[bytes, dict[str, str]]:
+    """The page, and headers that let it run its own script and style, ask this server, and nothing else."""
+    page = importlib.resources.files("kangaroo_jax.serve").joinpath("page.html").read_bytes()
+    allowed = {}
+    for name in ("style", "script"):
+        parts = re.findall(rf"<{name}>(.*?)</{name}>".encode(), page, re.DOTALL)
+        hashes = (base64.b64encode(hashlib.sha256(part).digest()).decode() for part in parts)
+        allowed[name] = " ".join(f"'sha256-{each}'" for each in hashes)
+    policy = (
+        f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return page, {"Content-Security-Policy": policy}

@@ -1,0 +1,83 @@
+"""A server in this process, on a free port of the loopback interface, and clients of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import threading
+import time
+
+import httpx
+import openai
+
+from kangaroo_jax import EngineConfig, demo, load_adapter, load_target
+from kangaroo_jax.config import ServeConfig
+from kangaroo_jax.serve import run
+from kangaroo_jax.serve.app import Server
+
+MODEL = "demo"
+# The demo is no chat model: it goes on with what it is given. "M:" ends with its BOS in no text.
+TEMPLATE = "{% for m in messages %}# {{ m.role }}\n{{ m.content }}\n{% endfor %}"
+
+
+@functools.cache
+def demo_models():
+    """The demo with a chat template, and its adapter."""
+    target = load_target(str(demo.MODEL), "float32")
+    target.tokenizer.chat_template = TEMPLATE
+    return dataclasses.replace(target, name=MODEL), load_adapter(demo.ADAPTER, target)
+
+
+class Running:
+    """A server that runs: where it is, what it logged, and clients of it."""
+
+    def __init__(self, url, server, log, failures):
+        self.url, self.server, self.log, self.failures = url, server, log, failures
+        self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+        self.http = httpx.Client(base_url=url, timeout=120)
+
+    def post(self, path, **body):
+        """The response to a JSON body."""
+        return self.http.post(f"/v1/{path}", json=body)
+
+    def metric(self, name):
+        """A figure of /metrics, without labels."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return next(float(line.split()[1]) for line in lines if line.split()[0] == name)
+
+    def settle(self, running=0):
+        """Waits until so many sequences run or wait."""
+        thread = self.server._thread
+        wait_for(lambda: thread.active == running and len(thread._sequences) == running)
+
+
+def wait_for(holds, seconds=60):
+    """Waits until it holds; fails if it does not."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not come to hold"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def serving(config=None, max_batch=2, **options):
+    """Runs a server of the demo."""
+    target, adapter = demo_models()
+    log, failures = [], []
+    engine = EngineConfig(max_batch, options.pop("max_length", None))
+    server = Server(target, adapter, engine, adapter.draft, config or ServeConfig(), log.append, failures.append)
+    with run.listen("127.0.0.1", 0) as socket:
+        runner = run.uvicorn_server(server.app, grace=5)
+        thread = threading.Thread(target=runner.run, kwargs={"sockets": [socket]})
+        thread.start()
+        running = Running(f"http://127.0.0.1:{socket.getsockname()[1]}", server, log, failures)
+        try:
+            wait_for(lambda: server._thread.ready or not thread.is_alive())
+            yield running
+        finally:
+            running.http.close()
+            running.openai.close()
+            runner.should_exit = True
+            thread.join(60)
+    assert not thread.is_alive()
