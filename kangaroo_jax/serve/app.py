@@ -37,7 +37,6 @@ from kangaroo_jax.serve.prompts import Prompts
 from kangaroo_jax.serve.replies import ChatReply, CompletionReply, usage_of
 from kangaroo_jax.serve.requests import Asked, parse_chat, parse_completion
 
-_PLAIN_SLOTS = 1  # of the engine that decodes plainly, for the page's race
 _SEND_PATIENCE = 60.0  # seconds that a client may take to read a piece of its answer
 
 
@@ -86,10 +85,9 @@ class Server:
         self.app = self._application(log, on_failure)
 
     def _make_engine(self, plain: bool) -> Engine:
-        config = self._engine_config
-        if not plain or self._adapter is None:
-            return Engine(self._target, self._adapter, config, self._draft)
-        return Engine(self._target, None, EngineConfig(_PLAIN_SLOTS, config.max_length))
+        # With as many slots for both: on a CPU, empty ones take their time too, and a comparison should be a fair one.
+        adapter, draft = (None, DraftConfig()) if plain else (self._adapter, self._draft)
+        return Engine(self._target, adapter, self._engine_config, draft)
 
     def _application(self, log: Callable[[Mapping[str, Any]], None], on_failure: Callable[[str], None]) -> ASGIApp:
         routes = [

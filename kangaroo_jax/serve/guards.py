@@ -152,7 +152,7 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_with_headers)
         except (ClientDisconnect, OSError):
-            left = True
+            left, noted["code"] = True, "client_left"
         except Exception as error:
             noted["code"] = "internal_error"
             self._on_failure(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import threading
 import time
@@ -11,22 +10,22 @@ import time
 import httpx
 import openai
 
-from kangaroo_jax import EngineConfig, demo, load_adapter, load_target
+from kangaroo_jax import DraftConfig, EngineConfig, SamplingConfig, generate
 from kangaroo_jax.config import ServeConfig
 from kangaroo_jax.serve import run
 from kangaroo_jax.serve.app import Server
+from tests.bench.models import EXIT_LAYER, small_adapter, small_chat_target
 
-MODEL = "demo"
-# The demo is no chat model: it goes on with what it is given. "M:" ends with its BOS in no text.
-TEMPLATE = "{% for m in messages %}# {{ m.role }}\n{{ m.content }}\n{% endfor %}"
+MODEL = "small"  # a token of it is a character
+DRAFT = DraftConfig(EXIT_LAYER, 4, 0.1)
 
 
 @functools.cache
-def demo_models():
-    """The demo with a chat template, and its adapter."""
-    target = load_target(str(demo.MODEL), "float32")
-    target.tokenizer.chat_template = TEMPLATE
-    return dataclasses.replace(target, name=MODEL), load_adapter(demo.ADAPTER, target)
+def alone(prompt, most=24, sampling=None, stop=(), eos=None):
+    """What the server has to answer: `generate` of one prompt (text, or a tuple of token ids)."""
+    sampling = SamplingConfig() if sampling is None else sampling
+    prompts = [prompt if isinstance(prompt, str) else list(prompt)]
+    return generate(small_chat_target(), small_adapter(), prompts, most, DRAFT, sampling, eos, stop=list(stop))
 
 
 class Running:
@@ -61,12 +60,11 @@ def wait_for(holds, seconds=60):
 
 
 @contextlib.contextmanager
-def serving(config=None, max_batch=2, **options):
-    """Runs a server of the demo."""
-    target, adapter = demo_models()
+def serving(config=None, max_batch=1, max_length=None):
+    """Runs a server of the small model."""
     log, failures = [], []
-    engine = EngineConfig(max_batch, options.pop("max_length", None))
-    server = Server(target, adapter, engine, adapter.draft, config or ServeConfig(), log.append, failures.append)
+    engine, config = EngineConfig(max_batch, max_length), config or ServeConfig()
+    server = Server(small_chat_target(), small_adapter(), engine, DRAFT, config, log.append, failures.append)
     with run.listen("127.0.0.1", 0) as socket:
         runner = run.uvicorn_server(server.app, grace=5)
         thread = threading.Thread(target=runner.run, kwargs={"sockets": [socket]})

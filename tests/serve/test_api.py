@@ -3,30 +3,24 @@
 Truth: `generate` with the same settings, alone; the prompts of messages by transformers' `apply_chat_template`.
 """
 
-import functools
+import dataclasses
 import json
 
 import openai
 import pytest
 
-from kangaroo_jax import SamplingConfig, generate
-from tests.serve.servers import MODEL, demo_models
+from kangaroo_jax import SamplingConfig
+from tests.bench.models import small_chat_target
+from tests.serve.servers import MODEL, alone
 
 PROMPT = "def add(self, item):"
 MESSAGES = [{"role": "user", "content": PROMPT}]
 GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 24}
 
 
-@functools.cache
-def alone(prompt=PROMPT, most=24, sampling=None, stop=(), eos=None):
-    target, adapter = demo_models()
-    sampling = sampling or SamplingConfig()
-    return generate(target, adapter, [prompt], most, adapter.draft, sampling, eos, stop=list(stop))
-
-
 def chat_ids(messages):
     options = {"add_generation_prompt": True, "return_dict": False}
-    return tuple(demo_models()[0].tokenizer.apply_chat_template(messages, **options))
+    return tuple(small_chat_target().tokenizer.apply_chat_template(messages, **options))
 
 
 def text_of(stream):
@@ -35,12 +29,12 @@ def text_of(stream):
 
 def test_a_completion_is_generates(served):
     answer = served.openai.completions.create(prompt=PROMPT, **GREEDY)
-    truth = alone()
+    truth = alone(PROMPT)
     assert answer.choices[0].text == truth.texts[0]
     assert answer.choices[0].finish_reason == "length"
     assert answer.model == MODEL
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (7, 24)
-    assert answer.usage.total_tokens == 31
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (1 + len(PROMPT), 24)
+    assert answer.usage.total_tokens == 25 + len(PROMPT)
     own = answer.usage.kangaroo
     assert own["rounds"] == len(truth.accept_lengths[0])
     assert own["accept_length"] == pytest.approx(truth.mean_accept_length, abs=1e-4)
@@ -83,10 +77,10 @@ def test_three_answers_have_seeds_of_their_own(served):
     answer = served.openai.completions.create(seed=2**32 - 2, **settings)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     for choice, seed in zip(answer.choices, (2**32 - 2, 2**32 - 1, 0), strict=True):
-        assert choice.text == alone(sampling=SamplingConfig(0.9, 0.95, seed=seed)).texts[0]
+        assert choice.text == alone(PROMPT, sampling=SamplingConfig(0.9, 0.95, seed=seed)).texts[0]
     assert len({choice.text for choice in answer.choices}) == 3
     assert answer.usage.completion_tokens == 72
-    assert answer.usage.prompt_tokens == 7
+    assert answer.usage.prompt_tokens == 1 + len(PROMPT)
     texts = ["", "", ""]
     for chunk in served.openai.completions.create(seed=2**32 - 2, stream=True, **settings):
         for choice in chunk.choices:
@@ -98,17 +92,19 @@ def test_without_a_temperature_answers_are_drawn(served):
     first, second = (
         served.openai.completions.create(prompt=PROMPT, model=MODEL, max_tokens=24, seed=seed) for seed in (5, 6)
     )
-    assert first.choices[0].text == alone(sampling=SamplingConfig(1.0, seed=5)).texts[0]
+    assert first.choices[0].text == alone(PROMPT, sampling=SamplingConfig(1.0, seed=5)).texts[0]
     assert first.choices[0].text != second.choices[0].text
     unseeded = {served.post("completions", prompt=PROMPT, max_tokens=24).json()["choices"][0]["text"] for _ in range(2)}
     assert len(unseeded) == 2
 
 
-@pytest.mark.parametrize("stop", ["Return", ["zzz", "item in"]])
-def test_a_stop_string_ends_the_answer_before_it(served, stop):
+@pytest.mark.parametrize("several", [False, True])
+def test_a_stop_string_ends_the_answer_before_it(served, several):
+    stop = alone(PROMPT).texts[0][12:15]
+    stop = ["not there", stop] if several else stop
     answer = served.openai.completions.create(prompt=PROMPT, stop=stop, **GREEDY)
     strings = [stop] if isinstance(stop, str) else stop
-    truth = alone(stop=tuple(strings))
+    truth = alone(PROMPT, stop=tuple(strings))
     assert answer.choices[0].text == truth.texts[0]
     assert not any(string in answer.choices[0].text for string in strings)
     assert answer.choices[0].finish_reason == "stop"
@@ -118,29 +114,28 @@ def test_a_stop_string_ends_the_answer_before_it(served, stop):
 
 
 def test_eos_ends_an_answer_unless_ignored(served, monkeypatch):
-    import dataclasses
-
     engine = served.server._thread._engines[False]
-    ending = alone().tokens[0][9]
+    ending = alone(PROMPT).tokens[0][9]
     monkeypatch.setattr(engine, "target", dataclasses.replace(engine.target, eos_token_ids=(ending,)))
     answer = served.openai.completions.create(prompt=PROMPT, **GREEDY)
     assert answer.choices[0].finish_reason == "stop"
-    assert answer.choices[0].text == alone(eos=(ending,)).texts[0]
+    assert answer.choices[0].text == alone(PROMPT, eos=(ending,)).texts[0]
     assert answer.usage.completion_tokens <= 10
     answer = served.openai.completions.create(prompt=PROMPT, extra_body={"ignore_eos": True}, **GREEDY)
-    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (alone().texts[0], "length")
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (alone(PROMPT).texts[0], "length")
 
 
 def test_several_prompts_and_token_ids(served):
-    ids = demo_models()[0].tokenizer.encode(PROMPT)
+    ids = small_chat_target().tokenizer.encode(PROMPT)
     answer = served.openai.completions.create(prompt=[PROMPT, "class Stack:"], **GREEDY)
-    assert [choice.text for choice in answer.choices] == [alone().texts[0], alone("class Stack:").texts[0]]
+    assert [choice.text for choice in answer.choices] == [alone(PROMPT).texts[0], alone("class Stack:").texts[0]]
     answer = served.openai.completions.create(prompt=ids, **GREEDY)
-    assert answer.choices[0].text == alone().texts[0]
+    assert answer.choices[0].text == alone(PROMPT).texts[0]
 
 
+@pytest.mark.long
 def test_a_conversation_goes_on_from_what_a_slot_holds(served):
-    first = "x = [1, 2, 3]\n" * 12
+    first = "x = [1, 2, 3]\n" * 6
     messages = [{"role": "user", "content": first}]
     answer = served.openai.chat.completions.create(messages=messages, **GREEDY)
     messages += [{"role": "assistant", "content": answer.choices[0].message.content}, {"role": "user", "content": "y"}]
@@ -149,16 +144,17 @@ def test_a_conversation_goes_on_from_what_a_slot_holds(served):
     assert answer.choices[0].message.content == alone(chat_ids(messages)).texts[0]
 
 
+@pytest.mark.long
 def test_drafts_and_plain_decoding_for_the_page(served):
     body = {"prompt": PROMPT, "stream": True, "kangaroo": {"drafts": True}, **GREEDY}
     lines = served.post("completions", **body).text.split("\n\n")
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line and "[DONE]" not in line]
     spans = [span for chunk in chunks for span in chunk["kangaroo"]["spans"]]
-    assert "".join(text for kind, text, _ in spans if kind != "rejected") == alone().texts[0]
+    assert "".join(text for kind, text, _ in spans if kind != "rejected") == alone(PROMPT).texts[0]
     kinds = {kind for kind, _, _ in spans}
     assert kinds == {"accepted", "rejected", "target"}
     plain = served.post("completions", prompt=PROMPT, kangaroo={"plain": True}, **GREEDY).json()
-    assert plain["choices"][0]["text"] == alone().texts[0]
+    assert plain["choices"][0]["text"] == alone(PROMPT).texts[0]
     assert plain["usage"]["kangaroo"]["rounds"] == 23
     assert plain["usage"]["kangaroo"]["accept_length"] == 1
 
@@ -195,11 +191,11 @@ WRONG = [
     ({"stream_options": {"include_usage": True}}, "invalid_value", "stream_options"),
     ({"prompt": ""}, "invalid_value", "prompt"),
     ({"prompt": []}, "invalid_value", "prompt"),
-    ({"prompt": [4096]}, "invalid_value", "prompt"),
+    ({"prompt": [100]}, "invalid_value", "prompt"),
     ({"prompt": [True]}, "invalid_value", "prompt"),
     ({"prompt": "a \ud800"}, "invalid_value", "prompt"),
-    ({"prompt": "x = 1\n" * 1000}, "context_length_exceeded", "prompt"),
-    ({"max_tokens": 1020}, "context_length_exceeded", "prompt"),
+    ({"prompt": "x = 1\n" * 200}, "context_length_exceeded", "prompt"),
+    ({"max_tokens": 760}, "context_length_exceeded", "prompt"),
     ({"model": "gpt-7"}, "model_not_found", "model"),
 ]
 
