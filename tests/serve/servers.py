@@ -79,3 +79,13 @@ def serving(config=None, max_batch=1, max_length=None):
             runner.should_exit = True
             thread.join(60)
     assert not thread.is_alive()
+
+
+def check_alive(running):
+    """It answers, rightly, and holds nothing of earlier requests."""
+    prompt = "def add(self, item):"
+    response = running.post("completions", prompt=prompt, temperature=0, max_tokens=24)
+    assert response.json()["choices"][0]["text"] == alone(prompt).texts[0]
+    running.settle()
+    assert not running.server._thread._jobs
+    assert not running.server._thread._open

@@ -1,21 +1,27 @@
-"""OpenAI's API, by OpenAI's own client.
+"""The server: OpenAI's API by OpenAI's own client, and what else clients may send it.
 
 Truth: `generate` with the same settings, alone; the prompts of messages by transformers' `apply_chat_template`.
 """
 
 import dataclasses
 import json
+import socket
+import time
 
+import httpx
+import numpy as np
 import openai
 import pytest
 
 from kangaroo_jax import SamplingConfig
 from tests.bench.models import small_chat_target
-from tests.serve.servers import MODEL, alone
+from tests.serve.servers import MODEL, alone, check_alive, wait_for
 
 PROMPT = "def add(self, item):"
 MESSAGES = [{"role": "user", "content": PROMPT}]
 GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 24}
+LONG = {"prompt": PROMPT, "temperature": 0, "max_tokens": 100, "ignore_eos": True}
+DEPTH = 40_000
 
 
 def chat_ids(messages):
@@ -242,3 +248,175 @@ def test_values_that_ask_for_nothing_are_taken(served):
     assert response.json()["error"]["param"] == "tools"
     response = served.post("chat/completions", messages=MESSAGES, max_tokens=1, max_completion_tokens=1)
     assert response.json()["error"]["param"] == "max_completion_tokens"
+
+
+# --- What clients may do to a server: leave, send garbage, ask for too much at a time.
+
+
+@pytest.fixture
+def slow(served, monkeypatch):
+    """Steps that take long, so that what comes in between does."""
+    engine = served.server._thread._engines[False]
+    step = engine.step
+
+    def slowly():
+        time.sleep(0.15)
+        return step()
+
+    monkeypatch.setattr(engine, "step", slowly)
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"", 400, "invalid_json"),
+        (b"{", 400, "invalid_json"),
+        (b"\xff\xfe{}", 400, "invalid_json"),
+        (b"[]", 400, "invalid_json"),
+        (b'"text"', 400, "invalid_json"),
+        (b'{"prompt": "x", "temperature": NaN}', 400, "invalid_value"),
+        (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", 400, "invalid_json"),
+        (b"[" * DEPTH, 400, "invalid_json"),
+        (b'{"prompt": ' + b"[" * DEPTH + b"]" * DEPTH + b"}", 400, "invalid_json"),
+        (b'{"prompt": "' + b"x" * 200_000 + b'"}', 413, "body_too_large"),
+        (b"x" * 10_000_000, 413, "body_too_large"),
+    ],
+    ids=lambda value: f"{value[:12]}" if isinstance(value, bytes) else "",
+)
+def test_garbage_bodies(served, body, status, code):
+    response = served.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == status
+    assert response.json()["error"]["code"] == code
+    assert "Traceback" not in response.text
+    assert "kangaroo_jax" not in response.text
+    check_alive(served)
+
+
+def test_other_content_types_paths_and_methods(served):
+    body = json.dumps({"prompt": PROMPT})
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None):
+        headers = {} if kind is None else {"Content-Type": kind}
+        response = served.http.post("/v1/completions", content=body, headers=headers)
+        assert (response.status_code, response.json()["error"]["code"]) == (415, "unsupported_media_type")
+    for method, path, status in (("GET", "/v1/embeddings", 404), ("GET", "/../etc/passwd", 404), ("PUT", "/", 405)):
+        response = served.http.request(method, path)
+        assert response.status_code == status
+        assert response.json()["error"]["type"] == "invalid_request_error"
+    check_alive(served)
+
+
+def test_header_floods_and_what_is_no_http(served):
+    host, port = served.url.removeprefix("http://").split(":")
+    flood = b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"".join(
+        b"X-%d: %s\r\n" % (i, b"y" * 80) for i in range(5000)
+    )
+    for sent in (flood, b"\x16\x03\x01\x02\x00" * 100, b"GET /" + b"a" * 100_000):
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            try:
+                connection.sendall(sent)
+                answer = connection.recv(1000)
+            except ConnectionError:  # it was closed before all of it was read
+                answer = b"HTTP/1.1 400 "
+        assert answer.startswith(b"HTTP/1.1 400 ")
+    check_alive(served)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot(served, slow, stream):
+    before, lines = served.metric("kangaroo_completion_tokens_total"), len(served.log)
+    with httpx.Client(base_url=served.url, timeout=60) as client:
+        if stream:
+            with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
+                assert next(response.iter_lines()).startswith("data: ")
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/completions", json=LONG, timeout=0.3)
+    served.settle()
+    assert not slow.busy
+    assert served.metric("kangaroo_completion_tokens_total") - before < 100
+    assert (served.log[lines]["status"], served.log[lines]["code"]) == (499, "client_left")
+    check_alive(served)
+
+
+def test_a_full_queue_refuses_with_the_time_to_wait(served, slow):
+    capacity = 7  # one slot, and six that wait
+    with served.http.stream("POST", "/v1/completions", json={**LONG, "n": capacity, "stream": True}) as response:
+        lines = response.iter_lines()  # held: without it, the connection is closed
+        next(lines)
+        assert served.metric("kangaroo_waiting") == capacity - 1
+        assert served.metric("kangaroo_running") == 1
+        refused = served.post("completions", prompt=PROMPT)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert 1 <= int(refused.headers["Retry-After"]) <= 60
+    served.settle()
+    check_alive(served)
+
+
+def test_a_request_ends_at_its_deadline(served, slow, monkeypatch):
+    monkeypatch.setattr(served.server, "_config", dataclasses.replace(served.server._config, deadline=0.3))
+    response = served.post("completions", **LONG)
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
+    with pytest.raises(openai.APIError, match="no complete answer"):
+        list(served.openai.completions.create(model="small", prompt=PROMPT, max_tokens=100, temperature=0, stream=True))
+    monkeypatch.undo()
+    check_alive(served)
+
+
+def test_an_engine_that_fails_is_replaced(served, monkeypatch):
+    engine = served.server._thread._engines[False]
+
+    def fail():
+        raise ValueError("a bug at /some/path")
+
+    monkeypatch.setattr(engine, "step", fail)
+    response = served.post("completions", **LONG)
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_failed")
+    assert "path" not in response.text
+    assert "ValueError: a bug" in served.failures.pop()
+    check_alive(served)
+
+
+def test_logits_that_are_not_numbers_are_an_error(served, monkeypatch):
+    engine = served.server._thread._engines[False]
+    finish = engine._finish
+    monkeypatch.setattr(engine, "_finish", lambda run, _: finish(run, "error"))
+    response = served.post("completions", prompt=PROMPT, temperature=0, max_tokens=4)
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "not_numbers")
+    with pytest.raises(openai.APIError, match="not numbers"):
+        list(served.openai.completions.create(model="small", prompt=PROMPT, max_tokens=4, temperature=0, stream=True))
+    monkeypatch.undo()
+    check_alive(served)
+
+
+def test_the_access_log_has_no_texts(served):
+    lines = len(served.log)
+    served.post("completions", prompt=PROMPT, temperature=0, max_tokens=24)
+    served.http.get("/health")
+    wait_for(lambda: len(served.log) > lines)
+    (line,) = served.log[lines:]
+    assert json.loads(json.dumps(line)) == line
+    assert (line["path"], line["status"], line["new_tokens"]) == ("/v1/completions", 200, 24)
+    assert line["prompt_tokens"] == 1 + len(PROMPT)
+    assert PROMPT not in json.dumps(line)
+
+
+def test_health_metrics_and_headers(served):
+    assert served.http.get("/health/live").json() == {"live": True}
+    assert served.http.get("/health/ready").status_code == 200
+    thread = served.server._thread
+    thread.ready = False
+    assert served.http.get("/health/ready").status_code == 503
+    assert served.http.get("/health/live").status_code == 200
+    thread.ready = True
+    counts = "completion_tokens_total", "rounds_total", "time_to_first_token_seconds_count", "committed_tokens_total"
+    before = [served.metric(f"kangaroo_{name}") for name in counts]
+    usage = served.post("completions", prompt=PROMPT, temperature=0, max_tokens=24).json()["usage"]
+    after = [served.metric(f"kangaroo_{name}") for name in counts]
+    assert np.subtract(after, before).tolist() == [24, usage["kangaroo"]["rounds"], 1, 23]
+    page = served.http.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "unsafe" not in page.headers["content-security-policy"]
+    assert "access-control-allow-origin" not in page.headers
+    assert page.headers["x-frame-options"] == "DENY"
