@@ -82,10 +82,11 @@ def _serve() -> None:
         raise InputError("--adapter and --plain do not go together; give one")
 
     from kangaroo_jax.serve import run
-    from kangaroo_jax.serve.app import Server
 
     # The socket first: that it cannot be had is known before a model is loaded.
     with run.listen(_HOST.value, _PORT.value) as socket:
+        from kangaroo_jax.serve.app import Server
+
         target, adapter, draft = _load()
         server = Server(target, adapter, engine, draft, config, _log, _report)
         # uvicorn ends in order at SIGTERM, and then sends it on, to what handled it before.
