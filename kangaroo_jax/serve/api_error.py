@@ -1,9 +1,11 @@
-"""Errors in OpenAI's shape."""
+"""Errors in OpenAI's shape, and JSON responses."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
+
+from starlette.responses import Response
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -40,3 +42,13 @@ class ApiError(Exception):
 def encode(value: Any) -> bytes:
     """JSON, all in ASCII: what a client sent, and gets back in an error, may not be valid Unicode."""
     return json.dumps(value, separators=(",", ":")).encode()
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON value as a response."""
+    return Response(encode(value), status, headers, "application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    """An error as a response."""
+    return json_response(error.body(), error.status, error.headers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import hashlib
@@ -17,27 +16,24 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftConfig, EngineConfig, ServeConfig
-from kangaroo_jax.engine.draft_spans import DraftSpans
 from kangaroo_jax.engine.engine import Engine
-from kangaroo_jax.engine.requests import Answer, Finished
 from kangaroo_jax.errors import InputError
-from kangaroo_jax.serve.api_error import ApiError, encode
+from kangaroo_jax.serve.answer_response import AnswerResponse
+from kangaroo_jax.serve.api_error import ApiError, error_response, json_response
 from kangaroo_jax.serve.engine_thread import EngineThread, Job
-from kangaroo_jax.serve.guards import AccessLog, Gate, error_response, read_json
+from kangaroo_jax.serve.guards import AccessLog, Gate, read_json
 from kangaroo_jax.serve.metrics import Metrics
 from kangaroo_jax.serve.prompts import Prompts
-from kangaroo_jax.serve.replies import ChatReply, CompletionReply, usage_of
+from kangaroo_jax.serve.replies import ChatReply, CompletionReply
 from kangaroo_jax.serve.requests import Asked, parse_chat, parse_completion
-
-_SEND_PATIENCE = 60.0  # seconds that a client may take to read a piece of its answer
 
 
 class Server:
@@ -83,6 +79,16 @@ class Server:
         self._page, self._page_headers = _page()
         self._created = int(time.time())
         self.app = self._application(log, on_failure)
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered without waiting for the engine to begin."""
+        return self._thread.alive and self._thread.ready
+
+    @property
+    def compile_seconds(self) -> float:
+        """Of all compilation so far."""
+        return self._thread.compile_seconds
 
     def _make_engine(self, plain: bool) -> Engine:
         # With as many slots for both: on a CPU, empty ones take their time too, and a comparison should be a fair one.
@@ -149,14 +155,13 @@ class Server:
                 "context": self._engine_config.max_length,
             },
         }
-        return _json(model if name is not None else {"object": "list", "data": [model]})
+        return json_response(model if name is not None else {"object": "list", "data": [model]})
 
     async def _ready(self, _: Request) -> Response:
-        ready = self._thread.alive and self._thread.ready
-        return _json({"ready": ready, "live": self._thread.alive}, 200 if ready else 503)
+        return json_response({"ready": self.ready, "live": self._thread.alive}, 200 if self.ready else 503)
 
     async def _live(self, _: Request) -> Response:
-        return _json({"live": self._thread.alive}, 200 if self._thread.alive else 503)
+        return json_response({"live": self._thread.alive}, 200 if self._thread.alive else 503)
 
     async def _show_metrics(self, _: Request) -> Response:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -174,152 +179,9 @@ class Server:
         prompts, requests = await self._prompts.requests(asked)
         job = Job(requests, asked.plain and self._adapter is not None, self._config.deadline)
         self._thread.submit(job)
-        return _JobResponse(self, job, asked, prompts, reply, request.scope["kangaroo_log"])
-
-
-class _JobResponse:
-    """The response to a request for answers: an ASGI application of its own, as it ends the job when the client leaves.
-
-    Args:
-      server: that the job runs on.
-      job: that is submitted.
-      asked: what for.
-      prompts: token ids.
-      reply: the response's shape.
-      noted: fields of the request's line in the log.
-    """
-
-    def __init__(
-        self,
-        server: Server,
-        job: Job,
-        asked: Asked,
-        prompts: list[list[int]],
-        reply: CompletionReply,
-        noted: dict[str, Any],
-    ):
-        self._thread, self._tokenizer = server._thread, server._prompts.tokenizer
-        self._job, self._asked, self._prompts, self._reply, self._noted = job, asked, prompts, reply, noted
-        self._answers: dict[int, Answer] = {}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.create_task(self._send_stream(send) if self._asked.stream else self._send_complete(send))
-        left = asyncio.create_task(_until_disconnect(receive))
-        try:
-            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise ClientDisconnect
-            await work
-        finally:
-            self._thread.cancel(self._job)
-            for task in (work, left):
-                task.cancel()
-            await asyncio.gather(work, left, return_exceptions=True)
-            self._noted["new_tokens"] = sum(len(answer.tokens) for answer in self._answers.values())
-
-    async def _send_complete(self, send: Send) -> None:
-        try:
-            async for index, event in self._job.events():
-                self._note(index, event)
-            answers = self._in_order()
-            response = _json(self._reply.complete(answers, self._usage(answers)))
-        except ApiError as error:
-            self._noted["code"] = error.code
-            response = error_response(error)
-        await self._send(send, response.status_code, response.raw_headers, response.body)
-
-    async def _send_stream(self, send: Send) -> None:
-        begun: set[int] = set()
-        spans = {}
-        if self._asked.drafts:
-            spans = {i: DraftSpans(self._tokenizer, r.prompt) for i, r in enumerate(self._job.requests)}
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
-        started = False
-        try:
-            async for index, event in self._job.events():
-                self._note(index, event)
-                chunks = []
-                if index not in begun:
-                    begun.add(index)
-                    chunks.append(self._reply.begin(index))
-                if isinstance(event, Finished):
-                    rest = spans[index].finish(event.answer) if spans else None
-                    chunks.append(self._reply.end(index, event.answer, rest))
-                else:
-                    known = spans[index].feed(event) if spans else None
-                    if event.text or known:
-                        chunks.append(self._reply.delta(index, event.text, known))
-                lines = [chunk for chunk in chunks if chunk is not None]
-                if not started:
-                    # Not before: an error that comes first has a status of its own.
-                    await send({"type": "http.response.start", "status": 200, "headers": headers})
-                    started = True
-                if lines:
-                    await self._send_lines(send, lines)
-            answers = self._in_order()
-            usage = self._usage(answers)
-            await self._send_lines(send, [self._reply.usage(usage)] if self._asked.include_usage else [])
-            await _patiently(send({"type": "http.response.body", "body": b"data: [DONE]\n\n"}))
-        except ApiError as error:
-            self._noted["code"] = error.code
-            if not started:
-                response = error_response(error)
-                await self._send(send, response.status_code, response.raw_headers, response.body)
-                return
-            await _patiently(send({"type": "http.response.body", "body": _line(error.body())}))
-
-    def _note(self, index: int, event: Any) -> None:
-        if isinstance(event, Finished):
-            self._answers[index] = event.answer
-            if event.answer.error is not None:
-                raise ApiError(500, event.answer.error, "not_numbers")
-
-    def _in_order(self) -> list[Answer]:
-        return [self._answers[i] for i in range(len(self._job.requests))]
-
-    def _usage(self, answers: list[Answer]) -> dict[str, Any]:
-        usage = usage_of(self._prompts, answers)
-        own = usage["kangaroo"]
-        self._noted |= {
-            "prompt_tokens": usage["prompt_tokens"],
-            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
-            "rounds": own["rounds"],
-            "accept_length": own["accept_length"],
-            "finish_reasons": [answer.finish_reason for answer in answers],
-        }
-        return usage
-
-    async def _send_lines(self, send: Send, chunks: list[dict[str, Any]]) -> None:
-        body = b"".join(map(_line, chunks))
-        if body:
-            await _patiently(send({"type": "http.response.body", "body": body, "more_body": True}))
-
-    async def _send(self, send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await _patiently(send({"type": "http.response.body", "body": body}))
-
-
-async def _patiently(sending: Any) -> None:
-    """Sends; a client that does not read for long is taken to have left."""
-    try:
-        async with asyncio.timeout(_SEND_PATIENCE):
-            await sending
-    except TimeoutError:
-        raise ClientDisconnect from None
-
-
-async def _until_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _line(value: Any) -> bytes:
-    """An event of a stream of server-sent events."""
-    return b"data: " + encode(value) + b"\n\n"
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(encode(value), status, media_type="application/json")
+        return AnswerResponse(
+            self._thread, job, asked, prompts, reply, self._prompts.tokenizer, request.scope["kangaroo_log"]
+        )
 
 
 async def _api_error(request: Request, error: ApiError) -> Response:

@@ -111,6 +111,11 @@ class EngineThread:
         """Sequences that wait for a slot."""
         return sum(engine.waiting for engine in list(self._engines.values()))
 
+    @property
+    def compile_seconds(self) -> float:
+        """Of all compilation so far."""
+        return sum(engine.compile_seconds for engine in list(self._engines.values()))
+
     def check_room(self, sequences: int) -> None:
         """Raises `ApiError` where so many more sequences have no place."""
         if not self.alive:

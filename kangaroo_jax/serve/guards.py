@@ -12,12 +12,11 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kangaroo_jax import json_text
 from kangaroo_jax.config import ServeConfig
-from kangaroo_jax.serve.api_error import ApiError, encode
+from kangaroo_jax.serve.api_error import ApiError, error_response
 
 _BODY_SECONDS = 30.0  # that a client may take to send a body
 _DISCARDED = 32  # times the limit: what is read of a body that is too long, so that the client gets to read the answer
@@ -30,11 +29,6 @@ _HEADERS = {
 }
 _QUIET = ("/health", "/metrics")  # asked for every few seconds, and not worth a line
 _CLIENT_LEFT = 499  # nginx's status for it, in the log
-
-
-def error_response(error: ApiError) -> Response:
-    """An error as a response."""
-    return Response(encode(error.body()), error.status, error.headers, "application/json")
 
 
 async def read_json(request: Request, limit: int) -> Any:
@@ -151,7 +145,7 @@ class AccessLog:
         left = False
         try:
             await self._app(scope, receive, send_with_headers)
-        except (ClientDisconnect, OSError):
+        except ClientDisconnect:
             left, noted["code"] = True, "client_left"
         except Exception as error:
             noted["code"] = "internal_error"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
+import threading
+from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -13,6 +16,7 @@ from kangaroo_jax.errors import MachineError
 _HEADER_BYTES = 32 * 1024  # of a request
 _CONNECTIONS = 1000
 _BACKLOG = 512
+_BACKGROUND_GRACE = 5.0  # seconds
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -44,3 +48,17 @@ def uvicorn_server(app: ASGIApp, grace: float) -> uvicorn.Server:
             ws="none",
         )
     )
+
+
+@contextlib.contextmanager
+def in_background(app: ASGIApp) -> Iterator[tuple[str, int]]:
+    """Serves in a thread of this process, on a free port of the loopback interface; gives host and port."""
+    with listen("127.0.0.1", 0) as sock:
+        server = uvicorn_server(app, _BACKGROUND_GRACE)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="server")
+        thread.start()
+        try:
+            yield sock.getsockname()[:2]
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 import time
 
 import httpx
@@ -65,20 +64,14 @@ def serving(config=None, max_batch=1, max_length=None):
     log, failures = [], []
     engine, config = EngineConfig(max_batch, max_length), config or ServeConfig()
     server = Server(small_chat_target(), small_adapter(), engine, DRAFT, config, log.append, failures.append)
-    with run.listen("127.0.0.1", 0) as socket:
-        runner = run.uvicorn_server(server.app, grace=5)
-        thread = threading.Thread(target=runner.run, kwargs={"sockets": [socket]})
-        thread.start()
-        running = Running(f"http://127.0.0.1:{socket.getsockname()[1]}", server, log, failures)
+    with run.in_background(server.app) as (host, port):
+        running = Running(f"http://{host}:{port}", server, log, failures)
         try:
-            wait_for(lambda: server._thread.ready or not thread.is_alive())
+            wait_for(lambda: server.ready)
             yield running
         finally:
             running.http.close()
             running.openai.close()
-            runner.should_exit = True
-            thread.join(60)
-    assert not thread.is_alive()
 
 
 def check_alive(running):
