@@ -87,10 +87,10 @@ def _serve() -> None:
     with run.listen(_HOST.value, _PORT.value) as socket:
         from kangaroo_jax.serve.app import Server
 
+        # While loading, it ends at once. Later uvicorn ends in order at SIGTERM, and then hands it on to this.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         target, adapter, draft = _load()
         server = Server(target, adapter, engine, draft, config, _log, _report)
-        # uvicorn ends in order at SIGTERM, and then sends it on, to what handled it before.
-        signal.signal(signal.SIGTERM, lambda *_: None)
         host, port = socket.getsockname()[:2]
         print(f"{target.name} on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
         run.uvicorn_server(server.app, config.grace).run(sockets=[socket])

@@ -11,9 +11,9 @@ from starlette.types import Receive, Scope, Send
 from kangaroo_jax.engine.draft_spans import DraftSpans
 from kangaroo_jax.engine.requests import Answer, Finished
 from kangaroo_jax.serve.api_error import ApiError, encode, error_response, json_response
+from kangaroo_jax.serve.api_requests import Asked
 from kangaroo_jax.serve.engine_thread import EngineThread, Job
 from kangaroo_jax.serve.replies import CompletionReply, usage_of
-from kangaroo_jax.serve.requests import Asked
 
 _SEND_PATIENCE = 60.0  # seconds that a client may take to read a piece of its answer
 

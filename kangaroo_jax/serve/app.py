@@ -28,12 +28,12 @@ from kangaroo_jax.engine.engine import Engine
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.serve.answer_response import AnswerResponse
 from kangaroo_jax.serve.api_error import ApiError, error_response, json_response
+from kangaroo_jax.serve.api_requests import Asked, parse_chat, parse_completion
 from kangaroo_jax.serve.engine_thread import EngineThread, Job
 from kangaroo_jax.serve.guards import AccessLog, Gate, read_json
 from kangaroo_jax.serve.metrics import Metrics
-from kangaroo_jax.serve.prompts import Prompts
+from kangaroo_jax.serve.prompt_encoder import PromptEncoder
 from kangaroo_jax.serve.replies import ChatReply, CompletionReply
-from kangaroo_jax.serve.requests import Asked, parse_chat, parse_completion
 
 
 class Server:
@@ -70,7 +70,7 @@ class Server:
         self._engine_config, self._draft = EngineConfig(engine.max_batch, length), draft
         self._make_engine(plain=False)  # refuses what cannot be, before anything listens
         self._metrics = Metrics()
-        self._prompts = Prompts(target, length)
+        self._encoder = PromptEncoder(target, length)
         slots = engine.max_batch
         self._thread = EngineThread(
             self._make_engine, slots + config.queue_size, slots, self._metrics.event, on_failure
@@ -133,7 +133,7 @@ class Server:
         self._thread.start()
         yield
         await self._thread.stop()
-        self._prompts.close()
+        self._encoder.close()
 
     # --- Endpoints.
 
@@ -176,11 +176,11 @@ class Server:
 
     async def _answer(self, request: Request, asked: Asked, reply: CompletionReply) -> ASGIApp:
         self._thread.check_room(asked.choices)  # before the work of encoding
-        prompts, requests = await self._prompts.requests(asked)
+        prompts, requests = await self._encoder.requests(asked)
         job = Job(requests, asked.plain and self._adapter is not None, self._config.deadline)
         self._thread.submit(job)
         return AnswerResponse(
-            self._thread, job, asked, prompts, reply, self._prompts.tokenizer, request.scope["kangaroo_log"]
+            self._thread, job, asked, prompts, reply, self._encoder.tokenizer, request.scope["kangaroo_log"]
         )
 
 

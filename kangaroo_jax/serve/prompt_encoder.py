@@ -13,10 +13,10 @@ from kangaroo_jax.engine.prompts import answer_room, encode_prompt
 from kangaroo_jax.engine.requests import Request
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.serve.api_error import ApiError
-from kangaroo_jax.serve.requests import Asked
+from kangaroo_jax.serve.api_requests import Asked
 
 
-class Prompts:
+class PromptEncoder:
     """Makes engine requests of what clients ask for.
 
     Args:
