@@ -220,6 +220,9 @@ class EngineThread:
                 self._sequences[key] = (job, index)
         except InputError as error:
             self._end(job, ApiError(400, str(error), "invalid_value"))
+        except Exception:  # the engine has not changed
+            self._on_failure(traceback.format_exc())
+            self._end(job, _engine_failed())
 
     def _abort(self, job: Job) -> None:
         for plain, id in self._jobs.pop(job, ()):
@@ -264,9 +267,13 @@ class EngineThread:
         for job in jobs:
             for key in self._jobs.pop(job):
                 self._sequences.pop(key, None)
-            self._send([(job, 0, ApiError(500, "the engine failed; the server's log says why", "engine_failed"))])
+            self._send([(job, 0, _engine_failed())])
 
     def _send(self, events: Sequence[tuple[Job, int, Event | ApiError]]) -> None:
         # One call for all of a step: each wakes the event loop.
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
             self._loop.call_soon_threadsafe(self._deliver, events)
+
+
+def _engine_failed() -> ApiError:
+    return ApiError(500, "the engine failed; the server's log says why", "engine_failed")

@@ -366,6 +366,15 @@ def test_a_request_ends_at_its_deadline(served, slow, monkeypatch):
 def test_an_engine_that_fails_is_replaced(served, monkeypatch):
     engine = served.server._thread._engines[False]
 
+    def refuse(_):
+        raise ValueError("another bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "add", refuse)
+        assert served.post("completions", **LONG).json()["error"]["code"] == "engine_failed"
+    assert "ValueError: another bug" in served.failures.pop()
+    check_alive(served)
+
     def fail():
         raise ValueError("a bug at /some/path")
 
