@@ -2,7 +2,7 @@
 #   docker build -t kangaroo-jax .                                        CPU
 #   docker build -t kangaroo-jax --build-arg EXTRAS=serve,cuda .          NVIDIA: JAX's wheels bring CUDA's libraries
 #   docker build -t kangaroo-jax --build-arg EXTRAS=serve,tpu .           TPU
-#   ... --build-arg BASE=nvidia/cuda:13.0.0-base-ubuntu24.04              another base; it needs Python 3.11 and pip
+#   ... --build-arg BASE=IMAGE                                            another base, with Python 3.11 or newer and pip
 ARG BASE=python:3.12-slim
 FROM ${BASE}
 ARG EXTRAS=serve
