@@ -14,6 +14,7 @@ import pytest
 
 from kangaroo_jax import SamplingConfig
 from kangaroo_jax.config import ServeConfig
+from kangaroo_jax.serve import run
 from tests.serve.servers import alone, check_alive, serving
 
 PROMPT = "def add(self, item):"
@@ -101,16 +102,24 @@ def test_500_requests_of_which_a_third_leave_and_a_third_are_odd():
 
 
 @pytest.mark.long
-def test_a_slow_reader_does_not_slow_others():
+def test_a_slow_reader_does_not_slow_others(monkeypatch):
+    listen = run.listen
+
+    def listen_with_little_room(host, port):
+        listening = listen(host, port)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of its connections too
+        return listening
+
+    monkeypatch.setattr(run, "listen", listen_with_little_room)
     with serving(ServeConfig(), max_batch=4) as running:
         host, port = running.url.removeprefix("http://").split(":")
         body = json.dumps(
             {
                 "prompt": PROMPT,
-                "max_tokens": 700,
+                "max_tokens": 220,
                 "ignore_eos": True,
                 "stream": True,
-                "n": 3,
+                "n": 16,
                 "kangaroo": {"drafts": True},
             }
         ).encode()
@@ -122,7 +131,9 @@ def test_a_slow_reader_does_not_slow_others():
             reader.connect((host, int(port)))
             reader.sendall(head.encode() + b"\r\n\r\n" + body)
             running.settle()  # its answers are done, though it has read nothing of them
+            assert not running.log  # and are still being sent
             check_alive(running)
+            assert len(running.log) == 1
             received = b""
             while not received.endswith(b"0\r\n\r\n"):
                 piece = reader.recv(4096)
