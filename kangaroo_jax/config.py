@@ -2,18 +2,19 @@
 
 `DraftConfig` says how to draft (with `TreeConfig`, a tree; with `LookupConfig`, also from the text itself; with
 `DecideConfig`, only as far as it pays),
-`SamplingConfig` how to choose tokens, `EngineConfig` how much to take on at a time, `TrainConfig` how to train an
-adapter.
+`SamplingConfig` how to choose tokens, `EngineConfig` how much to take on at a time, `ServeConfig` what a server takes
+from its clients, `TrainConfig` how to train an adapter.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from kangaroo_jax.checks import check_count, is_number
+from kangaroo_jax.checks import check_count, check_positive, is_integer, is_number
 from kangaroo_jax.errors import InputError
 
 
@@ -245,6 +246,50 @@ class EngineConfig:
         check_count("max_batch", self.max_batch)
         if self.max_length is not None:
             check_count("max_length", self.max_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig:
+    """What a server takes from its clients.
+
+    Attributes:
+      queue_size: sequences that may wait for a slot; a request that has no place is refused.
+      deadline: seconds after which a request that has not ended does.
+      grace: seconds that running requests have to end after SIGTERM.
+      api_keys: of which a request needs one; none are needed where there are none.
+      hosts: names that the Host header may have. Empty: any. Keeps out sites whose name is made to resolve to a
+        loopback address.
+      allow_origins: other sites whose pages may use the server ("https://chat.example.org"); "*" allows all.
+      max_body_bytes: of a request.
+      max_messages: of a conversation.
+      max_choices: answers to one request: its prompts times `n`.
+
+    Raises:
+      InputError: for a value out of range.
+    """
+
+    queue_size: int = 64
+    deadline: float = 300.0
+    grace: float = 30.0
+    api_keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 2**20
+    max_messages: int = 1000
+    max_choices: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "max_messages", "max_choices"):
+            check_count(name, getattr(self, name))
+        for name in ("deadline", "grace"):
+            check_positive(name, getattr(self, name))
+        if not is_integer(self.queue_size) or self.queue_size < 0:
+            raise InputError(f"queue_size must be an integer, 0 or above, found {self.queue_size!r}")
+        for origin in self.allow_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise InputError(
+                    f"allow_origin must be like https://chat.example.org, without a path, or *; found {origin!r}"
+                )
 
 
 def _check_settings(config: Any, section: str, *, zero: Sequence[str] = (), rest: Sequence[str] = ()) -> None:

@@ -134,7 +134,7 @@ MISTAKES = [
     (["--model=/no/such/folder", "--adapter=x", "--prompt=x"], "/no/such/folder: no such folder"),
     (["--model={target}", "--prompt=x"], "--adapter is missing, and none comes with the package for"),
     (["--model={target}", "--prompt=x"], "python train.py --config="),
-    (["--model={target}", "--prompt=x"], "or decode without one: decode.py --plain"),
+    (["--model={target}", "--prompt=x"], "or decode without one: --plain"),
     (["--prompt="], "the prompt is empty"),
     (["--prompt_file=/no/such/file"], "/no/such/file: No such file"),
     (["--prompt_file={latin1}"], "not UTF-8"),

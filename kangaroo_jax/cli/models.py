@@ -35,7 +35,7 @@ def load_adapter_of(target: Target, path: str | None) -> TrainedAdapter:
         raise InputError(
             f"--adapter is missing, and none comes with the package for {target.name}; train one with `python train.py "
             f"--config=configs/llama7b.py --config.target={target.name}`, then give its output folder; or decode "
-            "without one: decode.py --plain"
+            "without one: --plain"
         )
     adapter = load_adapter(found, target)
     if path is None and found != demo.ADAPTER:

@@ -244,6 +244,11 @@ class Engine:
         """Whether a request has not ended."""
         return bool(self._runs)
 
+    @property
+    def waiting(self) -> int:
+        """How many requests have not begun: they wait for a slot."""
+        return len(self._waiting)
+
     def step(self) -> list[Event]:
         """Goes on by one chunk of rounds, and returns what is known of earlier ones; an empty list where nothing is.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 import string
@@ -57,6 +58,12 @@ def save_model(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 def small_target() -> Target:
     """Without a tokenizer; nothing ends its answers."""
     return Target(model=_model(), tokenizer=None, name="small", fingerprint="small", eos_token_ids=())
+
+
+@functools.cache
+def small_chat_target() -> Target:
+    """The same with a tokenizer and a chat template."""
+    return dataclasses.replace(small_target(), tokenizer=_tokenizer())
 
 
 @functools.cache

@@ -35,6 +35,8 @@ MISTAKES = [
     (["batch", "--batch_sizes=1,x"], "--batch_sizes: expected whole numbers above 0, found '1,x'"),
     (["batch", "--shortest=5", "--longest=4"], "--longest: expected at least --shortest (5), found 4"),
     (["batch", "--threshold=2"], "threshold must be between 0 and 1"),
+    (["serve", "--clients=0"], "--clients: expected whole numbers above 0, found '0'"),
+    (["serve", "--shortest=5", "--longest=4"], "--longest: expected at least --shortest (5), found 4"),
     (["load"], "--model is missing"),
     (["peers", "--model=/no/such/folder", "--adapter=x"], "no such folder"),
 ]
@@ -173,6 +175,15 @@ def test_tree_decodes_with_every_setting(commands, flags, prompts):
     rows = [line.split() for line in out.splitlines() if re.match("single|tree", line)]
     assert [row[0] for row in rows] == ["single"] * 3 + ["tree"] * 2
     assert [row[-3:] for row in rows] == [["2", "of", "2"]] * 5  # identical to plain decoding
+
+
+@pytest.mark.long
+def test_serve_prints_a_row_per_number_of_clients(commands, flags):
+    sizes = ["--clients=1,3", "--max_batch=2", "--requests=5", "--shortest=2", "--longest=6", "--runs=1"]
+    code, out, err = commands.run("serve", *flags, *sizes)
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines()[-2:]]
+    assert [(row[0], row[1], row[-3:]) for row in rows] == [("1", "1", ["5", "of", "5"]), ("3", "2", ["5", "of", "5"])]
 
 
 @pytest.mark.parametrize(
