@@ -248,7 +248,7 @@ def tree_verification(context: Context, tree: TreeConfig, levels: int) -> Part[t
         # Each turn depends on the last one's result, so that no work can be left out, or done once for all turns.
         zero = jnp.minimum(state.token, 0)[:, None]
         draft_of_turn = drafted.replace(
-            hidden=drafted.hidden + 1e-9 * state.draft.last,
+            hidden=drafted.hidden + zero[:, :, None].astype(drafted.hidden.dtype),
             tree=drafted.tree.replace(parents=drafted.tree.parents + zero),
             shallow=state.shallow,
             carry=state.draft,

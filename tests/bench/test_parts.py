@@ -1,13 +1,16 @@
 """What the measured parts read, and that a turn of each does the work in its name: positions of the caches written."""
 
+import dataclasses
 import types
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from kangaroo_jax import TreeConfig
 from kangaroo_jax.bench import parts
+from kangaroo_jax.model.drafts.memory import MemoryAdapter
 from tests.bench.models import CONFIG, EXIT_LAYER, small_adapter, small_target
 
 CAPACITY, LENGTH = 128, 20  # no other axis of a cache is as long as CAPACITY
@@ -72,6 +75,15 @@ def test_a_turn_does_the_work_of_its_part_and_sets_the_lengths_back(context, nam
         assert getattr(after, cache).length.tolist() == getattr(before, cache).length.tolist()
     assert after.num_output.tolist() == before.num_output.tolist()
     assert after.finished.tolist() == before.finished.tolist()
+
+
+@pytest.mark.long
+def test_parts_of_a_draft_model_with_a_state_of_its_own(context):
+    adapter = MemoryAdapter(CONFIG, rngs=nnx.Rngs(1))
+    remembering = dataclasses.replace(context, adapter=adapter)
+    for make, arguments, _, _ in WORK.values():
+        part = make(remembering, *arguments)
+        jax.eval_shape(part.turn, remembering.model, adapter, part.start)
 
 
 def positions_written(before, after) -> int:

@@ -17,7 +17,7 @@ from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.drafts.kinds import KINDS
 from kangaroo_jax.model.target import TargetModel
 
-LAYERS = 5
+LAYERS = 4
 VOCABULARY = 48
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUV"
 

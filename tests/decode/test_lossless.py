@@ -115,7 +115,7 @@ def reference(target, adapter, prompt, max_new_tokens, draft, length=128, drafts
         pytest.param(1, 4, 0.0, 1, 0, "kangaroo", marks=pytest.mark.long),
         (2, 6, 0.1, 1, 0, "kangaroo"),
         pytest.param(3, 3, 0.2, 2, 0, "kangaroo", marks=pytest.mark.long),
-        pytest.param(4, 6, 0.3, 1, 24, "kangaroo", marks=pytest.mark.long),
+        pytest.param(3, 6, 0.3, 1, 24, "kangaroo", marks=pytest.mark.long),
         pytest.param(2, 5, 0.05, 1, 24, "memory", marks=pytest.mark.long),
         pytest.param(3, 8, 0.0, 2, 0, "memory", marks=pytest.mark.long),
     ],
