@@ -20,7 +20,7 @@ def draft_sequence(
     target: TargetModel,
     draft_model: DraftModel,
     state: DecodeState,
-    threshold: Float[Array, ""],
+    threshold: Float[Array, ""] | None,
     sampling: Sampling | None,
     *,
     exit_layer: int,
@@ -41,7 +41,7 @@ def draft_sequence(
       target: the model.
       draft_model: trained for `exit_layer`.
       state: between rounds.
-      threshold: eta.
+      threshold: eta; None with `worth_another`.
       sampling: the state's; None where every sequence is greedy.
       exit_layer: l, static.
       max_draft_len: gamma, static.
@@ -111,16 +111,8 @@ def draft_sequence(
             idles = ~state.finished & ~drafting
             shallow = shallow.replace(length=jnp.where(idles, start + 1 + drafted_before, shallow.length))
         carry, logits = draft_model.begin(target, state.draft, state.token, hidden, start)
-        width = hidden.shape[-1]
-        drafted = Draft(
-            tokens=jnp.zeros((batch, max_draft_len), jnp.int32),
-            confidence=jnp.zeros((batch, max_draft_len)),
-            length=length,
-            hidden=jnp.zeros((batch, max_draft_len + 1, width), hidden.dtype).at[:, :1].set(hidden),
-            shallow=shallow,
-            carry=carry,
-            probs=None if sampling is None else jnp.zeros((batch, max_draft_len, target.config.vocab_size)),
-        )
+        vocabulary = None if sampling is None else target.config.vocab_size
+        drafted = Draft.empty(max_draft_len, length, hidden, shallow, carry, vocabulary)
         loop = add_token(jnp.int32(0), active, drafted, carry, logits)
         _, _, drafted = jax.lax.while_loop(lambda loop: (loop[0] < max_draft_len) & jnp.any(loop[1]), one_more, loop)
     return drafted

@@ -67,15 +67,8 @@ def draft_decided(
         needed = choice.drafts & (pace.behind > 1) | going_on & (pace.behind + max_commit > kept)
         carry, pace = _catch_up(draft_model, state, jnp.any(needed))
     before = state.replace(shallow=shallow, draft=carry, pace=pace)
-    drafted = Draft(
-        tokens=jnp.zeros((batch, max_draft_len), jnp.int32),
-        confidence=jnp.zeros((batch, max_draft_len)),
-        length=count,
-        hidden=jnp.zeros((batch, max_draft_len + 1, hidden.shape[-1]), hidden.dtype),
-        shallow=shallow,
-        carry=carry,
-        probs=None if sampling is None else jnp.zeros((batch, max_draft_len, vocabulary)),
-    )
+    drawn = None if sampling is None else vocabulary
+    drafted = Draft.empty(max_draft_len, count, jnp.zeros_like(hidden[:, :1]), shallow, carry, drawn)
 
     def alone(loop: tuple[Bool[Array, ""], Draft]) -> tuple[Bool[Array, ""], Draft]:
         nothing = draft_nothing(target, before.replace(shallow=loop[1].shallow), None, exit_layer=exit_layer)
@@ -88,7 +81,7 @@ def draft_decided(
             target,
             draft_model,
             before.replace(shallow=loop[1].shallow.replace(length=state.shallow.length), draft=loop[1].carry),
-            costs.draft_step,  # not looked at
+            None,
             None if sampling is None else sampling.of_round(state.shallow.length),
             exit_layer=exit_layer,
             max_draft_len=max_draft_len,

@@ -61,16 +61,9 @@ def draft_with_lookup(
             drafted = draft_sequence(target, draft_model, before, threshold, sampling, **static, **others)
         return jnp.bool_(False), drafted
 
-    batch, vocabulary = len(count), target.config.vocab_size
-    nothing = Draft(
-        tokens=jnp.zeros((batch, max_draft_len), jnp.int32),
-        confidence=jnp.zeros((batch, max_draft_len)),
-        length=count,
-        hidden=jnp.zeros((batch, max_draft_len + 1, hidden.shape[-1]), hidden.dtype),
-        shallow=shallow,
-        carry=carry,
-        probs=None if sampling is None else jnp.zeros((batch, max_draft_len, vocabulary)),
-    )
+    vocabulary = target.config.vocab_size
+    drawn = None if sampling is None else vocabulary
+    nothing = Draft.empty(max_draft_len, count, jnp.zeros_like(hidden[:, :1]), shallow, carry, drawn)
     others = jnp.any(~state.finished & ~looked_up)
     _, drafted = jax.lax.while_loop(lambda loop: loop[0], draft_others, (others, nothing))
     return with_found(drafted, looked_up, found, hidden, vocabulary)

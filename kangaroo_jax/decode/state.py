@@ -127,6 +127,29 @@ class Draft:
     looked_up: Bool[Array, " batch"] | None = None  # None: nothing is looked up
     pace: Pace | None = None  # with which it was decided; None where sequences do not decide
 
+    @classmethod
+    def empty(
+        cls,
+        drafts: int,
+        length: Int[Array, " batch"],
+        hidden: Float[Array, "batch 1 hidden"],
+        shallow: KVCache,
+        carry: PyTree | None,
+        vocabulary: int | None,
+    ) -> Draft:
+        """Room for `drafts` tokens of one sequence each, with `hidden` of x_n. `vocabulary`: the size of their
+        distributions; None where they are not drawn."""
+        shape = (len(length), drafts)
+        return cls(
+            tokens=jnp.zeros(shape, jnp.int32),
+            confidence=jnp.zeros(shape),
+            length=length,
+            hidden=jnp.pad(hidden, ((0, 0), (0, drafts), (0, 0))),
+            shallow=shallow,
+            carry=carry,
+            probs=None if vocabulary is None else jnp.zeros((*shape, vocabulary)),
+        )
+
     @property
     def steps(self) -> Int[Array, " batch"]:
         """Draft steps taken, each of which drafted one more token in a row."""
