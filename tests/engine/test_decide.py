@@ -31,7 +31,7 @@ from kangaroo_jax.decode.sampling import Sampling
 from kangaroo_jax.engine.costs import predicted
 from kangaroo_jax.model.attention.cpu import CpuBackend
 from kangaroo_jax.model.attention.dense import DenseBackend
-from tests.decode.models import VOCABULARY, tiny_adapter, tiny_target
+from tests.decode.models import LAYERS, VOCABULARY, tiny_adapter, tiny_target
 from tests.engine.test_engine import run
 
 # Where drafts pay at some places of a text and not at others; a probe each few rounds; and where they cannot pay.
@@ -139,8 +139,8 @@ def test_costs_are_predicted_from_bytes_where_none_are_given():
     layer = 4 * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32)  # attention, MLP and norms, in float32
     head, drafter = 4 * 48 * 32, 4 * (32 * 32 * 2 + 2 * 32 * 16 + 2 * 32)
     costs = predicted(target, adapter, shape, 1, "cpu")
-    assert costs.shallow == pytest.approx(2 * layer / (5 * layer + head))
-    assert costs.draft_step == pytest.approx((2 * layer + drafter + head) / (5 * layer + head))
+    assert costs.shallow == pytest.approx(2 * layer / (LAYERS * layer + head))
+    assert costs.draft_step == pytest.approx((2 * layer + drafter + head) / (LAYERS * layer + head))
     assert dict(costs.verification)[1] == 1
     assert dict(costs.verification)[5] == pytest.approx(1.65)
     # Of a batch, plain steps take longer too.
