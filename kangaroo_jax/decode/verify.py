@@ -42,21 +42,24 @@ def verify(
       The verdict, the normed deep hidden states of x_n and the drafted tokens, and the cache with its length as before.
     """
 
-    def run(width: int, cache: KVCache) -> tuple[Verdict, Deep, KVCache]:
+    def run(width: int, done: Bool[Array, ""], cache: KVCache) -> tuple[Verdict, Deep, KVCache]:
+        # `done` is False here, but XLA does not know that of what the loops below change. Without it, XLA computes what
+        # follows from these alone (rotary angles, masks, the first norm) before the loops, for all widths.
+        hidden, length = jnp.where(done, 0, draft.hidden[:, :width]), cache.length + done
         if draft.tree is None:
             depths, mask = jnp.arange(width), None
         else:
             depths = jnp.pad(draft.tree.depths, ((0, 0), (1, 0)))[:, :width]
-            mask = draft_mask(cache.length, draft.tree.ancestors()[:, :width, :width], cache.capacity)
-        positions = cache.length[:, None] + depths
-        normed, cache = deep_apply(target, draft.hidden[:, :width], positions, cache, exit_layer=exit_layer, mask=mask)
+            mask = draft_mask(length, draft.tree.ancestors()[:, :width, :width], cache.capacity)
+        positions, cache = length[:, None] + depths, cache.replace(length=length)
+        normed, cache = deep_apply(target, hidden, positions, cache, exit_layer=exit_layer, mask=mask)
         verdict = pick_verified(lm_head(target, normed), draft, sampling, positions + 1)
         normed = jnp.pad(normed, ((0, 0), (0, draft.hidden.shape[1] - width), (0, 0)))
         return verdict, normed, cache.replace(length=deep.length)
 
     with jax.named_scope("verify"):
         if len(widths) == 1:
-            return run(widths[0], deep)
+            return run(widths[0], jnp.bool_(False), deep)
         choice = jnp.searchsorted(jnp.asarray(widths), jnp.max(draft.length) + 1)
         loop = (jnp.bool_(False), Verdict.empty(draft), jnp.zeros_like(draft.hidden), deep)
         # Loops of one turn at most, in place of a lax.switch: XLA for CPU copies the complete cache through a
@@ -64,7 +67,7 @@ def verify(
         for i, width in enumerate(widths):
             loop = jax.lax.while_loop(
                 lambda loop, i=i: (choice == i) & ~loop[0],
-                lambda loop, width=width: (jnp.bool_(True), *run(width, loop[3])),
+                lambda loop, width=width: (jnp.bool_(True), *run(width, loop[0], loop[3])),
                 loop,
             )
         return loop[1:]
