@@ -110,23 +110,6 @@ def test_command_converts(pair, tmp_path):
         assert np.array_equal(named_leaves(converted.model)[path], x)
 
 
-def test_command_writes_an_adapter_of_our_own_in_bfloat16(pair, tmp_path):
-    target, _ = pair
-    adapter = MemoryAdapter(target.config, rngs=nnx.Rngs(0), mlp_size=8)
-    training = {"steps": 3}
-    save_adapter(tmp_path / "run" / "3", adapter, exit_layer=3, target=target, training=training)
-    done = convert(adapter=tmp_path / "run", target=target.name, output=tmp_path / "written")
-    assert done.returncode == 0, done.stderr
-    assert training_of(tmp_path / "written") == training
-    written = load_adapter(tmp_path / "written", target)
-    assert written.exit_layer == 3
-    for path, x in named_leaves(adapter).items():
-        assert np.array_equal(named_leaves(written.model)[path], x.astype(jnp.bfloat16).astype(jnp.float32)), path
-    done = convert(adapter=tmp_path / "run", target=target.name, exit_layer=2, output=tmp_path / "other")
-    assert done.stderr == "convert: error: --exit_layer: the adapter was trained for 3; leave the flag out\n"
-    assert not (tmp_path / "other").exists()
-
-
 def test_command_names_what_is_wrong(pair, tmp_path):
     target, folder = pair
     done = convert(adapter=folder, target=target.name, exit_layer=8, output=tmp_path / "converted")
@@ -152,6 +135,22 @@ def copy(tmp_path):
 @pytest.fixture(scope="module")
 def gqa():
     return load_target(str(GOLDEN / "tiny-gqa"), "float32")
+
+
+def test_command_writes_an_adapter_of_our_own_in_bfloat16(gqa, tmp_path):
+    adapter = MemoryAdapter(gqa.config, rngs=nnx.Rngs(0), mlp_size=8)
+    training = {"steps": 3}
+    save_adapter(tmp_path / "run" / "3", adapter, exit_layer=3, target=gqa, training=training)
+    done = convert(adapter=tmp_path / "run", target=gqa.name, output=tmp_path / "written")
+    assert done.returncode == 0, done.stderr
+    assert training_of(tmp_path / "written") == training
+    written = load_adapter(tmp_path / "written", gqa)
+    assert written.exit_layer == 3
+    for path, x in named_leaves(adapter).items():
+        assert np.array_equal(named_leaves(written.model)[path], x.astype(jnp.bfloat16).astype(jnp.float32)), path
+    done = convert(adapter=tmp_path / "run", target=gqa.name, exit_layer=2, output=tmp_path / "other")
+    assert done.stderr == "convert: error: --exit_layer: the adapter was trained for 3; leave the flag out\n"
+    assert not (tmp_path / "other").exists()
 
 
 def message_for(folder, target) -> str:
