@@ -341,10 +341,11 @@ def test_greedy_tokens_of_smollm2_equal_those_of_transformers_and_of_its_adapter
         assert tokens == logits.argmax(-1).tolist()
         assert len(tokens) == 64 or tokens[-1] in target.eos_token_ids
     adapter = load_adapter(adapters.find(target), target)
-    drafted = generate(target, adapter, prompts, max_new_tokens=64, draft=DraftConfig(max_draft_len=6, threshold=0.6))
-    assert drafted.tokens == found
+    draft = DraftConfig(max_draft_len=6, threshold=0.6)
+    drafted = generate(target, adapter, prompts[:10], max_new_tokens=64, draft=draft)
+    assert drafted.tokens == found[:10]
     rounds = [length for lengths in drafted.accept_lengths for length in lengths]
-    assert np.mean(rounds) > 1.6  # 1.72 where it was trained; 1.30 with a tenth of the training
+    assert np.mean(rounds) > 1.5  # 1.60; with a tenth of its training, 1.3
 
 
 _MEASURE = """

@@ -191,11 +191,10 @@ def test_the_draft_model_catches_up_on_what_it_has_not_seen(backend):
             jax.tree.map(np.testing.assert_array_equal, (ours.keys, ours.values), (theirs.keys, theirs.values))
     assert [10, 10] in behind
     # Caught up, the cache is what prefill of the same tokens leaves, and what is kept is what it would keep.
-    for _ in range(2):
+    while min(state.pace.behind) <= 3:  # a probe comes now and then
         state, new, _ = rounds.run(state, HOPELESS)
         committed = [tokens + more for tokens, more in zip(committed, new, strict=True)]
     ours = rounds.adapter.catch_up(state.draft, state.shallow.length, state.pace.behind)
-    assert min(state.pace.behind) > 3
     expected = rounds.start([tokens[:-1] for tokens in committed], rounds.shape.kept).draft
     for i, tokens in enumerate(committed):
         ours_row, expected_row = (cache.row(i).resized(len(tokens) - 1) for cache in (ours.cache, expected.cache))

@@ -143,6 +143,17 @@ def test_mixed_requests_equal_each_alone(tree):
 
 
 @pytest.mark.long
+def test_a_tree_that_is_accepted_to_its_last_level_leaves_numbers_in_its_slot():
+    """From there they reach the next request, multiplied by zero."""
+    engine = engine_of(1, TREE)
+    for prompt in PROMPTS:
+        for most in (5, 30):
+            engine.add(Request(prompt, most))
+            answer = run(engine)[0]
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(engine._state.draft.cache)), (prompt, answer)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("first", range(4, 204, 50))
 def test_200_mixes_equal_each_alone(first):
     for seed in range(first, first + 50):

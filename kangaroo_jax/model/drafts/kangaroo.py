@@ -199,7 +199,10 @@ class Adapter(nnx.Module):
     def after_verify(self, state: AdapterState, carry: AdapterState, committed: Committed) -> AdapterState:
         cache = carry.cache
         if committed.step_positions is not None:
-            cache = cache.moved(committed.start + 1, committed.step_positions, committed.num_step_positions)
+            # No draft step was taken from a token of the last level. What is moved for it has no meaning, but has to be
+            # numbers: the answer may end here, and what its slot holds reaches the next one, multiplied by zero.
+            sources = jnp.minimum(committed.step_positions, committed.num_step_positions - 1)
+            cache = cache.moved(committed.start + 1, sources, committed.num_step_positions)
         # Of the kept ones and those on the path, one after another, the last ones up to what was committed.
         kept = state.last.shape[1]
         places = committed.count[:, None] + jnp.arange(kept)
