@@ -111,7 +111,7 @@ def _drawn(key: Array, path: str, like: jax.ShapeDtypeStruct | Array, norm_offse
 
 
 def _start(key: Array, path: str, like: jax.ShapeDtypeStruct, norm_offset: float) -> Array:
-    """A parameter that no layer of the target has the like of."""
+    """What a parameter without a counterpart in the target starts as."""
     if path == "memory.norm.weight":
         return jnp.full(like.shape, _MEMORY_NORM - norm_offset)
     if path in ("memory.memory_proj", "mlp.mlp.down_proj"):
