@@ -20,11 +20,13 @@ def rotary_angles(
     if scaling is not None:
         frequencies, factor = _SCALED[scaling.kind](frequencies, rotary, scaling), scaling.attention_factor
     angles = positions[..., None].astype(jnp.float32) * frequencies
-    angles = jnp.concatenate([angles, angles], axis=-1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if factor != 1.0:
         cos, sin = cos * factor, sin * factor
-    return cos.astype(dtype), sin.astype(dtype)
+    cos, sin = cos.astype(dtype), sin.astype(dtype)
+    # Repeated last: XLA for CPU fuses a cosine into every product with it, and computes it again in each, but keeps a
+    # concatenation.
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, sin], axis=-1)
 
 
 def _linear(frequencies: Array, rotary: Rotary, scaling: RopeScaling) -> Array:
