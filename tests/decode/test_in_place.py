@@ -1,5 +1,6 @@
-"""The loop must not copy the cache at every step. Truth: the program that XLA compiled, searched for copies of a
-buffer of the cache's shape. (How long a step takes at two cache sizes is measured by bench/, not here.)"""
+"""The loop must not copy the cache at every step, nor compute again what all layers share. Truth: the program that XLA
+compiled, searched for copies of a buffer of the cache's shape, and for cosines. (How long a step takes at two cache
+sizes is measured by bench/, not here.)"""
 
 import functools
 import re
@@ -84,7 +85,10 @@ def test_rounds_that_are_decided_do_not_copy_the_cache(batch, lookup):
 
 
 def test_plain_steps_do_not_copy_the_cache():
-    assert cache_copies(compiled_text(RoundShape.plain(), None, donate=True)) == []
+    text = compiled_text(RoundShape.plain(), None, donate=True)
+    assert cache_copies(text) == []
+    # The layers below and above the exit layer; not each layer.
+    assert len(re.findall(r" cosine\(", text)) == 2, "rotary angles are computed more than once in a pass"
 
 
 def test_the_search_finds_copies():
