@@ -11,8 +11,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
+import signal
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 from absl import flags
 
@@ -32,14 +35,15 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, e.g. c
 def main(argv: list[str] | None = None) -> None:
     """The command. `argv`: the command line; the process's own by default."""
     command = command_line.name(argv)
-    command_line.run(
-        command,
-        functools.partial(_train, command),
-        argv,
-        parse=functools.partial(_parse, command),
-        interrupted="interrupted; the same command goes on from the newest checkpoint",
-        usage=__doc__,
-    )
+    with _ended_by_sigterm(command):
+        command_line.run(
+            command,
+            functools.partial(_train, command),
+            argv,
+            parse=functools.partial(_parse, command),
+            interrupted="interrupted; the same command goes on from the newest checkpoint",
+            usage=__doc__,
+        )
 
 
 def _train(command: str) -> None:
@@ -60,6 +64,23 @@ def _train(command: str) -> None:
     compilation_cache.enable()
     with SynthesisProgress() as progress:
         train(check_config(_CONFIG.value), command_line.PROFILE.value, TerminalReport(), on_data=progress.show)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm(command: str) -> Iterator[None]:
+    """SIGTERM before the first step, or after the last: one line, and exit code 0. Between them train/preemption.py
+    handles it, of several processes JAX from when they have joined. Python's handlers wait for a compilation's end."""
+
+    def end(*_: object) -> NoReturn:
+        # Not by `print`, which the signal may have interrupted.
+        os.write(1, f"{command}: SIGTERM; there was nothing to save, and the same command goes on\n".encode())
+        os._exit(0)  # what was being written is as after a kill, which all of it withstands
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parse(command: str, argv: list[str]) -> list[str]:

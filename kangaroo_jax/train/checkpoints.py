@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -31,6 +32,7 @@ from kangaroo_jax.report import SILENT, Report
 
 Arrays = dict[str, Any]  # dotted path -> array of 4-byte numbers
 
+_BESIDE_ARRAYS = 100_000  # bytes of a checkpoint: metadata, TensorStore's index
 _NONE = -1  # instead of a step: there is no checkpoint
 
 
@@ -92,8 +94,8 @@ def _remove_unfinished(output: pathlib.Path) -> None:
         left = list(output.glob("*.orbax-checkpoint-tmp*"))
         if not left:
             return
-        for folder in left:
-            shutil.rmtree(folder, ignore_errors=True)
+        for path in left:
+            path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
         time.sleep(0.1)
 
 
@@ -120,9 +122,10 @@ def save(
     """
     output = pathlib.Path(manager.directory)
     size = sum(x.nbytes for x in (*parameters.values(), *optimizer.values()))
-    # Checked before writing where possible: when a disk fills up while Orbax writes, several threads log tracebacks.
-    if jax.process_index() == 0 and (free := shutil.disk_usage(output).free) < size:
-        raise _not_written(output, f"it takes {size / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free")
+    with _writing(output):
+        manager.wait_until_finished()  # so that no other checkpoint takes the room
+    if jax.process_index() == 0:
+        _check_room(output, size)
     position = {"step": step, "input": input_state}
     sums = jax.device_get(_checksums({"adapter": parameters, "optimizer": optimizer}))
     position["checksums"] = {item: {path: int(x) for path, x in arrays.items()} for item, arrays in sums.items()}
@@ -138,6 +141,19 @@ def save(
             ),
             metrics=metadata["training"]["held_out"] or {},
         )
+
+
+def _check_room(output: pathlib.Path, size: int) -> None:
+    """Takes up the room that a checkpoint needs, and gives it back: a full disk, a quota or a limit is then one error,
+    where several of Orbax's and TensorStore's threads would each print theirs."""
+    path = output / "room.orbax-checkpoint-tmp"  # a name that is removed with what a kill leaves half-written
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size + _BESIDE_ARRAYS)
+    except OSError as error:
+        raise _not_written(output, f"{size / 1e6:.1f} MB: {error.strerror}") from None
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def newest(

@@ -40,7 +40,7 @@ from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.drafts.kinds import KINDS
 from kangaroo_jax.report import SILENT, Report
-from kangaroo_jax.train import checkpoints, draft_vocabulary, own_data, preemption
+from kangaroo_jax.train import checkpoints, draft_vocabulary, own_data, preemption, run_folder
 from kangaroo_jax.train.settings import (
     check_adapter,
     check_context,
@@ -76,8 +76,9 @@ def train(
       SIGTERM came before the last step: the run was saved, and the next call continues it.
 
     Raises:
-      InputError: for a wrong setting, target or text, an output folder that holds a run with other settings, or a loss
-        that is no longer finite. Nothing is written to `output` before all of the input has been read.
+      InputError: for a wrong setting, target or text, an output folder that holds a run with other settings or that
+        another run is writing to, or a loss that is no longer finite. Nothing is written to `output` before all of the
+        input has been read, but for the name of the run that is writing to it.
       MachineError: for a checkpoint that cannot be written.
     """
     report = report if jax.process_index() == 0 else SILENT
@@ -85,6 +86,18 @@ def train(
     check_target_folder(config)
     check_files(config.data)
     own_data.check(config.data)
+    with contextlib.ExitStack() as stack:
+        return _train(config, profile, report, on_data, stack)
+
+
+def _train(
+    config: TrainConfig,
+    profile: str | None,
+    report: Report,
+    on_data: Callable[[Tally], None],
+    holding: contextlib.ExitStack,
+) -> dict[str, float] | None:
+    """`train`, but for the first checks. `holding` ends with the run."""
     mesh = make_mesh(config)
     target = load_target(config.target, config.dtype, mesh)
     check_adapter(config, target.config)
@@ -97,6 +110,8 @@ def train(
         adapter_checkpoint.check_target(metadata, target, folder)
         check_same_run(config, metadata["training"]["settings"], folder)
 
+    if found := output.is_dir():
+        holding.enter_context(run_folder.held(output))
     saved = checkpoints.newest(output, run.parameters, run.named_state(), check, report)
     if saved is not None and saved.step >= config.steps:
         held_out = saved.metadata["training"]["held_out"]
@@ -136,10 +151,10 @@ def train(
         )
         teacher.make(target, config, report)
         batches = training_batches(rows, config.batch_size, config.seed, **process, extend=teacher.extend)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output: {output} cannot be made a folder ({error.strerror}); name another") from None
+    if not found:
+        holding.enter_context(run_folder.held(output))
+        if adapter_checkpoint.newest_step(output) is not None:
+            raise InputError(f"output: another run has written to {output} meanwhile; run the command again")
     if saved is not None:
         run.restore(saved)
         batches.set_state(saved.input)
@@ -217,13 +232,14 @@ class _Run:
         if self.step:
             self._report.say(f"{output}: going on from step {self.step}")
         with contextlib.ExitStack() as stack:
+            # Until the last checkpoint is written: a second SIGTERM must not break that off.
+            preempted = stack.enter_context(preemption.notice())
             manager = stack.enter_context(checkpoints.opened(output, config.keep_checkpoints))
             writer = tensorboardX.SummaryWriter(
                 str(output), purge_step=self.step + 1, write_to_disk=jax.process_index() == 0
             )
             stack.enter_context(writer)
             bar = stack.enter_context(self._report.bar("", steps, "step", self.step))
-            preempted = stack.enter_context(preemption.notice())
             tracing = stack.enter_context(contextlib.ExitStack())
             held_out = None
             if self.step == 0:

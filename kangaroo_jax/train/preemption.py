@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 @contextlib.contextmanager
 def notice() -> Iterator[Callable[[int], bool]]:
-    """A context in which SIGTERM does not end the process.
+    """A context in which SIGTERM does not end the process, however often it comes.
 
     Yields:
       A function of the step number, to be called after every step: whether to save and stop now. Several processes

@@ -11,17 +11,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from kangaroo_jax.checkpoint.adapter import adapter_metadata, load_adapter, named_leaves
 from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.data.input import load_rows, training_batches
 from kangaroo_jax.errors import InputError, MachineError
-from kangaroo_jax.train import checkpoints
+from kangaroo_jax.train import checkpoints, loop, run_folder
 from kangaroo_jax.train.loop import _Run, train
 from tests.reports import Said
 
@@ -29,15 +29,17 @@ from .runs import LESS_OPTIMIZATION, ROOT, assert_same, checkpoint, configured
 
 ENVIRONMENT = os.environ | {"XLA_FLAGS": LESS_OPTIMIZATION}
 
-# train.py, that dies at the moment in which step 20 is to be given its final name.
-_DIES = """
+# train.py, with a signal at one moment: in which step 20 is to be given its final name, or the target is read.
+_SIGNALLED = """
 import os, runpy, signal, sys
 def hook(event, arguments):
-    if event == "os.rename" and str(arguments[1]).endswith("/20"):
-        os.kill(os.getpid(), signal.SIGKILL)
+    if event == "{event}" and str(arguments[{argument}]).endswith("{name}"):
+        os.kill(os.getpid(), signal.{signal})
 sys.addaudithook(hook)
 runpy.run_path("train.py", run_name="__main__")
 """
+_DIES = _SIGNALLED.format(event="os.rename", argument=1, name="/20", signal="SIGKILL")
+_PREEMPTED_EARLY = _SIGNALLED.format(event="open", argument=0, name="/config.json", signal="SIGTERM")
 
 
 def flags(settings):
@@ -80,9 +82,40 @@ def test_killed_in_the_middle_of_a_save_and_then_preempted_equals_uninterrupted(
     assert result == run[1]
 
 
+@pytest.mark.long
+def test_preempted_before_the_first_step_is_one_line(settings, tmp_path):
+    output = tmp_path / "run"
+    early = started([sys.executable, "-c", _PREEMPTED_EARLY, *flags(settings | {"output": str(output)})])
+    out, err = early.communicate(timeout=60)
+    assert early.returncode == 0, err
+    assert out == "train.py: SIGTERM; there was nothing to save, and the same command goes on\n"
+    assert err == ""
+    assert not output.exists()
+
+
+def test_a_second_run_into_a_folder_is_refused_and_names_the_first(run, settings, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(run[0] / "10", output / "10")
+    before = sorted(output.rglob("*"))
+    (output / "run.lock").write_text("what a kill left\n")
+    expected = rf"^output: {output} is being written by process {os.getpid()} on \S+; wait for its end, or name"
+    with run_folder.held(output), pytest.raises(InputError, match=expected):
+        train(configured(settings, output=str(output)))
+    assert sorted(output.rglob("*")) == before
+
+
+def test_a_run_that_another_has_begun_meanwhile_is_refused(run, settings, tmp_path, monkeypatch):
+    output, read = tmp_path / "run", loop.load_rows
+    monkeypatch.setattr(loop, "load_rows", lambda *x: (shutil.copytree(run[0] / "10", output / "10"), read(*x))[1])
+    with pytest.raises(InputError, match=rf"^output: another run has written to {output} meanwhile; run the command"):
+        train(configured(settings, output=str(output)))
+
+
 def test_what_a_kill_left_is_removed_and_a_preempted_run_equals_uninterrupted(run, settings, tmp_path):
-    """The test above in one process: what a kill leaves is laid out, and the signal comes at step 13."""
+    """The long test in one process: what a kill leaves is laid out, and the signal comes at step 13, and again while
+    that step is written."""
     output, report = tmp_path / "run", Said()
+    killed = []
     shutil.copytree(run[0] / "10", output / "10")
     unfinished = output / "20.orbax-checkpoint-tmp-0"
     shutil.copytree(run[0] / "20" / "adapter", unfinished / "adapter.orbax-checkpoint-tmp-1")
@@ -94,8 +127,19 @@ def test_what_a_kill_left_is_removed_and_a_preempted_run_equals_uninterrupted(ru
                 os.kill(os.getpid(), signal.SIGTERM)
             return put(self, batch)
 
+        def closed(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            close(self)
+
+        close = ocp.CheckpointManager.close
         patch.setattr(_Run, "_put", signalled)
-        assert train(configured(settings, output=str(output)), report=report) is None
+        patch.setattr(ocp.CheckpointManager, "close", closed)
+        before = signal.signal(signal.SIGTERM, lambda *_: killed.append("by the second"))
+        try:
+            assert train(configured(settings, output=str(output)), report=report) is None
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    assert not killed
     assert "going on from step 10" in report.text
     assert report.lines[-1] == f"{output}: SIGTERM; saved step 13, and the same command goes on from there"
     assert not unfinished.exists()
@@ -165,17 +209,8 @@ def test_a_run_goes_on_from_before_the_damage(run, settings, tmp_path):
     assert_same(run[0] / "20", output / "20")
 
 
-# train.py, that believes there is room: as with a quota, or a neighbour that takes it.
-_BELIEVES = """
-import runpy, shutil, types
-shutil.disk_usage = lambda path: types.SimpleNamespace(free=10**12)
-runpy.run_path("train.py", run_name="__main__")
-"""
-
-
 @pytest.mark.long
-@pytest.mark.parametrize("beforehand", [True, False], ids=["seen beforehand", "seen while writing"])
-def test_a_full_disk_is_named_and_leaves_the_checkpoints_alone(run, settings, tmp_path, beforehand):
+def test_a_full_disk_is_named_and_leaves_the_checkpoints_alone(run, settings, tmp_path):
     room = sum(x.stat().st_size for x in run[0].rglob("*") if x.is_file())  # two checkpoints
     mounted, copied = tmp_path / "mounted", tmp_path / "copied"
     mounted.mkdir()
@@ -185,8 +220,7 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoints_alone(run, settings, tm
         f'mount -t tmpfs -o size={room * 3 // 4} none {mounted} && "$@"; code=$?; '
         f"cp -r {mounted}/run {copied}; exit $code"
     )
-    program = ["train.py"] if beforehand else ["-c", _BELIEVES]
-    command = [sys.executable, *program, *flags(settings | {"output": str(mounted / "run")})]
+    command = [sys.executable, "train.py", *flags(settings | {"output": str(mounted / "run")})]
     result = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script, "sh", *command],
         cwd=ROOT,
@@ -196,16 +230,12 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoints_alone(run, settings, tm
         timeout=120,
     )
     assert result.returncode == 1, result.stderr
-    reason = r"it takes [\d.]+ MB, and [\d.]+ MB are free" if beforehand else ".*No space left.*"
     expected = (
-        rf"train\.py: error: {mounted}/run: a checkpoint could not be written \({reason}\); make room, then "
-        "the same command goes on from step 10"
+        rf"train\.py: error: {mounted}/run: a checkpoint could not be written \([\d.]+ MB: No space left on device\); "
+        "make room, then the same command goes on from step 10"
     )
-    if beforehand:
-        assert re.fullmatch(expected, result.stderr.splitlines()[-1])
-        assert "Traceback" not in result.stderr
-    else:  # among what the threads that were writing say
-        assert re.search(expected, result.stderr), result.stderr
+    assert re.fullmatch(expected, result.stderr.splitlines()[-1])
+    assert "Traceback" not in result.stderr
     assert {x.name for x in copied.iterdir() if x.is_dir()} == {"10"}
     expected, found = checkpoint(run[0] / "10"), checkpoint(copied / "10")
     assert found["position"]["checksums"] == expected["position"]["checksums"]
@@ -217,7 +247,8 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoints_alone(run, settings, tm
 def test_a_checkpoint_that_cannot_be_written_is_one_error_and_leaves_the_others_alone(
     run, target, tmp_path, monkeypatch, beforehand
 ):
-    """The test above in one process: a limit on files' sizes stands in for the disk's end."""
+    """The test above in one process: a limit on files' sizes stands in for the disk's end, or for a neighbour that
+    takes the room meanwhile."""
     stored, output = checkpoint(run[0] / "10"), tmp_path / "run"
     parameters = {path: jnp.asarray(x) for path, x in stored["adapter"].items()}
 
@@ -228,11 +259,11 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error_and_leaves_the_others_
     with checkpoints.opened(output, keep=2) as manager:
         save(manager, 10)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    reason = r"it takes [\d.]+ MB, and 0\.0 MB are free" if beforehand else ".*File too large.*"
-    if beforehand:
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    else:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    reason = r"[\d.]+ MB: File too large" if beforehand else ".*File too large.*"
+    if not beforehand:
+        monkeypatch.setattr(os, "posix_fallocate", lambda *_: None)
+    (output / "room.orbax-checkpoint-tmp").touch()  # from a kill at that moment
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         expected = rf"^{output}: a checkpoint could not be written \({reason}\); make room, then .* step 10$"
         with pytest.raises(MachineError, match=expected), checkpoints.opened(output, keep=2) as manager:
