@@ -35,15 +35,16 @@ def _convert() -> None:
     from kangaroo_jax.checkpoint.upstream import is_upstream, load_upstream
 
     folder = paths.expanded(_ADAPTER.value)
-    if is_upstream(folder):
+    theirs = is_upstream(folder)
+    if theirs:
         command_line.require(_EXIT_LAYER)
-        target = load_target(_TARGET.value, "bfloat16")
+    target = load_target(_TARGET.value, "bfloat16")
+    if theirs:
         exit_layer, training = _EXIT_LAYER.value, {"converted_from": _ADAPTER.value}
         check_exit_layer(exit_layer, target.config)
         # float32 is the authors' own type, so nothing is lost whatever type the target is run in later.
         model = load_upstream(folder, target, jnp.float32)
     else:
-        target = load_target(_TARGET.value, "bfloat16")
         adapter = load_adapter(folder, target)
         if adapter.other_target is not None:
             raise InputError(f"--target: the adapter was trained for {adapter.other_target}; give that")
