@@ -14,8 +14,10 @@ from tests.train.runs import LESS_OPTIMIZATION
 
 pytest_plugins = ["tests.targets"]
 
-# One for the whole session: many tests compile the same programs, some in processes of their own.
-_CACHE = tempfile.mkdtemp(prefix="kangaroo_jax-tests-")
+# One for all processes of a session, and for the sessions of .ci/run: many tests compile the same programs.
+_CACHE_VARIABLE = "KANGAROO_TESTS_CACHE"
+_OWN_CACHE = None if _CACHE_VARIABLE in os.environ else tempfile.mkdtemp(prefix="kangaroo_jax-tests-")
+_CACHE = os.environ.setdefault(_CACHE_VARIABLE, _OWN_CACHE or "")
 _SLOW_FILES = tuple(
     f"tests/{name}.py"
     for name in (
@@ -46,7 +48,8 @@ def pytest_configure():
 
 
 def pytest_unconfigure():
-    shutil.rmtree(_CACHE, ignore_errors=True)
+    if _OWN_CACHE is not None:
+        shutil.rmtree(_OWN_CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):
