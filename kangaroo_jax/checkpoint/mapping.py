@@ -22,7 +22,7 @@ from kangaroo_jax.checkpoint.weights import DTYPES, Index, Pieces
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.naming import parameter_paths
-from kangaroo_jax.model.quantized import QuantizedArray, in_blocks, input_axis, quantize_rows
+from kangaroo_jax.model.quantized import QuantizedArray, product_on, input_axis, quantize_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ def fill_module(
     def quantized(path: str, shape: tuple[int, ...], axis: int) -> QuantizedArray:
         if mesh is None:
             values, scales = map(jnp.asarray, int8_part(path, shape, (slice(None),) * len(shape), axis))
-            return QuantizedArray(values, scales, in_blocks(values.devices()))
+            return QuantizedArray(values, scales, product_on(values.devices()))
         parts = functools.cache(lambda *bounds: int8_part(path, shape, _slices(bounds), axis))
 
         def part_of(index: Index) -> tuple[np.ndarray, np.ndarray]:
@@ -177,7 +177,7 @@ def fill_module(
         everything = (slice(None),) * len(shape)
         values = placed(shape, lambda index: part_of(index)[0][_replaced(everything, axis, index[axis])])
         scales = placed(_replaced(shape, axis, 1), lambda index: part_of(index)[1])
-        return QuantizedArray(values, scales, in_blocks(mesh.devices.ravel()))
+        return QuantizedArray(values, scales, product_on(mesh.devices.ravel()))
 
     leaves, structure = jax.tree.flatten(abstract)
     for i, path in enumerate(parameter_paths(abstract)):

@@ -33,9 +33,13 @@ def dot(
     """
     if not isinstance(weight, QuantizedArray):
         return _product(spec, x, weight, accumulate)
-    few = x.size // x.shape[-1] <= _FEW_ROWS
-    multiply = _product_in_blocks if weight.in_blocks and few else _product
-    outputs = multiply(spec, x, weight.values, jnp.float32)
+    num_rows = x.size // x.shape[-1]
+    if weight.product == "blocks" and num_rows <= _FEW_ROWS:
+        outputs = _product_in_blocks(spec, x, weight.values, jnp.float32)
+    elif weight.product == "pairs" and num_rows == 1:
+        outputs = _product(spec, jnp.concatenate([x, x]), weight.values, jnp.float32)[:1]
+    else:
+        outputs = _product(spec, x, weight.values, jnp.float32)
     # The axis of the inputs, of size 1, is not among the result's.
     weight_axes, result = spec.split(",")[1].split("->")
     scales = weight.scales.reshape(
@@ -48,8 +52,11 @@ def rows(
     weight: Float[Array, "rows width"] | QuantizedArray, index: Int[Array, "*shape"], dtype: jnp.dtype
 ) -> Float[Array, "*shape w"]:
     """Rows of a table of weights, such as an embedding, in the dtype that is computed in."""
-    found = weight[index]
-    return (found.dequantized() if isinstance(found, QuantizedArray) else found).astype(dtype)
+    if not isinstance(weight, QuantizedArray):
+        return weight[index].astype(dtype)
+    if weight.product == "pairs" and index.size == 1:
+        return rows(weight, jnp.concatenate([index, index]), dtype)[:1]
+    return weight[index].dequantized().astype(dtype)
 
 
 def _product(spec: str, x: Array, weight: Array, accumulate: jnp.dtype | None) -> Array:

@@ -29,12 +29,12 @@ class QuantizedArray:
     Attributes:
       values: -127 to 127.
       scales: of each output channel; the axis of the inputs has size 1.
-      in_blocks: whether products convert a block of values at a time, as `ops.dot` says.
+      product: how it is multiplied, as `product_on` says.
     """
 
     values: Int8[Array, ...]
     scales: Float[Array, ...]  # float32
-    in_blocks: bool = flax.struct.field(pytree_node=False, default=False)
+    product: str = flax.struct.field(pytree_node=False, default="whole")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,9 +70,16 @@ def input_axis(path: str, ndim: int) -> int | None:
     return 1 if _TABLE.search(path) else 0
 
 
-def in_blocks(devices: Collection[Any]) -> bool:
-    """Whether weights on these devices are multiplied in blocks: on a CPU that holds them undivided."""
-    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+def product_on(devices: Collection[Any]) -> str:
+    """How weights on these devices are multiplied, so that no float copy of them is made (docs/dev/int8.md).
+
+    "whole": converted where the product reads them. "blocks": on a CPU that holds them undivided, a block is converted,
+    and multiplied, at a time. "pairs": on TPUs, as "whole", but what is one row is taken twice.
+    """
+    platform = next(iter(devices)).platform
+    if platform == "cpu" and len(devices) == 1:
+        return "blocks"
+    return "pairs" if platform == "tpu" else "whole"
 
 
 def parameter_of(path: str) -> str:
@@ -87,7 +94,7 @@ def abstract_quantized(path: str, x: Any, devices: Collection[Any]) -> Any:
         return x
     scales = tuple(1 if i == axis else size for i, size in enumerate(x.shape))
     return QuantizedArray(
-        jax.ShapeDtypeStruct(x.shape, jnp.int8), jax.ShapeDtypeStruct(scales, jnp.float32), in_blocks(devices)
+        jax.ShapeDtypeStruct(x.shape, jnp.int8), jax.ShapeDtypeStruct(scales, jnp.float32), product_on(devices)
     )
 
 

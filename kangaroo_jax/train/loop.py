@@ -86,7 +86,7 @@ def train(
     check_files(config.data)
     own_data.check(config.data)
     mesh = make_mesh(config)
-    target = load_target(config.target, config.dtype, mesh)
+    target = load_target(config.target, config.dtype, mesh, weights=config.weights)
     check_adapter(config, target.config)
     check_context(config, target.config, target.name)
     draft_vocabulary.check_setting(config.draft_vocabulary, target.config)
