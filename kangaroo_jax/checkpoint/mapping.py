@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -18,11 +19,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
-from kangaroo_jax.checkpoint.weights import DTYPES, Index, Pieces
+from kangaroo_jax.checkpoint.weights import DTYPES, Index, Pieces, join_pieces
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.quantized import QuantizedArray, product_on, input_axis, quantize_rows
+
+
+_BAND = 1 << 22  # values of a tensor that are read at a time, to be rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +154,23 @@ def fill_module(
         of_part = parameter_rule(path, tuple(x.stop - x.start for x in index))
         return of_part.join(*(cast(tensor_name(name), where) for name, where in pieces))
 
+    def int8_rows(name: str, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
+        """Values and scales of rows of a tensor, of which a band at a time is read."""
+        done = []
+        for rows, *columns in pieces:
+            step = max(1, _BAND // math.prod(x.stop - x.start for x in columns))
+            for start in range(rows.start, rows.stop, step):
+                band = (slice(start, min(start + step, rows.stop)), *columns)
+                done.append(quantize_rows(read(name, (band,))))
+        return join_pieces([values for values, _ in done]), join_pieces([scales for _, scales in done])
+
     def int8_part(path: str, shape: tuple[int, ...], index: Index, axis: int) -> tuple[np.ndarray, np.ndarray]:
         """Values and scales of the output channels that `index` names."""
         index = tuple(slice(*x.indices(size)[:2]) for x, size in zip(index, shape, strict=True))
         rule = parameter_rule(path, shape)
         pieces = zip(rule.names, rule.locate(index), strict=True)
         # Hugging Face's matrices have a row for each output.
-        values, scales = zip(*(quantize_rows(read(tensor_name(name), where)) for name, where in pieces), strict=True)
+        values, scales = zip(*(int8_rows(tensor_name(name), where) for name, where in pieces), strict=True)
         of_values = tuple(x.stop - x.start for x in index)
         of_scales = _replaced(of_values, axis, 1)
         return parameter_rule(path, of_values).join(*values), parameter_rule(path, of_scales).join(*scales)
