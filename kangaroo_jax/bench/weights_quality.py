@@ -84,9 +84,7 @@ def measure(
 
 
 @jax.jit
-def _pass(
-    model: TargetModel, rows: Int[Array, "rows length"]
-) -> tuple[Float[Array, ""], Int[Array, "rows length"]]:
+def _pass(model: TargetModel, rows: Int[Array, "rows length"]) -> tuple[Float[Array, ""], Int[Array, "rows length"]]:
     """The mean loss of rows' tokens after the first, and the most probable token after each."""
     positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
     hidden, _ = shallow_apply(model, rows, positions, exit_layer=1)

@@ -23,8 +23,7 @@ from kangaroo_jax.checkpoint.weights import DTYPES, Index, Pieces, join_pieces
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.naming import parameter_paths
-from kangaroo_jax.model.quantized import QuantizedArray, product_on, input_axis, quantize_rows
-
+from kangaroo_jax.model.quantized import QuantizedArray, input_axis, product_on, quantize_rows
 
 _BAND = 1 << 22  # values of a tensor that are read at a time, to be rounded
 

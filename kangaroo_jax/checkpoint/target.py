@@ -113,7 +113,8 @@ def load_target(
         whatever they are in the file (a GGUF file's blocks are dequantized first). `dtype` is then that of the rest.
 
     Raises:
-      InputError: for unknown `weights`, a missing or corrupt file, an unknown architecture, or tensors that do not fit the config.
+      InputError: for unknown `weights`, a missing or corrupt file, an unknown architecture, or tensors that do not fit
+        the config.
     """
     name = os.fspath(name)
     dtype = _supported_dtype("dtype", default_dtype(mesh) if dtype is None else dtype)

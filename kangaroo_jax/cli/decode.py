@@ -133,8 +133,7 @@ _WEIGHTS = flags.DEFINE_enum(
     "weights",
     "float",
     ["float", "int8"],
-    "int8: matrices are rounded when they are loaded, with a scale for each output channel; --dtype is that of the rest, "
-    "and of what is computed.",
+    "int8: matrices are rounded when they are loaded; --dtype is that of the rest, and of what is computed.",
 )
 _MODEL_PARALLEL = flags.DEFINE_integer("model_parallel", 1, "Devices that hold the target together, each layer split.")
 _DATA_PARALLEL = flags.DEFINE_integer(

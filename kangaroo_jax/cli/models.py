@@ -14,12 +14,10 @@ from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.errors import InputError
 
 
-def load_target_of(
-    model: str | None, dtype: str | None, mesh: Mesh | None = None, weights: str = "float"
-) -> Target:
+def load_target_of(model: str | None, dtype: str | None, mesh: Mesh | None = None, weights: str = "float") -> Target:
     """The target that --model names, the demo for None. The demo is in float32 on accelerators too, unless --dtype says
-    otherwise: it is small, and drafted decoding's tokens are then exactly those of plain decoding. Says in one line what
-    int8 weights mean for the output."""
+    otherwise: it is small, and drafted decoding's tokens are then exactly those of plain decoding. Says in one line
+    what int8 weights mean for the output."""
     name = model or str(demo.MODEL)
     if dtype is None and paths.expanded(name).resolve() == demo.MODEL.resolve():
         dtype = "float32"
