@@ -492,6 +492,7 @@ class TrainConfig:
       data: what the run reads.
       dtype: of the target, and of the adapter's computations; its weights and the optimizer's state are float32.
         float16 is for decoding alone: the gradients of a mean over a batch underflow in it.
+      weights: of the target: float, or int8, for an adapter of the target that --weights=int8 decodes with.
       exit_layer: l, the number of shallow layers, 1 to the target's layers - 1.
       adapter: its shape.
       teacher: online computes the target's last hidden states in each step; cached computes them once, before the
@@ -525,6 +526,7 @@ class TrainConfig:
     output: str
     data: DataConfig
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    weights: Literal["float", "int8"] = "float"
     exit_layer: int = 2
     adapter: AdapterConfig = AdapterConfig()
     teacher: Literal["online", "cached"] = "online"

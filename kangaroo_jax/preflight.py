@@ -29,6 +29,7 @@ from kangaroo_jax.model import sharding
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kinds import abstract_adapter
 from kangaroo_jax.model.naming import parameter_paths
+from kangaroo_jax.model.quantized import abstract_quantized
 from kangaroo_jax.model.target import TargetModel
 
 _LOCAL = "local"
@@ -167,9 +168,16 @@ def abstract(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.unflatten(structure, placed)
 
 
-def abstract_target(config: ModelConfig, dtype: str, mesh: Mesh) -> TargetModel:
-    """The target as shapes."""
-    return abstract(nnx.eval_shape(lambda: TargetModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))), mesh)
+def abstract_target(config: ModelConfig, dtype: str, mesh: Mesh, weights: str = "float") -> TargetModel:
+    """The target as shapes. Arguments as for `load_target`."""
+    model = nnx.eval_shape(lambda: TargetModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
+    if weights == "int8":
+        leaves, structure = jax.tree.flatten(model)
+        paths = parameter_paths(model)
+        devices = mesh.devices.ravel()
+        leaves = [abstract_quantized(path, x, devices) for path, x in zip(paths, leaves, strict=True)]
+        model = jax.tree.unflatten(structure, leaves)
+    return abstract(model, mesh)
 
 
 def _placed(x: Any, where: Sharding | Format) -> jax.ShapeDtypeStruct:
@@ -193,7 +201,7 @@ def training(config: TrainConfig, machine: Machine) -> Report:
     training_settings.check_context(config, shape, config.target)
     size = draft_vocabulary.check_setting(config.draft_vocabulary, shape)
     mesh = training_settings.make_mesh(config, machine.devices)
-    target = abstract_target(shape, config.dtype, mesh)
+    target = abstract_target(shape, config.dtype, mesh, config.weights)
     optimizer = training_step.make_optimizer(config)
     state = training_step.abstract_state(optimizer, shape, config, mesh)
     batch = training_step.abstract_batch(config, shape, mesh)
@@ -209,7 +217,7 @@ def training(config: TrainConfig, machine: Machine) -> Report:
         machine,
         dict(mesh.shape),
         f"training step: {config.target}, exit layer {config.exit_layer}, batch {config.batch_size} x "
-        f"{config.sequence_length}, {config.dtype}",
+        f"{config.sequence_length}, {_numbers(config.dtype, config.weights)}",
         sharding.undivided(dict(zip(parameter_paths(target), jax.tree.leaves(target), strict=True)), mesh),
         programs,
     )
@@ -223,6 +231,7 @@ def decoding(
     max_new_tokens: int,
     model_parallel: int,
     machine: Machine,
+    weights: str = "float",
 ) -> Report:
     """What decoding one sequence needs on a machine: prefill, and rounds of draft and verification. `draft` must name
     its exit layer.
@@ -242,7 +251,10 @@ def decoding(
     config = model_config(target_name)
     check_exit_layer(draft.exit_layer, config)
     mesh = sharding.decoding_mesh(model_parallel, machine.devices)
-    weights = (abstract_target(config, dtype, mesh), abstract(abstract_adapter(config, jnp.dtype(dtype)), mesh))
+    models = (
+        abstract_target(config, dtype, mesh, weights),
+        abstract(abstract_adapter(config, jnp.dtype(dtype)), mesh),
+    )
     platform = machine.devices[0].platform
     # Where sequences decide how far to draft, rounds need as much, or less.
     shape = RoundShape.kangaroo(draft.exit_layer, dataclasses.replace(draft, decide=None), config.vocab_size, platform)
@@ -263,18 +275,18 @@ def decoding(
     # Caches as large as the answer's end needs; the prompt is prefilled in a cache of its own beside them.
     capacity = capacity_class(max(plan.positions, plan.prompt_capacity))
     empty = functools.partial(empty_slots, batch=1, max_eos=MAX_EOS, capacity=capacity, looks_up=looks_up, **static)
-    state = jax.eval_shape(empty, *weights)
+    state = jax.eval_shape(empty, *models)
     state = placed(state, batch_shardings(state, mesh) if mesh.size > 1 else None)
     kept = (jax.tree.map(lambda x: x.sharding, state), everywhere)
     prompts = None
     if plan.prompt_capacity > plan.width:
         prompts = functools.partial(empty_prompts, rows=1, capacity=plan.prompt_capacity, looks_up=looks_up, **static)
-        prompts = jax.eval_shape(prompts, *weights)
+        prompts = jax.eval_shape(prompts, *models)
         prompts = placed(prompts, batch_shardings(prompts, mesh) if mesh.size > 1 else None)
     admission = placed(Admission(array((1,)), array((1, MAX_EOS)), jax.eval_shape(lambda: Sampling.greedy(1))))
     one = array((1,))
     first = jax.jit(functools.partial(prefill_and_admit, sampled=False, **static), donate_argnums=2, out_shardings=kept)
-    inputs = (*weights, state, prompts, array((1, plan.width)), one, one, one, admission)
+    inputs = (*models, state, prompts, array((1, plan.width)), one, one, one, admission)
     name = "prefill" if prompts is None else "prefill, its last piece"
     programs = [_compile(name, first, inputs, machine)]
     if programs[0].outputs is not None:
@@ -283,16 +295,20 @@ def decoding(
             donate_argnums=2,
             out_shardings=(kept[0], None),
         )
-        inputs = (*weights, state, array((1,), jnp.bool_), array((), jnp.float32), array(()))
+        inputs = (*models, state, array((1,), jnp.bool_), array((), jnp.float32), array(()))
         programs.append(_compile("rounds (operations and communication of one)", rounds, inputs, machine))
     return Report(
         machine,
         dict(mesh.shape),
         f"decoding one sequence: {target_name}, exit layer {draft.exit_layer}, {draft}, prompt of {prompt_tokens} "
-        f"tokens, {max_new_tokens} new, {dtype}",
+        f"tokens, {max_new_tokens} new, {_numbers(dtype, weights)}",
         [],
         programs,
     )
+
+
+def _numbers(dtype: str, weights: str) -> str:
+    return dtype if weights == "float" else f"{dtype}, {weights} weights"
 
 
 def _compile(name: str, function: Callable[..., Any], inputs: tuple[Any, ...], machine: Machine) -> Program:

@@ -32,20 +32,21 @@ class LoadCost:
     host_growth: int
 
 
-def measure_load(model: str, dtype: str, mesh: jax.sharding.Mesh) -> LoadCost:
+def measure_load(model: str, dtype: str, mesh: jax.sharding.Mesh, weights: str = "float") -> LoadCost:
     """Loads a target over the devices of a mesh.
 
     Args:
       model: a folder in Hugging Face format, or a hub id.
       dtype: type of the weights.
       mesh: with axes data, fsdp and model.
+      weights: as `load_target`.
 
     Raises:
       MachineError: where the system has no /proc.
     """
     before = _reset_peak()
     start = time.perf_counter()
-    target = load_target(model, dtype, mesh)
+    target = load_target(model, dtype, mesh, weights=weights)
     seconds = time.perf_counter() - start
     growth = _status_bytes("VmHWM") - before
     leaves = jax.tree.leaves(target.model)

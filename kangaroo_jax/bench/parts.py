@@ -64,7 +64,7 @@ class Bytes:
         config = model.config
         cache = 2 * batch * config.num_key_value_heads * config.head_dim * capacity * model.dtype.itemsize
         layers = [_nbytes(layer) + cache for layer in model.layers]
-        head = (model.embed_tokens if model.lm_head is None else model.lm_head)[...].nbytes
+        head = _nbytes(model.embed_tokens if model.lm_head is None else model.lm_head)
         shallow, deep = sum(layers[:exit_layer]), sum(layers[exit_layer:])
         adapter_bytes = _nbytes(adapter) + len(adapter.layers) * cache
         # An adapter with a draft vocabulary has its own rows of the head, and reads those instead.

@@ -22,7 +22,7 @@ from jaxtyping import Array, PyTree
 
 from kangaroo_jax import json_text, paths
 from kangaroo_jax.checkpoint import fingerprint
-from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.checkpoint.target import Target, titled
 from kangaroo_jax.checkpoint.upstream import is_upstream, load_upstream
 from kangaroo_jax.checks import is_integer
 from kangaroo_jax.config import AdapterConfig, DecideConfig, DraftConfig, LookupConfig, RoundCosts, TreeConfig
@@ -62,7 +62,7 @@ class TrainedAdapter:
       target_fingerprint: of the target it was loaded for; None where the checkpoint does not say what it was trained
         for.
       other_target: the name of the target it was trained for, where that has the same shapes and other weights (a
-        fine-tune, or the original of a quantised one). Fewer of its drafts may be accepted.
+        fine-tune, or the same one in float weights, or in int8). Fewer of its drafts may be accepted.
       draft: how to draft with it: what its decode.json says, else the paper's settings.
     """
 
@@ -407,6 +407,11 @@ def is_for(metadata: dict[str, Any], target: Target) -> bool:
     return target.has_fingerprint(metadata["target"]["fingerprint"])
 
 
+def is_for_checkpoint_of(metadata: dict[str, Any], target: Target) -> bool:
+    """Whether a checkpoint's adapter was trained for this target, or the same one in float weights or in int8."""
+    return target.has_checkpoint(metadata["target"]["fingerprint"])
+
+
 def is_for_shapes_of(metadata: dict[str, Any], target: Target) -> bool:
     """Whether a checkpoint's adapter was trained for a target that differs from this one in weights alone. False where
     the checkpoint is from before all constants were recorded."""
@@ -480,8 +485,8 @@ def check_parameters(found: dict[str, tuple[int, ...]], expected: dict[str, Any]
 
 def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
     metadata = read_metadata(folder)
-    near = not is_for(metadata, target) and is_for_shapes_of(metadata, target)
-    if not near:
+    exact, same_checkpoint = is_for(metadata, target), is_for_checkpoint_of(metadata, target)
+    if not same_checkpoint and not is_for_shapes_of(metadata, target):
         check_target(metadata, target, folder)
     try:
         check_exit_layer(metadata["exit_layer"], target.config)
@@ -506,7 +511,9 @@ def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
         place = f"{folder}: parameter {TOKEN_IDS}"
         token_ids = _checked_tokens(found[TOKEN_IDS], target.config, place, "copy or train it again")
         model.draft_vocabulary = DraftVocabulary(target.model, jnp.asarray(token_ids))
-    other_target = metadata["target"]["name"] if near else None
+    other_target = None if exact else titled(metadata["target"]["name"], metadata["target"]["fingerprint"])
+    if same_checkpoint and not exact and target.model.weights == "int8":
+        other_target += " (float weights)"
     return TrainedAdapter(model, metadata["exit_layer"], name, target.fingerprint, other_target)
 
 

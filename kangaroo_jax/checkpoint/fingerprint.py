@@ -21,6 +21,7 @@ from kangaroo_jax.model.config import ModelConfig
 
 # Of each tensor: enough to tell fine-tuned weights apart, and read in no time.
 _VALUES = 64
+_INT8 = ":int8"
 
 _VERSION_2 = (
     "model_type",
@@ -77,6 +78,16 @@ def fingerprints(config: ModelConfig, samples: Mapping[str, np.ndarray]) -> tupl
         "eos_token_ids": None,
     }
     return current, _digest([_json(version_1), *(x.tobytes() for x in samples.values())])
+
+
+def of_int8(fingerprint: str) -> str:
+    """The fingerprint of a target whose weights were rounded to int8, from its checkpoint's."""
+    return fingerprint + _INT8
+
+
+def of_checkpoint(fingerprint: str) -> str:
+    """The inverse of `of_int8`; a fingerprint of float weights is its checkpoint's own."""
+    return fingerprint.removesuffix(_INT8)
 
 
 def constants(config: ModelConfig) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +19,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
-from kangaroo_jax.checkpoint.weights import DTYPES, Index, Pieces
+from kangaroo_jax.checkpoint.weights import DTYPES, Index, Pieces, join_pieces
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.naming import parameter_paths
+from kangaroo_jax.model.quantized import QuantizedArray, input_axis, product_on, quantize_rows
+
+_BAND = 1 << 22  # values of a tensor that are read at a time, to be rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +112,7 @@ def fill_module(
     tensor_name: Callable[[str], str] = str,
     files: Mapping[str, str] | None = None,
     mesh: Mesh | None = None,
+    weights: str = "float",
 ) -> PyTree:
     """Builds a module from tensors read one parameter at a time, each put on the device in `dtype` before the next
     is read.
@@ -118,6 +124,8 @@ def fill_module(
       tensor_name: a name of `ParameterRule` -> the tensor's name in the checkpoint.
       files: tensor name -> file, for messages.
       mesh: to split the weights over; only the parts of this process's devices are then read.
+      weights: one of `quantized.WEIGHTS`. In int8, matrices are `QuantizedArray`s of the values that were read, in
+        whichever dtype; of those whose inputs are split, all are read, as the scales depend on them.
 
     Raises:
       InputError: if a value is beyond the range of `dtype`.
@@ -145,10 +153,52 @@ def fill_module(
         of_part = parameter_rule(path, tuple(x.stop - x.start for x in index))
         return of_part.join(*(cast(tensor_name(name), where) for name, where in pieces))
 
+    def int8_rows(name: str, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
+        """Values and scales of rows of a tensor, of which a band at a time is read."""
+        done = []
+        for rows, *columns in pieces:
+            step = max(1, _BAND // math.prod(x.stop - x.start for x in columns))
+            for start in range(rows.start, rows.stop, step):
+                band = (slice(start, min(start + step, rows.stop)), *columns)
+                done.append(quantize_rows(read(name, (band,))))
+        return join_pieces([values for values, _ in done]), join_pieces([scales for _, scales in done])
+
+    def int8_part(path: str, shape: tuple[int, ...], index: Index, axis: int) -> tuple[np.ndarray, np.ndarray]:
+        """Values and scales of the output channels that `index` names."""
+        index = tuple(slice(*x.indices(size)[:2]) for x, size in zip(index, shape, strict=True))
+        rule = parameter_rule(path, shape)
+        pieces = zip(rule.names, rule.locate(index), strict=True)
+        # Hugging Face's matrices have a row for each output.
+        values, scales = zip(*(int8_rows(tensor_name(name), where) for name, where in pieces), strict=True)
+        of_values = tuple(x.stop - x.start for x in index)
+        of_scales = _replaced(of_values, axis, 1)
+        return parameter_rule(path, of_values).join(*values), parameter_rule(path, of_scales).join(*scales)
+
+    def quantized(path: str, shape: tuple[int, ...], axis: int) -> QuantizedArray:
+        if mesh is None:
+            values, scales = map(jnp.asarray, int8_part(path, shape, (slice(None),) * len(shape), axis))
+            return QuantizedArray(values, scales, product_on(values.devices()))
+        parts = functools.cache(lambda *bounds: int8_part(path, shape, _slices(bounds), axis))
+
+        def part_of(index: Index) -> tuple[np.ndarray, np.ndarray]:
+            return parts(*((x.start, x.stop) for x in _replaced(index, axis, slice(None))))
+
+        def placed(of_shape: tuple[int, ...], take: Callable[[Index], np.ndarray]) -> jax.Array:
+            where = NamedSharding(mesh, sharding.partition(path, of_shape, mesh))
+            return jax.make_array_from_callback(of_shape, where, take)
+
+        everything = (slice(None),) * len(shape)
+        values = placed(shape, lambda index: part_of(index)[0][_replaced(everything, axis, index[axis])])
+        scales = placed(_replaced(shape, axis, 1), lambda index: part_of(index)[1])
+        return QuantizedArray(values, scales, product_on(mesh.devices.ravel()))
+
     leaves, structure = jax.tree.flatten(abstract)
     for i, path in enumerate(parameter_paths(abstract)):
         shape = leaves[i].shape
-        if mesh is None:
+        axis = input_axis(path, len(shape)) if weights == "int8" else None
+        if axis is not None:
+            array = quantized(path, shape, axis)
+        elif mesh is None:
             array = jnp.asarray(part(path, shape, (slice(None),) * len(shape)), dtype)
         else:
             # Devices that hold the same part share one reading of it.
@@ -158,8 +208,12 @@ def fill_module(
                 NamedSharding(mesh, sharding.partition(path, shape, mesh)),
                 lambda index, parts=parts: parts(*((x.start, x.stop) for x in index)),
             )
-        leaves[i] = jax.block_until_ready(sharding.arranged(path, array))
+        leaves[i] = jax.block_until_ready(jax.tree.map(functools.partial(sharding.arranged, path), array))
     return jax.tree.unflatten(structure, leaves)
+
+
+def _replaced(x: tuple[Any, ...], place: int, value: Any) -> tuple[Any, ...]:
+    return (*x[:place], value, *x[place + 1 :])
 
 
 def _slices(bounds: Iterable[tuple[int | None, int | None]]) -> Index:

@@ -27,6 +27,7 @@ from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.families import family_of
 from kangaroo_jax.model.naming import parameter_paths
+from kangaroo_jax.model.quantized import WEIGHTS
 from kangaroo_jax.model.target import TargetModel
 
 
@@ -38,7 +39,8 @@ class Target:
       model: the weights.
       tokenizer: a transformers tokenizer, or None if the checkpoint has none.
       name: the folder, file or hub id it came from.
-      fingerprint: identifies the weights whatever dtype they were loaded in; adapters record it.
+      fingerprint: identifies the weights whatever float dtype they were loaded in; adapters record it. Those in int8
+        have another.
       eos_token_ids: from generation_config.json where there is one, else config.json, or from a GGUF file's metadata;
         and the tokenizer's.
       mesh: what the weights are split over; None where they are on one device.
@@ -63,6 +65,21 @@ class Target:
         """Whether what recorded this fingerprint was made for this target."""
         return recorded == self.fingerprint or recorded in self.earlier_fingerprints
 
+    def has_checkpoint(self, recorded: str) -> bool:
+        """Whether what recorded this fingerprint was made for the same checkpoint, with these weights or others."""
+        mine = map(fingerprint.of_checkpoint, (self.fingerprint, *self.earlier_fingerprints))
+        return fingerprint.of_checkpoint(recorded) in mine
+
+    @property
+    def title(self) -> str:
+        """Its name, and what its weights are where they are not the checkpoint's: "NAME (int8 weights)"."""
+        return titled(self.name, self.fingerprint)
+
+
+def titled(name: str, recorded: str) -> str:
+    """`Target.title` of the target with that name and fingerprint."""
+    return f"{name} (int8 weights)" if recorded != fingerprint.of_checkpoint(recorded) else name
+
 
 def default_dtype(mesh: Mesh | None = None) -> str:
     """The dtype of the weights where a user names none: float32 on CPU, which makes drafted decoding's tokens exactly
@@ -80,6 +97,7 @@ def load_target(
     dtype: str | jnp.dtype | None = None,
     mesh: Mesh | None = None,
     compute_dtype: str | jnp.dtype | None = None,
+    weights: str = "float",
 ) -> Target:
     """Loads a target from a local folder, a GGUF file or the Hugging Face hub.
 
@@ -91,19 +109,24 @@ def load_target(
       mesh: splits the weights over its devices (model/sharding.py says how). Each process reads only the parts of
         its own devices, from safetensors; None keeps all on the default device.
       compute_dtype: of activations and caches, as `dtype`; None means that of the weights.
+      weights: "float", or "int8": matrices are rounded to int8 as they are read, with a scale for each output channel,
+        whatever they are in the file (a GGUF file's blocks are dequantized first). `dtype` is then that of the rest.
 
     Raises:
-      InputError: for a missing or corrupt file, an unknown architecture, or tensors that do not fit the config.
+      InputError: for unknown `weights`, a missing or corrupt file, an unknown architecture, or tensors that do not fit
+        the config.
     """
     name = os.fspath(name)
     dtype = _supported_dtype("dtype", default_dtype(mesh) if dtype is None else dtype)
     compute_dtype = None if compute_dtype is None else _supported_dtype("compute_dtype", compute_dtype)
+    if weights not in WEIGHTS:
+        raise InputError(f"weights must be {' or '.join(WEIGHTS)}, found {weights!r}")
     path = find_checkpoint(name)
     source = folder_source(path) if path.is_dir() else gguf_source(path)
-    config, weights = source.config, source.weights
+    config, stored = source.config, source.weights
     family = family_of(config)
     tensor_name = family.tensor_name
-    layers, tensors = config.num_hidden_layers, len(weights.found)
+    layers, tensors = config.num_hidden_layers, len(stored.found)
     if layers > tensors:  # building so many would take long, for the same message
         raise InputError(
             f"{name}: num_hidden_layers is {layers}, but its weights are {tensors} tensors; fetch the checkpoint again"
@@ -114,13 +137,13 @@ def load_target(
         for path, leaf in zip(parameter_paths(abstract), jax.tree.leaves(abstract), strict=True)
     ]
     expected = {tensor_name(part): shape for rule in rules for part, shape in zip(rule.names, rule.shapes, strict=True)}
-    weights = split_fused(weights, family.fused, expected)
-    check_tensors(abstract, weights.found, weights.files, tensor_name)
+    stored = split_fused(stored, family.fused, expected)
+    check_tensors(abstract, stored.found, stored.files, tensor_name)
     bytes_read = 0
 
     def read(full: str, pieces: Pieces) -> np.ndarray:
         nonlocal bytes_read
-        tensor = weights.read(full, pieces)
+        tensor = stored.read(full, pieces)
         bytes_read += tensor.nbytes
         return tensor
 
@@ -128,11 +151,13 @@ def load_target(
     for rule in rules:
         for name_here in rule.names:
             full = tensor_name(name_here)
-            rows = read(full, (fingerprint.sample_index(weights.found[full][0]),))
+            rows = read(full, (fingerprint.sample_index(stored.found[full][0]),))
             samples[name_here] = fingerprint.sample(rows)
     tokenizer = source.read_tokenizer()  # before the weights, which take long: what is wrong is said at once
     current, *earlier = fingerprint.fingerprints(config, samples)
-    model = fill_module(abstract, read, dtype, tensor_name, weights.files, mesh=mesh)
+    if weights == "int8":
+        current, *earlier = map(fingerprint.of_int8, (current, *earlier))
+    model = fill_module(abstract, read, dtype, tensor_name, stored.files, mesh=mesh, weights=weights)
     return Target(
         model=model,
         tokenizer=tokenizer,

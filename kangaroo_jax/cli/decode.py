@@ -129,6 +129,12 @@ _DTYPE = flags.DEFINE_enum(
     ["float32", "bfloat16", "float16"],
     "Type of the weights. Default: float32 for the demo and on CPU, else bfloat16.",
 )
+_WEIGHTS = flags.DEFINE_enum(
+    "weights",
+    "float",
+    ["float", "int8"],
+    "int8: matrices are rounded when they are loaded; --dtype is that of the rest, and of what is computed.",
+)
 _MODEL_PARALLEL = flags.DEFINE_integer("model_parallel", 1, "Devices that hold the target together, each layer split.")
 _DATA_PARALLEL = flags.DEFINE_integer(
     "data_parallel", 1, "Groups of such devices that the prompts of --input are spread over."
@@ -235,6 +241,7 @@ def _fits(given: DraftOverrides) -> bool:
         _MAX_NEW_TOKENS.value,
         _MODEL_PARALLEL.value,
         preflight_flag.find_machine(),
+        _WEIGHTS.value,
     )
     return preflight_flag.show(report)
 
@@ -251,7 +258,7 @@ def _load(given: DraftOverrides) -> tuple[Target, TrainedAdapter | None, DraftCo
     compilation_cache.enable()
     split = (_MODEL_PARALLEL.value, _DATA_PARALLEL.value)
     mesh = None if split == (1, 1) else sharding.decoding_mesh(split[0], jax.local_devices(), split[1])
-    target = load_target_of(_MODEL.value, _DTYPE.value, mesh)
+    target = load_target_of(_MODEL.value, _DTYPE.value, mesh, _WEIGHTS.value)
     if _PLAIN.value:
         return target, None, DraftConfig()
     adapter = load_adapter_of(target, _ADAPTER.value)
@@ -367,7 +374,7 @@ def _answer_prompt(command: str, given: DraftOverrides, sampling: SamplingConfig
     print(f"compilation, not counted above: {compiling:.1f} s (kept on disk for the next run)")
     if _HTML.value is not None:
         how = f"{draft}, " + ("greedy" if greedy else f"temperature {sampling.temperature}")
-        names = {"model": target.name, "adapter": adapter.name, "settings": how}
+        names = {"model": target.title, "adapter": adapter.name, "settings": how}
         page = drafts_page.render(target.tokenizer, ids, shown_prompt, answer, names)
         drafts_page.write(_HTML.value, page)
         print(f"the drafts are in {_HTML.value}")

@@ -14,13 +14,17 @@ from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.errors import InputError
 
 
-def load_target_of(model: str | None, dtype: str | None, mesh: Mesh | None = None) -> Target:
+def load_target_of(model: str | None, dtype: str | None, mesh: Mesh | None = None, weights: str = "float") -> Target:
     """The target that --model names, the demo for None. The demo is in float32 on accelerators too, unless --dtype says
-    otherwise: it is small, and drafted decoding's tokens are then exactly those of plain decoding."""
+    otherwise: it is small, and drafted decoding's tokens are then exactly those of plain decoding. Says in one line
+    what int8 weights mean for the output."""
     name = model or str(demo.MODEL)
     if dtype is None and paths.expanded(name).resolve() == demo.MODEL.resolve():
         dtype = "float32"
-    return load_target(name, dtype, mesh)
+    target = load_target(name, dtype, mesh, weights=weights)
+    if weights == "int8":
+        _note(f"{target.title}: the output is that of plain decoding with these, not with the checkpoint's own")
+    return target
 
 
 def load_adapter_of(target: Target, path: str | None) -> TrainedAdapter:

@@ -42,6 +42,12 @@ _DTYPE = flags.DEFINE_enum(
     ["float32", "bfloat16", "float16"],
     "Type of the weights. Default: float32 for the demo and on CPU, else bfloat16.",
 )
+_WEIGHTS = flags.DEFINE_enum(
+    "weights",
+    "float",
+    ["float", "int8"],
+    "int8: matrices are rounded when they are loaded; --dtype is that of the rest, and of what is computed.",
+)
 _MODEL_PARALLEL = flags.DEFINE_integer("model_parallel", 1, "Devices that hold the target together, each layer split.")
 _MAX_BATCH = flags.DEFINE_integer("max_batch", 8, "Sequences that are decoded at a time.")
 _MAX_LENGTH = flags.DEFINE_integer(
@@ -92,7 +98,7 @@ def _serve() -> None:
         target, adapter, draft = _load()
         server = Server(target, adapter, engine, draft, config, _log, _report)
         host, port = socket.getsockname()[:2]
-        print(f"{target.name} on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
+        print(f"{target.title} on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
         run.uvicorn_server(server.app, config.grace).run(sockets=[socket])
 
 
@@ -136,7 +142,7 @@ def _load() -> tuple[Target, TrainedAdapter | None, DraftConfig]:
     mesh = None
     if _MODEL_PARALLEL.value != 1:
         mesh = sharding.decoding_mesh(_MODEL_PARALLEL.value, jax.local_devices(), 1)
-    target = load_target_of(_MODEL.value, _DTYPE.value, mesh)
+    target = load_target_of(_MODEL.value, _DTYPE.value, mesh, _WEIGHTS.value)
     adapter = None if _PLAIN.value else load_adapter_of(target, _ADAPTER.value)
     draft = DraftConfig() if adapter is None else adapter.draft
     note_costs(draft, _MAX_BATCH.value)

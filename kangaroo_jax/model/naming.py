@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 from jaxtyping import PyTree
 
@@ -9,4 +11,4 @@ from jaxtyping import PyTree
 def parameter_paths(module: PyTree) -> list[str]:
     """Dotted names of a module's parameters, in the order of its leaves."""
     paths = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(module))
-    return [path.removesuffix(".value") for path in paths]
+    return [re.sub(r"\.value(?=\.|$)", "", path) for path in paths]

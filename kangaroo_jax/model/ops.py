@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
+
+from kangaroo_jax.model.quantized import QuantizedArray
+
+_BLOCK = 1 << 16  # values; 256 KiB in float32, which stays in a core's cache
+_FEW_ROWS = 64  # of activations: with more, computing takes longer than moving the weights
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
@@ -13,19 +18,78 @@ def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
 
 
 def dot(
-    spec: str, x: Float[Array, ...], weight: Float[Array, ...], accumulate: jnp.dtype | None = None
+    spec: str, x: Float[Array, ...], weight: Float[Array, ...] | QuantizedArray, accumulate: jnp.dtype | None = None
 ) -> Float[Array, ...]:
     """`jnp.einsum(spec, x, weight)` in the dtype of `x`, whatever the weight is stored as.
 
+    int8 values are exact in every float dtype; their products are accumulated, and scaled, in float32.
+
     Args:
-      spec: of the product, for example "...k,kn->...n".
+      spec: of the product, for example "...k,kn->...n". The last axis of `x` is multiplied with one of the weight's,
+        and the weight's others, in their order, end the result.
       x: activations, in the dtype that is computed in.
-      weight: of any float dtype.
+      weight: of any float dtype, or quantized.
       accumulate: dtype of the result; that of `x` if None.
     """
+    if not isinstance(weight, QuantizedArray):
+        return _product(spec, x, weight, accumulate)
+    num_rows = x.size // x.shape[-1]
+    if weight.product == "blocks" and num_rows <= _FEW_ROWS:
+        outputs = _product_in_blocks(spec, x, weight.values, jnp.float32)
+    elif weight.product == "pairs" and num_rows == 1:
+        outputs = _product(spec, jnp.concatenate([x, x]), weight.values, jnp.float32)[:1]
+    else:
+        outputs = _product(spec, x, weight.values, jnp.float32)
+    # The axis of the inputs, of size 1, is not among the result's.
+    weight_axes, result = spec.split(",")[1].split("->")
+    scales = weight.scales.reshape(
+        [size for axis, size in zip(weight_axes, weight.shape, strict=True) if axis in result]
+    )
+    return (outputs * scales).astype(x.dtype if accumulate is None else accumulate)
+
+
+def rows(
+    weight: Float[Array, "rows width"] | QuantizedArray, index: Int[Array, "*shape"], dtype: jnp.dtype
+) -> Float[Array, "*shape w"]:
+    """Rows of a table of weights, such as an embedding, in the dtype that is computed in."""
+    if not isinstance(weight, QuantizedArray):
+        return weight[index].astype(dtype)
+    if weight.product == "pairs" and index.size == 1:
+        return rows(weight, jnp.concatenate([index, index]), dtype)[:1]
+    return weight[index].dequantized().astype(dtype)
+
+
+def _product(spec: str, x: Array, weight: Array, accumulate: jnp.dtype | None) -> Array:
     return jnp.einsum(spec, x, weight.astype(x.dtype), precision=precision(x.dtype), preferred_element_type=accumulate)
 
 
-def rows(weight: Float[Array, "rows width"], index: Int[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape w"]:
-    """Rows of a table of weights, such as an embedding, in the dtype that is computed in."""
-    return weight[index].astype(dtype)
+def _product_in_blocks(spec: str, x: Array, values: Int8[Array, ...], accumulate: jnp.dtype) -> Array:
+    """`_product`, a block along the first axis of `values` at a time.
+
+    XLA for CPU calls a library for a product, and converts all of the weight in memory before it: more bytes than
+    weights in float32 have. Of a block, the conversion stays in the cache. (docs/dev/int8.md)
+    """
+    size = values.shape[0]
+    block = max(1, _BLOCK * size // values.size)
+    count, rest = divmod(size, block)
+    if count < 2:
+        return _product(spec, x, values, accumulate)
+    weight_axes, result = spec.split(",")[1].split("->")
+
+    def of(start: int | Array, length: int, inputs: Array) -> Array:
+        return _product(spec, inputs, jax.lax.dynamic_slice_in_dim(values, start, length), accumulate)
+
+    if weight_axes[0] in result:  # each block gives outputs of its own
+
+        def put(outputs: Array, start: int | Array, length: int) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(outputs, of(start, length, x), start, axis=-1)
+
+        outputs = jnp.zeros((*x.shape[:-1], size), accumulate)
+    else:  # each block takes inputs of its own
+
+        def put(outputs: Array, start: int | Array, length: int) -> Array:
+            return outputs + of(start, length, jax.lax.dynamic_slice_in_dim(x, start, length, axis=-1))
+
+        outputs = jnp.zeros((*x.shape[:-1], *values.shape[1:]), accumulate)
+    outputs = jax.lax.fori_loop(0, count, lambda i, outputs: put(outputs, i * block, block), outputs)
+    return put(outputs, count * block, rest) if rest else outputs

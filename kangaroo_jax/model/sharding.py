@@ -23,6 +23,7 @@ from jaxtyping import PyTree
 
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.families import all_families
+from kangaroo_jax.model.quantized import parameter_of
 
 AXES = ("data", "fsdp", "model")
 BATCH = P(("data", "fsdp"))
@@ -49,6 +50,7 @@ def _tpu_order(path: str, part: Sequence[int]) -> tuple[int, ...] | None:
     """A parameter's axes in memory, from the slowest to the fastest, where the products take it otherwise than it is
     written: XLA would copy all such weights at the start of each program. Found by letting XLA for TPU choose
     (Layout.AUTO) for rounds of decoding. `part` is the shape that one device holds."""
+    path = parameter_of(path)
     if path.endswith("qkv_proj"):
         return (1, 2, 3, 0)
     if path.endswith("gate_up_proj"):
@@ -118,7 +120,8 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 def partition(path: str, shape: Sequence[int], mesh: Mesh, axes: Sequence[str] = AXES) -> P:
     """The partition of the parameter at `path`, or of the optimizer's state for it (its path ends in the same way).
 
-    A dimension that an axis does not divide stays whole along that axis.
+    A dimension that an axis does not divide stays whole along that axis. The scales of a quantized parameter are split
+    as its values: the dimension of its inputs, which is 1, stays whole.
 
     Args:
       path: dotted, as `parameter_paths` gives it.
@@ -131,6 +134,7 @@ def partition(path: str, shape: Sequence[int], mesh: Mesh, axes: Sequence[str] =
     """
     if not shape:
         return P()
+    path = parameter_of(path)
     rows = itertools.chain(_TABLE, *(family.partitions for family in all_families()))
     fitting = (x for pattern, x in rows if len(x) == len(shape) and re.search(rf"(^|\.)(\w*{pattern})$", path))
     names = next(fitting, None)
@@ -176,11 +180,13 @@ def undivided(shapes: Mapping[str, Any], mesh: Mesh) -> list[str]:
     """A line for each kind of parameter that an axis of the mesh should split and does not divide."""
     notes = {}
     for path, x in shapes.items():
+        if path.endswith(".scales"):  # they follow the values
+            continue
         spec = partition(path, x.shape, mesh)
         ideal = partition(path, [size * mesh.size for size in x.shape], mesh)
         for axis in ("model", "fsdp"):
             if axis in _axes(ideal) and axis not in _axes(spec):
-                name = path.rpartition(".")[2]
+                name = parameter_of(path).rpartition(".")[2]
                 notes[name, axis] = (
                     f"mesh.{axis} {mesh.shape[axis]} divides no dimension of {name} {list(x.shape)} that it should "
                     f"split: each device along it holds all of that"

@@ -13,6 +13,7 @@ from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.families import family_of
 from kangaroo_jax.model.layers import INIT, RMSNorm, apply_layers, attention_context
 from kangaroo_jax.model.ops import dot, rows
+from kangaroo_jax.model.quantized import QuantizedArray
 
 
 class TargetModel(nnx.Module):
@@ -41,8 +42,13 @@ class TargetModel(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the weights."""
-        return self.embed_tokens.dtype
+        """Of the weights that are floats: all of them, or what `weights` leaves."""
+        return self.norm.weight.dtype
+
+    @property
+    def weights(self) -> str:
+        """What the matrices are stored as, one of `quantized.WEIGHTS`."""
+        return "int8" if isinstance(self.embed_tokens[...], QuantizedArray) else "float"
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -51,9 +57,14 @@ class TargetModel(nnx.Module):
 
     @property
     def arithmetic(self) -> str:
-        """What its numbers depend on besides the weights: "bfloat16", or "bfloat16, computed in float32"."""
-        same = self.compute_dtype == self.dtype
-        return str(self.dtype) if same else f"{self.dtype}, computed in {self.compute_dtype}"
+        """What its numbers depend on besides the weights' values: "bfloat16", "bfloat16, computed in float32", or
+        "bfloat16, int8 weights"."""
+        how = [str(self.dtype)]
+        if self.compute_dtype != self.dtype:
+            how.append(f"computed in {self.compute_dtype}")
+        if self.weights == "int8":
+            how.append("int8 weights")
+        return ", ".join(how)
 
 
 def shallow_apply(
@@ -116,7 +127,7 @@ def lm_head(target: TargetModel, hidden: Float[Array, "... hidden"]) -> Float[Ar
 
 
 def logits(
-    config: ModelConfig, hidden: Float[Array, "... hidden"], weight: Float[Array, "vocab hidden"]
+    config: ModelConfig, hidden: Float[Array, "... hidden"], weight: Float[Array, "vocab hidden"] | QuantizedArray
 ) -> Float[Array, "... vocab"]:
     """float32 logits of a target with `config`, by a head's rows. Accumulated in float32 and not rounded: in bfloat16,
     logits near 20 are 0.125 apart, and ties would decide."""

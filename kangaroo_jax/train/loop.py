@@ -99,7 +99,7 @@ def _train(
 ) -> dict[str, float] | None:
     """`train`, but for the first checks. `holding` ends with the run."""
     mesh = make_mesh(config)
-    target = load_target(config.target, config.dtype, mesh)
+    target = load_target(config.target, config.dtype, mesh, weights=config.weights)
     check_adapter(config, target.config)
     check_context(config, target.config, target.name)
     draft_vocabulary.check_setting(config.draft_vocabulary, target.config)

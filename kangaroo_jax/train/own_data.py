@@ -71,4 +71,4 @@ def _decoding(target: Target, config: TrainConfig) -> Target:
         return dataclasses.replace(target, mesh=None)
     devices = jax.local_devices()
     mesh = sharding.decoding_mesh(config.mesh.model, devices, len(devices) // config.mesh.model)
-    return load_target(config.target, config.dtype, mesh)
+    return load_target(config.target, config.dtype, mesh, weights=config.weights)

@@ -31,6 +31,7 @@ _FIXED = (
     "adapter.mlp_size",
     "teacher",
     "dtype",
+    "weights",
     "seed",
     "batch_size",
     "sequence_length",

@@ -304,6 +304,55 @@ def test_decoding_on_4_devices_gives_the_tokens_and_accept_lengths_of_one(on_8_d
     assert one == four
 
 
+_INT8 = """
+import json, sys
+import jax, numpy as np
+from flax import nnx
+
+from kangaroo_jax import DraftConfig, generate, load_target
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter
+from kangaroo_jax.model import sharding
+from kangaroo_jax.model.drafts.kangaroo import Adapter
+from kangaroo_jax.model.naming import parameter_paths
+
+folder, results, first = sys.argv[1], [], None
+for sizes in ((1, 1, 1), (1, 1, 4), (1, 4, 1), (1, 2, 2)):
+    mesh = sharding.make_mesh(dict(zip(("data", "fsdp", "model"), sizes)), jax.devices()[: np.prod(sizes)])
+    target = load_target(folder, "float32", mesh, weights="int8")
+    leaves = dict(zip(parameter_paths(target.model), jax.tree.leaves(target.model)))
+    host = {path: np.asarray(x) for path, x in leaves.items()}
+    first = first or host
+    tokens = None
+    if sizes[1] == 1:  # as decoding splits a model
+        adapter = TrainedAdapter(Adapter(target.config, rngs=nnx.Rngs(3)), 1, "random", None)
+        draft = DraftConfig(None, 3, 0.0)
+        tokens = generate(target, adapter, [[5, 6, 7, 8], [9, 10, 11]], 30, draft, eos_token_ids=[]).tokens
+    results.append({
+        "same": all(np.array_equal(host[path], first[path]) for path in first),
+        "tokens": tokens,
+        "held": sum(x.addressable_shards[0].data.nbytes for path, x in leaves.items() if path.endswith("values")),
+        "product": target.model.embed_tokens[...].product,
+        "o_proj": [list(leaves[f"layers.0.self_attn.o_proj.{x}"].addressable_shards[0].data.shape)
+                   for x in ("values", "scales")],
+    })
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.long
+def test_int8_weights_split_over_4_devices_are_those_of_one_and_give_its_tokens(small_target):
+    one, *others = on_virtual_devices(_INT8, small_target)
+    assert (one["product"], one["o_proj"]) == ("blocks", [[64, 32], [1, 32]])
+    for found in others:
+        assert found["same"]
+        assert found["held"] == one["held"] / 4
+        assert found["product"] == "whole"
+    # The inputs are split along `model`, and each device has all scales; along `fsdp`, the outputs are, and scales too.
+    assert [found["o_proj"] for found in others] == [[[16, 32], [1, 32]], [[64, 8], [1, 8]], [[32, 16], [1, 16]]]
+    assert others[0]["tokens"] == one["tokens"]
+    assert len(set(map(tuple, one["tokens"]))) == 2
+
+
 @pytest.fixture(
     scope="module", params=[[[1, 2]], pytest.param([[2, 2], [1, 4], [4, 1]], marks=pytest.mark.long)], ids=str
 )

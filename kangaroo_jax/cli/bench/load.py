@@ -16,6 +16,7 @@ from kangaroo_jax.model import sharding
 
 _MODEL = flags.DEFINE_string("model", None, "Target: a folder in Hugging Face format, or a hub id. Required.")
 _DTYPE = shared_flags.define_dtype(("float32", "bfloat16", "float16"), default="bfloat16")
+_WEIGHTS = shared_flags.define_weights()
 _FSDP = flags.DEFINE_integer("fsdp", -1, "Devices over which each weight is stored in parts; -1 is all that are left.")
 _MODEL_PARALLEL = flags.DEFINE_integer("model_parallel", 1, "Devices over which each layer is split.")
 
@@ -25,7 +26,7 @@ def main() -> None:
         raise InputError("--model is missing; give a folder in Hugging Face format, or a hub id")
     process_flags.join("bench load")
     mesh = sharding.make_mesh({"data": 1, "fsdp": _FSDP.value, "model": _MODEL_PARALLEL.value})
-    cost = measure_load(_MODEL.value, _DTYPE.value, mesh)
+    cost = measure_load(_MODEL.value, _DTYPE.value, mesh, _WEIGHTS.value)
     print(
         f"process {jax.process_index()} of {jax.process_count()}, {len(jax.local_devices())} of {jax.device_count()} "
         f"devices: read {cost.bytes_read / 1e6:.1f} MB in {cost.seconds:.1f} s; its devices hold "

@@ -17,6 +17,7 @@ _COMMANDS = {
     "batch": "batches against plain decoding, refilled slots against fixed batches",
     "adapters": "adapters of one target beside each other: accept lengths",
     "load": "bytes read and host memory of loading a target split over devices and processes",
+    "weights": "what int8 weights change: bytes, loss of a text, greedy tokens",
     "serve": "the server over loopback, beside generate_many",
     "spec_bench": "Spec-Bench's questions, with Kangaroo and plainly",
 }

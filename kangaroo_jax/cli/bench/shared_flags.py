@@ -16,6 +16,7 @@ from kangaroo_jax.bench.chat_prompts import CHAT_PROMPTS
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.engine.prompts import encode_prompts, user_turn
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.quantized import WEIGHTS
 
 flags.disclaim_key_flags()  # they belong to the command that calls for them, so that its --help shows them
 
@@ -43,6 +44,11 @@ def define_dtype(
     """--dtype; without a default of its own, None is for `load_target_of` to decide."""
     rule = default or "float32 on CPU and for the demo, else bfloat16"
     return flags.DEFINE_enum("dtype", default, list(kinds), f"Type of the weights. Default: {rule}.")
+
+
+def define_weights() -> flags.FlagHolder[str]:
+    """--weights."""
+    return flags.DEFINE_enum("weights", "float", WEIGHTS, "int8: matrices are rounded when they are loaded.")
 
 
 def define_prompt_count(default: int) -> flags.FlagHolder[int]:

@@ -1,0 +1,126 @@
+"""Weights in int8: symmetric, one scale for each output channel. Activations stay floats."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int8, PyTree
+
+WEIGHTS = ("float", "int8")
+
+# The matrices of a model, by the end of their paths: all that `ops.dot` and `ops.rows` take. Norms and biases stay as
+# they are.
+_MATRIX = re.compile(r"(^|\.)(embed_tokens|lm_head|\w+_proj)$")
+_TABLE = re.compile(r"(^|\.)(embed_tokens|lm_head)$")  # [outputs, inputs]; all others have their inputs first
+_LARGEST = 127  # -128 is not used: the range is symmetric
+_BAND = 1 << 20  # values that are converted at a time
+
+
+@flax.struct.dataclass
+class QuantizedArray:
+    """`values * scales`. A pytree of both, that `ops.dot` and `ops.rows` take in place of an array.
+
+    Attributes:
+      values: -127 to 127.
+      scales: of each output channel; the axis of the inputs has size 1.
+      product: how it is multiplied, as `product_on` says.
+    """
+
+    values: Int8[Array, ...]
+    scales: Float[Array, ...]  # float32
+    product: str = flax.struct.field(pytree_node=False, default="whole")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def devices(self) -> set[jax.Device]:
+        return self.values.devices()
+
+    def __getitem__(self, index: Any) -> QuantizedArray:
+        """`...`, which is how a parameter is read; or rows of a table."""
+        if index is ...:
+            return self
+        return self.replace(values=self.values[index], scales=self.scales[index])
+
+    def reshape(self, inputs: int, outputs: int) -> QuantizedArray:
+        """As a matrix, of an array whose inputs come first."""
+        return self.replace(values=self.values.reshape(inputs, outputs), scales=self.scales.reshape(1, outputs))
+
+    def dequantized(self) -> Float[Array, ...]:
+        """As an array, in float32."""
+        return self.values.astype(jnp.float32) * self.scales
+
+
+def input_axis(path: str, ndim: int) -> int | None:
+    """The axis of a parameter's inputs; None where it is not stored in int8.
+
+    Args:
+      path: dotted, as `parameter_paths` gives it for a model that is not quantized.
+      ndim: number of its dimensions.
+    """
+    if ndim < 2 or not _MATRIX.search(path):
+        return None
+    return 1 if _TABLE.search(path) else 0
+
+
+def product_on(devices: Collection[Any]) -> str:
+    """How weights on these devices are multiplied, so that no float copy of them is made (docs/dev/int8.md).
+
+    "whole": converted where the product reads them. "blocks": on a CPU that holds them undivided, a block is converted,
+    and multiplied, at a time. "pairs": on TPUs, as "whole", but what is one row is taken twice.
+    """
+    platform = next(iter(devices)).platform
+    if platform == "cpu" and len(devices) == 1:
+        return "blocks"
+    return "pairs" if platform == "tpu" else "whole"
+
+
+def parameter_of(path: str) -> str:
+    """The path of the parameter that a leaf is of: a quantized one has two."""
+    return re.sub(r"\.(values|scales)$", "", path)
+
+
+def abstract_quantized(path: str, x: Any, devices: Collection[Any]) -> Any:
+    """The shapes of the parameter `x` at `path` in int8 on these devices: its own, where it stays as it is."""
+    axis = input_axis(path, len(x.shape))
+    if axis is None:
+        return x
+    scales = tuple(1 if i == axis else size for i, size in enumerate(x.shape))
+    return QuantizedArray(
+        jax.ShapeDtypeStruct(x.shape, jnp.int8), jax.ShapeDtypeStruct(scales, jnp.float32), product_on(devices)
+    )
+
+
+def quantize_rows(
+    rows: Float[np.ndarray, "outputs inputs"],
+) -> tuple[Int8[np.ndarray, "outputs inputs"], Float[np.ndarray, "outputs 1"]]:
+    """Values and scales of a matrix with one output channel per row: its largest magnitude becomes 127. A few rows at a
+    time are in float32. A channel with a value that is not a number has a scale that is not, so that nothing is hidden;
+    one of zeros has scale 1.
+    """
+    values, scales = np.empty(rows.shape, np.int8), np.empty((len(rows), 1), np.float32)
+    band = max(1, _BAND // rows.shape[1])
+    for start in range(0, len(rows), band):
+        part = slice(start, start + band)
+        some = rows[part].astype(np.float32)
+        scale = np.abs(some).max(axis=1, keepdims=True) / np.float32(_LARGEST)
+        scales[part] = np.where(scale == 0, 1, scale)
+        with np.errstate(invalid="ignore"):
+            values[part] = np.nan_to_num(np.rint(some / scales[part]))
+    return values, scales
+
+
+def dequantized(tree: PyTree) -> PyTree:
+    """The same with an array in float32 for each quantized one."""
+
+    def is_quantized(x: Any) -> bool:
+        return isinstance(x, QuantizedArray)
+
+    return jax.tree.map(lambda x: x.dequantized() if is_quantized(x) else x, tree, is_leaf=is_quantized)
