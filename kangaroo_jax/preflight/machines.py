@@ -1,0 +1,120 @@
+"""The machines that a preflight compiles for: TPUs and NVIDIA GPUs that need not be attached, and this one."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from kangaroo_jax.errors import InputError, MachineError, one_line
+from kangaroo_jax.preflight.gpus import GPUS, Gpu, target_config
+
+_LOCAL = "local"
+_GIB = 2**30
+# Memory of one device in GiB, as the runtime counts devices (a TPU7x chip is two).
+_HBM = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}
+_TPUS = ("v5e", "v5p", "v6e", "tpu7x")
+_PER_HOST = 8  # GPUs
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """The machine a preflight compiles for.
+
+    Attributes:
+      name: as the user gave it.
+      devices: make the mesh; they need not be attached.
+      memory: bytes per device; None where it is not known.
+    """
+
+    name: str
+    devices: Sequence[Any]
+    memory: int | None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({len(self.devices)} x {self.devices[0].device_kind})"
+
+    @property
+    def platform(self) -> str:
+        """Of its devices: cpu, gpu or tpu."""
+        return self.devices[0].platform
+
+
+def find_machine(name: str) -> Machine:
+    """The machine called `name`: local, a TPU topology such as v5e:4x4, or GPUs such as h100:8. Must be called before
+    JAX is asked for its devices.
+
+    Raises:
+      InputError: for a name of no machine.
+      MachineError: for a TPU or GPU whose compiler is not installed, or does not load.
+    """
+    kind, colon, shape = name.partition(":")
+    if name == _LOCAL:
+        return _local()
+    if kind in GPUS and (not colon or re.fullmatch(r"[1-9]\d*", shape)):
+        return _gpus(name, GPUS[kind], int(shape or 1))
+    if kind in _TPUS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+        return _tpus(name, [int(x) for x in shape.split("x")])
+    raise InputError(
+        f"preflight {name}: expected local, GPUs ({', '.join(GPUS)}; with their number where there are several, such "
+        f"as h100:8), or a TPU topology: one of {', '.join(_TPUS)}, a colon and the chips along each axis, such as "
+        "v5e:4x4 or v5p:2x2x2"
+    )
+
+
+def _local() -> Machine:
+    devices = jax.devices()
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None and devices[0].platform == "cpu":  # the host's memory, shared by its devices
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
+    return Machine(_LOCAL, devices, limit)
+
+
+def _tpus(name: str, chips: list[int]) -> Machine:
+    if importlib.util.find_spec("libtpu") is None:
+        raise MachineError(f"preflight {name} needs the TPU compiler (no TPU): pip install -e '.[preflight]'")
+    jax.config.update("jax_platforms", "cpu")  # nothing here runs on a device
+    # Without these, libtpu looks for a TPU and prints a page of errors that there is none.
+    for variable, value in {
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for TPUs: several preflights may run at once
+    }.items():
+        os.environ.setdefault(variable, value)
+    small = {} if max(chips) > 1 else {"chips_per_host_bounds": [1, 1, 1]}  # the default is several chips per host
+    try:
+        devices = topologies.get_topology_desc(name, "tpu", **small).devices
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        reason = one_line(error)
+        if "INVALID_ARGUMENT" not in reason:
+            raise MachineError(f"preflight {name}: TPU's compiler could not be loaded ({reason})") from None
+        raise InputError(f"preflight {name}: no such topology ({reason})") from None
+    return Machine(name, devices, _HBM[devices[0].device_kind] * _GIB)
+
+
+def _gpus(name: str, gpu: Gpu, count: int) -> Machine:
+    if count > _PER_HOST and count % _PER_HOST:
+        raise InputError(
+            f"preflight {name}: expected at most {_PER_HOST} GPUs, or a multiple of {_PER_HOST}: full hosts"
+        )
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        raise MachineError(f"preflight {name} needs the GPU compiler (no GPU): pip install -e '.[preflight-cuda]'")
+    jax.config.update("jax_platforms", "cpu")  # nothing here runs on a device
+    hosts = -(-count // _PER_HOST)
+    topology = f"1x{hosts}x{count // hosts}"  # slices, hosts of each, devices of each
+    try:
+        devices = topologies.get_topology_desc(
+            platform="cuda", target_config=target_config(gpu), topology=topology
+        ).devices
+    except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
+        raise MachineError(f"preflight {name}: the GPU compiler could not be loaded ({one_line(error)})") from None
+    return Machine(name, devices, gpu.memory)
