@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from kangaroo_jax.cli.prediction_table import print_prediction
+
 if TYPE_CHECKING:
     from kangaroo_jax.preflight.machines import Machine
     from kangaroo_jax.preflight.report import Program, Report
@@ -48,9 +50,16 @@ def show(report: Report) -> bool:
             print(f"  {row:30}{value:>24}")
         if program.no_room is not None:
             print(f"  the compiler found no room: {program.no_room}")
+    _print_verdict(report)
+    if report.prediction is not None:
+        print_prediction(report.prediction)
+    return report.fits is not False
+
+
+def _print_verdict(report: Report) -> None:
     if report.fits is None:
         print("\nthe memory of this device is not known; compare the peak with it")
-        return True
+        return
     verdict = "fits" if report.fits else "does not fit"
     if report.peak == float("inf"):
         print(f"\n{verdict}")
@@ -59,7 +68,6 @@ def show(report: Report) -> bool:
         print(f"\n{verdict}: {_gib(report.peak)} of {_gib(memory)} ({report.peak / memory:.0%})")
         if report.machine.platform == "gpu" and report.fits and report.peak > _TAKEN * memory:
             print(f"with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: JAX takes {_TAKEN:.0%} of a GPU's memory by itself")
-    return report.fits
 
 
 def _rows(program: Program) -> dict[str, str]:

@@ -43,7 +43,13 @@ def abstract_target(config: ModelConfig, dtype: str, mesh: Mesh) -> TargetModel:
     return abstract(nnx.eval_shape(lambda: TargetModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))), mesh)
 
 
-def compiled(name: str, function: Callable[..., Any], inputs: tuple[Any, ...], machine: Machine) -> Program:
+def compiled(
+    name: str,
+    function: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    machine: Machine,
+    options: dict[str, Any] | None = None,
+) -> Program:
     """A jitted function, compiled for a machine.
 
     Args:
@@ -51,6 +57,7 @@ def compiled(name: str, function: Callable[..., Any], inputs: tuple[Any, ...], m
       function: jitted.
       inputs: shapes, placed on the machine's devices.
       machine: compiled for.
+      options: of the compiler.
 
     Raises:
       MachineError: where the compiler fails, but for want of memory.
@@ -59,12 +66,12 @@ def compiled(name: str, function: Callable[..., Any], inputs: tuple[Any, ...], m
     operations = program.matmul_operations(traced.jaxpr.jaxpr)
     start = time.perf_counter()
     try:
-        compiled = traced.lower().compile()
+        compiled = traced.lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise MachineError(f"preflight {machine.name}: {name} could not be compiled ({one_line(error)})") from None
         reason = str(error).split("RESOURCE_EXHAUSTED:")[-1].strip().splitlines()[0]
-        return Program(name, 0, 0, float("inf"), operations, 0.0, None, reason, None)
+        return Program(name, 0, 0, float("inf"), operations, 0.0, None, reason, None, None)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     if machine.platform == "tpu":
@@ -73,9 +80,10 @@ def compiled(name: str, function: Callable[..., Any], inputs: tuple[Any, ...], m
         results = memory.output_size_in_bytes - memory.alias_size_in_bytes
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
     try:
-        collectives = program.collectives(compiled.as_text())
+        text = compiled.as_text()
+        collectives, body = program.collectives(text), program.body(text)
     except jax.errors.JaxRuntimeError:
-        collectives = None
+        collectives = body = None
     outputs = jax.tree.map(placed, traced.out_info, compiled.output_shardings)
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    return Program(name, arguments, temporary, peak, operations, seconds, collectives, None, outputs)
+    return Program(name, arguments, temporary, peak, operations, seconds, collectives, None, outputs, body)

@@ -1,9 +1,10 @@
-"""What decoding needs on a machine: prefill, and rounds of draft and verification."""
+"""What decoding needs on a machine, prefill and rounds of draft and verification, and how fast it would be."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from kangaroo_jax.config import DraftConfig
 from kangaroo_jax.decode.prefill import Admission, empty_prompts, empty_slots, prefill_and_admit
 from kangaroo_jax.decode.rounds import RoundShape, run_rounds
 from kangaroo_jax.decode.sampling import Sampling
+from kangaroo_jax.engine.part_costs import PartCounts
+from kangaroo_jax.engine.programs import compiler_options
 from kangaroo_jax.engine.shapes import CHUNK, MAX_EOS, PIECE, Shapes, capacity_class
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
@@ -25,7 +28,8 @@ from kangaroo_jax.model.cache import batch_shardings
 from kangaroo_jax.model.drafts.kinds import abstract_adapter
 from kangaroo_jax.preflight.compiling import abstract, abstract_target, compiled
 from kangaroo_jax.preflight.machines import Machine
-from kangaroo_jax.preflight.report import Report
+from kangaroo_jax.preflight.prediction import RoundWork, decoding_prediction, part
+from kangaroo_jax.preflight.report import Program, Report
 
 
 def decoding(
@@ -100,7 +104,6 @@ def decoding(
         empty_slots, batch=batch_size, max_eos=MAX_EOS, capacity=capacity, looks_up=looks_up, **static
     )
     state = rows_of(jax.eval_shape(empty, *weights))
-    kept = (jax.tree.map(lambda x: x.sharding, state), everywhere)
     # Prompts of several pieces are prefilled one at a time, shorter ones together.
     rows, prompts = 1, None
     if prompt_tokens <= PIECE:
@@ -110,19 +113,62 @@ def decoding(
         prompts = rows_of(jax.eval_shape(prompts, *weights))
     admission = Admission(array((rows,)), array((rows, MAX_EOS)), jax.eval_shape(lambda: Sampling.greedy(rows)))
     admission = jax.tree.map(lambda x: array(x.shape, x.dtype), admission)
-    first = jax.jit(functools.partial(prefill_and_admit, sampled=False, **static), donate_argnums=2, out_shardings=kept)
+    first = jax.jit(
+        functools.partial(prefill_and_admit, sampled=False, **static),
+        donate_argnums=2,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), everywhere),
+    )
     each = array((rows,))
     inputs = (*weights, state, prompts, array((rows, plan.width)), each, each, each, admission)
     name = "prefill" if prompts is None else "prefill, its last piece"
-    programs = [compiled(name, first, inputs, machine)]
-    if programs[0].outputs is not None:
-        rounds = jax.jit(
+    options = compiler_options(machine.platform)
+    programs = [compiled(name, first, inputs, machine, options)]
+
+    def rounds(name: str, weights: PyTree, state: PyTree, shape: RoundShape) -> Program:
+        run = jax.jit(
             functools.partial(run_rounds, shape=shape, sampled=False, tokens=CHUNK),
             donate_argnums=2,
-            out_shardings=(kept[0], None),
+            out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
         )
         inputs = (*weights, state, array((batch_size,), jnp.bool_), array((), jnp.float32), array(()))
-        programs.append(compiled("rounds (operations and communication of one)", rounds, inputs, machine))
+        return compiled(name, run, inputs, machine, options)
+
+    prediction = None
+    if programs[0].outputs is not None:
+        programs.append(rounds("rounds (operations and communication of one)", weights, state, shape))
+    if machine.limits is not None and programs[-1].outputs is not None:
+        plain, alone = RoundShape.plain(platform=machine.platform), (weights[0], None)
+        empty = functools.partial(empty, exit_layer=plain.exit_layer, looks_up=False)
+        baseline = rounds("plain rounds", alone, rows_of(jax.eval_shape(empty, *alone)), plain)
+        keys = state.shallow.keys[0]
+        cache = keys.sharding.shard_shape(keys.shape)
+        counted = (*weights, draft.exit_layer)
+        num_bytes = PartCounts.of_bytes(*counted, 2 * math.prod(cache))
+        operations = PartCounts.of_operations(*counted, cache[0], 2 * math.prod(cache))
+        pieces = -(-prompt_tokens // PIECE)
+        # Of the head, a prompt needs one row.
+        multiplied = PartCounts.of_operations(
+            *counted, rows, 2 * rows * math.prod(cache[1:]) * plan.prompt_capacity // capacity
+        )
+        prefill = part(
+            f"prefill of {rows} x {prompt_tokens}",
+            pieces * (num_bytes.plain_step - num_bytes.head) + num_bytes.head,
+            prompt_tokens * (multiplied.plain_step - multiplied.head) + multiplied.head,
+            machine.limits,
+            dtype,
+        )
+        prediction = decoding_prediction(
+            machine.limits,
+            dtype,
+            num_bytes,
+            operations,
+            RoundWork.of(baseline.body, programs[-1].body),
+            prefill,
+            width=shape.widths[-1],
+            rows=1 if draft.tree is None else draft.tree.topk,
+            max_draft_len=draft.max_draft_len,
+            batch=batch_size,
+        )
     return Report(
         machine,
         dict(mesh.shape),
@@ -130,4 +176,5 @@ def decoding(
         f"{draft.exit_layer}, {draft}, prompt of {prompt_tokens} tokens, {max_new_tokens} new, {dtype}",
         [],
         programs,
+        prediction,
     )

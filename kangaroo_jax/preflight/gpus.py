@@ -7,7 +7,8 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """Facts about a GPU, from the target specs of openxla/xla (xla/backends/gpu/target_config/specs, October 2026).
+    """Facts about a GPU, from the target specs of openxla/xla (xla/backends/gpu/target_config/specs, October 2026), but
+    for `products`, from NVIDIA's data sheets.
 
     Attributes:
       name: as the driver gives it.
@@ -21,6 +22,7 @@ class Gpu:
       l2: bytes of the L2 cache.
       memory: bytes.
       bandwidth: bytes per second between memory and cores.
+      products: floating-point operations per second of bfloat16 products, without sparsity.
     """
 
     name: str
@@ -34,6 +36,12 @@ class Gpu:
     l2: int
     memory: int
     bandwidth: int
+    products: float
+
+    @property
+    def float32_products(self) -> float:
+        """Floating-point operations per second of float32 products, which no tensor core takes in full precision."""
+        return 2e9 * self.cores * self.fpus * self.clock
 
 
 _HOPPER = {
@@ -45,6 +53,7 @@ _HOPPER = {
     "shared": 233472,
     "shared_per_block": 232448,
     "l2": 52428800,
+    "products": 989e12,
 }
 GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", memory=84942979072, bandwidth=3352320000000, **_HOPPER),
@@ -61,6 +70,7 @@ GPUS = {
         l2=41943040,
         memory=85100068864,
         bandwidth=2039040000000,
+        products=312e12,
     ),
     "b200": Gpu(
         "NVIDIA B200",
@@ -74,6 +84,7 @@ GPUS = {
         l2=132644864,
         memory=191514411008,
         bandwidth=7672320000000,
+        products=2250e12,
     ),
 }
 # The oldest software that the compiler may count on: JAX's CUDA 13 wheels need these or newer.

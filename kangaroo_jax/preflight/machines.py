@@ -17,10 +17,43 @@ from kangaroo_jax.preflight.gpus import GPUS, Gpu, target_config
 
 _LOCAL = "local"
 _GIB = 2**30
-# Memory of one device in GiB, as the runtime counts devices (a TPU7x chip is two).
-_HBM = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}
 _TPUS = ("v5e", "v5p", "v6e", "tpu7x")
 _PER_HOST = 8  # GPUs
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one device can do at most, by its maker's figures.
+
+    Attributes:
+      bandwidth: bytes per second from its memory.
+      products: dtype -> floating-point operations per second of matrix products.
+      launch: seconds that starting a kernel takes beside its work; 0 where that is not known to matter.
+      clock: cycles per second of the compiler's estimates; None where it makes none, or the clock is not known.
+    """
+
+    bandwidth: float
+    products: dict[str, float]
+    launch: float = 0.0
+    clock: float | None = None
+
+
+# JAX computes a float32 product on a TPU, at the precision that decoding asks for, as six of bfloat16.
+def _tpu(bandwidth: float, products: float, clock: float | None = None) -> Limits:
+    kinds = {"bfloat16": products, "float16": products, "float32": products / 6}
+    return Limits(bandwidth, kinds, clock=clock)
+
+
+# Memory of one device in GiB and its limits, as the runtime counts devices (a TPU7x chip is two). From Google's pages
+# on each (docs.cloud.google.com/tpu/docs); the clock of v5e follows from its peak and its four units of 128 x 128.
+_TPU_FACTS = {
+    "TPU v5 lite": (16, _tpu(819e9, 197e12, clock=1.5e9)),
+    "TPU v5": (95, _tpu(2765e9, 459e12)),
+    "TPU v6 lite": (32, _tpu(1638e9, 918e12)),
+    "TPU7x": (96, _tpu(7380e9 / 2, 2307e12 / 2)),
+}
+# Fitted to plain steps that ran on an H100 and an H200 (docs/preflight.md).
+_GPU_LAUNCH = 3e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +64,13 @@ class Machine:
       name: as the user gave it.
       devices: make the mesh; they need not be attached.
       memory: bytes per device; None where it is not known.
+      limits: of each device; None where they are not known.
     """
 
     name: str
     devices: Sequence[Any]
     memory: int | None
+    limits: Limits | None = None
 
     def __str__(self) -> str:
         return f"{self.name} ({len(self.devices)} x {self.devices[0].device_kind})"
@@ -98,7 +133,8 @@ def _tpus(name: str, chips: list[int]) -> Machine:
         if "INVALID_ARGUMENT" not in reason:
             raise MachineError(f"preflight {name}: TPU's compiler could not be loaded ({reason})") from None
         raise InputError(f"preflight {name}: no such topology ({reason})") from None
-    return Machine(name, devices, _HBM[devices[0].device_kind] * _GIB)
+    memory, limits = _TPU_FACTS[devices[0].device_kind]
+    return Machine(name, devices, memory * _GIB, limits)
 
 
 def _gpus(name: str, gpu: Gpu, count: int) -> Machine:
@@ -117,4 +153,5 @@ def _gpus(name: str, gpu: Gpu, count: int) -> Machine:
         ).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
         raise MachineError(f"preflight {name}: the GPU compiler could not be loaded ({one_line(error)})") from None
-    return Machine(name, devices, gpu.memory)
+    kinds = {"bfloat16": gpu.products, "float16": gpu.products, "float32": gpu.float32_products}
+    return Machine(name, devices, gpu.memory, Limits(gpu.bandwidth, kinds, launch=_GPU_LAUNCH))

@@ -8,6 +8,7 @@ from jaxtyping import PyTree
 
 from kangaroo_jax import program
 from kangaroo_jax.preflight.machines import Machine
+from kangaroo_jax.preflight.prediction import Prediction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Program:
       collectives: its communication by kind; None where the compiler's output could not be read.
       no_room: the compiler's reason where it found no room in the device's memory, else None; most fields are then 0.
       outputs: shapes and placements of its results; None where it could not be compiled.
+      body: what it launches; None where the compiler's output could not be read.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Program:
     collectives: dict[str, program.Collective] | None
     no_room: str | None
     outputs: PyTree
+    body: program.Body | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Report:
       work: one line that says what was compiled.
       notes: lines about what is not as one may expect.
       programs: in the order they run.
+      prediction: how fast the work is; None where the machine's limits are not known.
     """
 
     machine: Machine
@@ -54,6 +58,7 @@ class Report:
     work: str
     notes: list[str]
     programs: list[Program]
+    prediction: Prediction | None = None
 
     @property
     def peak(self) -> float:

@@ -1,4 +1,4 @@
-"""What a training run's programs need on a machine."""
+"""What a training run's programs need on a machine, and how fast a step would be."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kangaroo_jax.model import sharding
 from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.preflight.compiling import abstract_target, compiled, placed
 from kangaroo_jax.preflight.machines import Machine
+from kangaroo_jax.preflight.prediction import Prediction, part
 from kangaroo_jax.preflight.report import Report
 from kangaroo_jax.train import draft_vocabulary, teacher
 from kangaroo_jax.train import settings as training_settings
@@ -39,6 +40,13 @@ def training(config: TrainConfig, machine: Machine) -> Report:
     drafted = placed(jax.ShapeDtypeStruct((size,), jnp.int32), NamedSharding(mesh, PartitionSpec())) if size else None
     step_count = jax.ShapeDtypeStruct((), jnp.int32)
     programs = [compiled("training step", step, (*state, target, batch, drafted, step_count, config.loss), machine)]
+    prediction = None
+    if machine.limits is not None and programs[0].outputs is not None:
+        # What a step reads at least: its arguments once.
+        each = programs[0].arguments, programs[0].operations // mesh.size
+        parts = [part("training step", *each, machine.limits, config.dtype)]
+        tokens = config.batch_size * config.sequence_length
+        prediction = Prediction(machine.limits, config.dtype, parts, None, None, 0, tokens)
     if config.teacher == "cached":
         inputs = target, {name: x for name, x in batch.items() if name != "teacher"}
         programs.append(compiled("teacher's pass", teacher.program(config, mesh), inputs, machine))
@@ -49,4 +57,5 @@ def training(config: TrainConfig, machine: Machine) -> Report:
         f"{config.sequence_length}, {config.dtype}",
         sharding.undivided(dict(zip(parameter_paths(target), jax.tree.leaves(target), strict=True)), mesh),
         programs,
+        prediction,
     )
