@@ -15,11 +15,12 @@ def print_prediction(prediction: Prediction) -> None:
     counted = any(part.kernels for part in prediction.parts)
     estimated = any(part.cycles for part in prediction.parts)
     print(
-        f"\npredicted, not measured, of each device at {limits.bandwidth / 1e9:.0f} GB/s and "
+        f"\npredicted, not measured, of each device at {limits.share * limits.bandwidth / 1e9:.0f} GB/s and "
         f"{limits.products[prediction.dtype] / 1e12:.0f} TFLOP/s"
-        + (f", {limits.launch * 1e6:.0f} us to start a kernel" if counted else "")
-        + " (docs/preflight.md has the model and its error)"
     )
+    if counted:
+        print(f"and {limits.launch * 1e6:.1f} us to start a kernel, {limits.turn * 1e3:.2f} ms for a draft step's loop")
+    print("(docs/preflight.md has the model, and its error where that is known)")
     heading = f"{'part':24}{'GB':>9}{'GFLOP':>11}" + (f"{'kernels':>9}" if counted else "")
     heading += f"{'ms':>10}{'of plain':>10}" if prediction.times else f"{'ms':>10}"
     if estimated:

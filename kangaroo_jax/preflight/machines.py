@@ -23,18 +23,22 @@ _PER_HOST = 8  # GPUs
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one device can do at most, by its maker's figures.
+    """What one device can do, by its maker's figures, and what is known to keep programs from it.
 
     Attributes:
       bandwidth: bytes per second from its memory.
       products: dtype -> floating-point operations per second of matrix products.
-      launch: seconds that starting a kernel takes beside its work; 0 where that is not known to matter.
+      share: of the bandwidth that programs reach.
+      launch: seconds that starting a kernel takes beside its work.
+      turn: seconds that each turn of a loop inside a round takes the host.
       clock: cycles per second of the compiler's estimates; None where it makes none, or the clock is not known.
     """
 
     bandwidth: float
     products: dict[str, float]
+    share: float = 1.0
     launch: float = 0.0
+    turn: float = 0.0
     clock: float | None = None
 
 
@@ -52,8 +56,9 @@ _TPU_FACTS = {
     "TPU v6 lite": (32, _tpu(1638e9, 918e12)),
     "TPU7x": (96, _tpu(7380e9 / 2, 2307e12 / 2)),
 }
-# Fitted to plain steps that ran on an H100 and an H200 (docs/preflight.md).
-_GPU_LAUNCH = 3e-6
+# The share is that of copies on an H200; the others were fitted to plain steps and rounds that ran on an H100 and an
+# H200 (docs/preflight.md has the comparison).
+_GPU_OVERHEADS = {"share": 0.87, "launch": 1.9e-6, "turn": 0.17e-3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,4 +159,4 @@ def _gpus(name: str, gpu: Gpu, count: int) -> Machine:
     except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
         raise MachineError(f"preflight {name}: the GPU compiler could not be loaded ({one_line(error)})") from None
     kinds = {"bfloat16": gpu.products, "float16": gpu.products, "float32": gpu.float32_products}
-    return Machine(name, devices, gpu.memory, Limits(gpu.bandwidth, kinds, launch=_GPU_LAUNCH))
+    return Machine(name, devices, gpu.memory, Limits(gpu.bandwidth, kinds, **_GPU_OVERHEADS))

@@ -58,13 +58,21 @@ class Prediction:
 
 
 def part(
-    name: str, num_bytes: int, operations: int, limits: Limits, dtype: str, launched: Launched | None = None
+    name: str,
+    num_bytes: int,
+    operations: int,
+    limits: Limits,
+    dtype: str,
+    launched: Launched | None = None,
+    turns: int = 0,
 ) -> Part:
-    """A part whose reading and multiplying overlap, and whose kernels are started one after another."""
+    """A part whose reading and multiplying overlap, whose kernels are started one after another, and for which the
+    host decides `turns` times whether a loop goes on."""
     launched = launched or Launched()
-    seconds = max(num_bytes / limits.bandwidth, operations / limits.products[dtype])
+    seconds = max(num_bytes / (limits.share * limits.bandwidth), operations / limits.products[dtype])
     kernels = launched.kernels if limits.launch else 0
-    return Part(name, num_bytes, operations, kernels, launched.cycles, seconds + kernels * limits.launch)
+    seconds += kernels * limits.launch + turns * limits.turn
+    return Part(name, num_bytes, operations, kernels, launched.cycles, seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +137,7 @@ def decoding_prediction(
     plain = part("plain step", num_bytes.plain_step, operations.plain_step, limits, dtype, launched.plain_step)
     shallow = part("shallow pass", num_bytes.shallow, operations.shallow, limits, dtype, launched.shallow)
     name = "draft step" if rows == 1 else f"level of {rows} tokens"
-    step = part(name, num_bytes.draft_step, rows * operations.draft_step, limits, dtype, launched.draft_step)
+    step = part(name, num_bytes.draft_step, rows * operations.draft_step, limits, dtype, launched.draft_step, 1)
     verifications = {}
     for size in sorted({*_WIDTHS, width}):
         # Another width is another program: as many kernels, most likely, but not as many cycles.
