@@ -15,7 +15,7 @@ from kangaroo_jax.cli.preflight_flag import show
 from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.preflight import machines
 from kangaroo_jax.preflight.decoding import decoding
-from kangaroo_jax.preflight.machines import Machine, find_machine
+from kangaroo_jax.preflight.machines import Limits, Machine, find_machine
 from kangaroo_jax.preflight.training import training
 from kangaroo_jax.train import step
 from tests.train.runs import configured
@@ -57,19 +57,29 @@ def test_what_does_not_fit_is_said_so_and_a_cached_teachers_pass_has_its_table(c
 
 @pytest.mark.long
 def test_a_round_of_decoding_has_its_table_and_a_trees_costs_its_budget(capsys):
-    def products(draft):
-        here = Machine("here", jax.devices(), memory=2**30)
+    def products(draft, limits=None):
+        here = Machine("here", jax.devices(), 2**30, limits)
         assert show(decoding(str(TARGET), "float32", draft, 64, 32, 1, here)) is True
         out = capsys.readouterr().out
         assert out.index("\nprefill\n") < out.index("\nrounds ") < out.index("\nfits: ")
         assert out.count("peak, per device") == 2
         assert str(draft) in out
+        outputs.append(out)
         return [float(x) for x in re.findall(r"matrix products, all devices +(\S+) FLOPs", out)]
 
+    outputs = []
     prefill, single = products(DraftConfig(2, 2))
-    same, tree = products(DraftConfig(2, 2, tree=TreeConfig(2, 6)))
+    same, tree = products(DraftConfig(2, 2, tree=TreeConfig(2, 6)), Limits(1e9, {"float32": 1e12}))
     assert same == prefill
     assert tree > 1.5 * single  # 7 positions verified, not 3
+    assert "predicted" not in outputs[0]  # how fast this machine is has to be measured
+    assert "\npredicted, not measured, of each device at 1 GB/s and 1 TFLOP/s\n" in outputs[1]
+    layer = 128 * (128 * 2 + 64 * 2 + 3 * 352) + 2 * 128 + 2 * 128 * 64
+    read = 4 * (8 * layer + 259 * 128)  # weights and caches of 128 positions
+    assert re.search(rf"^plain step +{read / 1e9:.3f} .* {read / 1e6:.3f} +1\.000$", outputs[1], re.MULTILINE)
+    assert f"\nplain decoding: {1e9 / read:,.0f} tokens per second\n" in outputs[1]
+    assert re.search(r"^level of 2 tokens .*\n(.*\n)+verification of 7 ", outputs[1], re.MULTILINE)
+    assert outputs[1].count("\n2 drafts in each round ") == 1
 
 
 class NoRoom:
@@ -78,7 +88,7 @@ class NoRoom:
     trace = lower = lambda self, *inputs: self
     jaxpr = types.SimpleNamespace(jaxpr=types.SimpleNamespace(eqns=[]))
 
-    def compile(self):
+    def compile(self, compiler_options):
         raise jax.errors.JaxRuntimeError(
             "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (21.51G) "
             "exceeds available HBM (15.75G).\nmore lines"
@@ -127,7 +137,7 @@ def test_gpus_are_full_hosts_or_part_of_one(monkeypatch):
 
 def test_a_compiler_that_fails_is_one_line(monkeypatch):
     class Fails(NoRoom):
-        def compile(self):
+        def compile(self, compiler_options):
             raise jax.errors.JaxRuntimeError("UNAVAILABLE: No PTX compilation provider is available.\nmore lines")
 
     monkeypatch.setattr(step, "compiled", lambda *_: (Fails(), None))
@@ -174,3 +184,6 @@ def test_gpus_on_a_machine_without_gpus():
     assert "decoding 4 sequences" in done.stdout
     assert re.search(r"all-reduce, per device +0\.0\d GiB in \d+", done.stdout)
     assert "of 79.11 GiB" in done.stdout
+    kernels = [int(x) for x in re.findall(r"^(?:plain|draft) step +\S+ +\S+ +(\d+) ", done.stdout, re.MULTILINE)]
+    assert len(kernels) == 2
+    assert 0 < kernels[1] < kernels[0]
