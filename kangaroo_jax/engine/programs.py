@@ -56,9 +56,8 @@ def signature(tree: PyTree, *static: Hashable) -> int:
 def compiler_options(platform: str) -> dict[str, Any]:
     """How programs of decoding are compiled for a platform, plain decoding's as well as Kangaroo's.
 
-    By default XLA for TPU turns each product that has one row into multiplications and sums on the vector unit, 2.8
-    times slower by its own estimate than on the matrix unit. A plain step has one row, and a verification has several:
-    drafts would seem to pay far more than they do."""
+    By default XLA for TPU turns each product that has one row into multiplications and sums on the vector unit, 2.7
+    times slower by its own estimate than on the matrix unit (docs/dev/accelerators.md)."""
     return {"xla_tpu_enable_dot_strength_reduction": False} if platform == "tpu" else {}
 
 
