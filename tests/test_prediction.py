@@ -104,7 +104,7 @@ def test_what_a_round_launches_is_told_apart_by_loops_and_scopes():
 
 @pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra: preflight)")
-def test_no_product_is_left_to_the_vector_unit_of_a_tpu(monkeypatch, capsys):
+def test_no_product_is_left_to_the_vector_unit_of_a_tpu_and_plain_rounds_copy_no_cache(monkeypatch, capsys):
     """XLA for TPU calls a product on the matrix unit a convolution. On the vector unit, a product is a multiplication
     and a sum: by default each that has one row, all but attention's in plain decoding."""
     asked, made = {}, {}
@@ -131,6 +131,7 @@ def test_no_product_is_left_to_the_vector_unit_of_a_tpu(monkeypatch, capsys):
     for name in ("rounds (operations and communication of one)", "plain rounds"):
         assert len(re.findall(r"= \S+ convolution\(", made[name])) >= asked[name], name
     assert asked["plain rounds"] == 8 * 6 + 1
+    assert body(made["plain rounds"]).all.kernels < 2 * 8  # before and after its loop: fewer than there are buffers
     assert report.prediction.cycles.plain_step > 0
     assert show(report) is True
     assert "\nby the compiler's cycles, a round of 2 costs " in capsys.readouterr().out

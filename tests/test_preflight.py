@@ -187,3 +187,5 @@ def test_gpus_on_a_machine_without_gpus():
     kernels = [int(x) for x in re.findall(r"^(?:plain|draft) step +\S+ +\S+ +(\d+) ", done.stdout, re.MULTILINE)]
     assert len(kernels) == 2
     assert 0 < kernels[1] < kernels[0]
+    gathered = [int(x) for x in re.findall(r"all-gather, per device +\S+ GiB in (\d+)", done.stdout)]
+    assert max(gathered, default=0) < 2 * 8  # caches stay where they are: 2 buffers in each of 8 layers
