@@ -1,4 +1,5 @@
-"""Counts what a compiled program does: operations of its matrix products, and bytes sent between devices."""
+"""Counts what a compiled program does: operations of its matrix products, bytes sent between devices, and what it
+launches."""
 
 from __future__ import annotations
 
@@ -17,6 +18,9 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
 _CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|branch_computations|true_computation|false_computation)=")
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_LOOP_BODY = re.compile(r"\bbody=%?([\w.\-]+)")
+_OP_NAME = re.compile(r'\bop_name="([^"]*)"')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -53,8 +57,80 @@ def collectives(text: str) -> dict[str, Collective]:
     return {kind: Collective(counts[kind], sizes[kind]) for kind in KINDS if counts[kind]}
 
 
-def _executed(text: str) -> Iterator[tuple[int, str, str, str]]:
-    """Yields (how often it runs, result's shape, operation, line) for each instruction that a run reaches."""
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """What one run of a computation launches.
+
+    Attributes:
+      kernels: instructions that work on data: on a GPU, a kernel each.
+      cycles: that the compiler estimates for them; XLA for TPU alone says.
+    """
+
+    kernels: int = 0
+    cycles: int = 0
+
+    def __add__(self, other: Launched) -> Launched:
+        return Launched(self.kernels + other.kernels, self.cycles + other.cycles)
+
+    def __sub__(self, other: Launched) -> Launched:
+        return Launched(self.kernels - other.kernels, self.cycles - other.cycles)
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """The entry of a program, or the body of one of its loops.
+
+    Attributes:
+      name: of the loop, with the scopes it is in (`jax.named_scope`); empty for the entry.
+      instructions: the name of each instruction, with its scopes, and what it launches.
+      loops: inside, whose bodies are not in `instructions`.
+    """
+
+    name: str
+    instructions: tuple[tuple[str, Launched], ...]
+    loops: tuple[Body, ...]
+
+    @property
+    def all(self) -> Launched:
+        """One run without its loops."""
+        return sum((launched for _, launched in self.instructions), Launched())
+
+    def within(self, scope: str) -> Launched:
+        """What of it is in a scope."""
+        return sum((launched for name, launched in self.instructions if f"/{scope}/" in name), Launched())
+
+
+# Instructions that move no data, or that only say when others have.
+_FREE = re.compile(
+    "parameter|constant|tuple|get-tuple-element|bitcast|after-all|add-dependency|opt-barrier|partition-id|"
+    "(copy|slice|async)-(start|update|done)"
+)
+
+
+def body(text: str) -> Body:
+    """What a program launches, given as optimised HLO text of one device."""
+    computations, entry = _computations(text)
+
+    def read(computation: str, name: str) -> Body:
+        instructions, loops = [], []
+        for line in computations[computation]:
+            found = _INSTRUCTION.match(line)
+            if not found or _FREE.fullmatch(found.group(2)):
+                continue
+            label = _OP_NAME.search(line)
+            label = "" if label is None else label.group(1)
+            if found.group(2) == "while":
+                loops.append(read(_LOOP_BODY.search(line).group(1), label))
+                continue
+            cycles = _CYCLES.search(line)
+            instructions.append((label, Launched(1, 0 if cycles is None else int(cycles.group(1)))))
+        return Body(name, tuple(instructions), tuple(loops))
+
+    return read(entry, "")
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
+    """Name -> lines of each computation of a program, and the name of its entry."""
     computations: dict[str, list[str]] = {}
     entry = current = None
     for line in text.splitlines():
@@ -65,6 +141,12 @@ def _executed(text: str) -> Iterator[tuple[int, str, str, str]]:
                 entry = current
         elif current is not None:
             computations[current].append(line)
+    return computations, entry
+
+
+def _executed(text: str) -> Iterator[tuple[int, str, str, str]]:
+    """Yields (how often it runs, result's shape, operation, line) for each instruction that a run reaches."""
+    computations, entry = _computations(text)
 
     def walk(name: str, times: int) -> Iterator[tuple[int, str, str, str]]:
         for line in computations.get(name, ()):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kangaroo_jax.program import Collective, collectives, matmul_operations
+from kangaroo_jax.program import Collective, Launched, body, collectives, matmul_operations
 
 TEXT = """
 HloModule step
@@ -48,6 +48,43 @@ def test_collectives_count_loops_asynchronous_ones_once_and_spread_ones_once():
         "all-reduce": Collective(5, 5 * 8 * 4),
         "reduce-scatter": Collective(1, 8 * 4 + 3),
     }
+
+
+LOOPS = """
+HloModule rounds
+
+%fused (p: f32[8]) -> f32[8] {
+  ROOT %a = f32[8]{0} add(%p, %p), backend_config={"estimated_cycles":"1000"}
+}
+
+%inner (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %x = f32[8]{0} fusion(%p), calls=%fused, metadata={op_name="jit(f)/while/body/draft/while/body/add"}, backend_config={"flag_configs":[],"estimated_cycles":"7"}
+  ROOT %t = (s32[], f32[8]{0}) tuple(%i, %x)
+}
+
+%outer (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %w = (s32[], f32[8]{0}) while(%p), condition=%c, body=%inner, metadata={op_name="jit(f)/while/body/draft/while"}
+  %y = f32[8]{0} fusion(%w), calls=%fused, metadata={op_name="jit(f)/while/body/draft/mul"}, backend_config={"estimated_cycles":"20"}
+  %z = f32[8]{0} copy(%y), backend_config={"estimated_cycles":"300"}
+  ROOT %t = (s32[], f32[8]{0}) tuple(%i, %z)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %start = (f32[8]{0}, f32[8]{0}, u32[]) copy-start(%a)
+  %done = f32[8]{0} copy-done(%start)
+  ROOT %w = (s32[], f32[8]{0}) while(%t), condition=%c, body=%outer, metadata={op_name="jit(f)/while"}
+}
+"""  # noqa: E501
+
+
+def test_a_body_has_its_own_instructions_by_scope_and_loops_apart():
+    entry = body(LOOPS)
+    assert (entry.name, entry.all) == ("", Launched(0, 0))
+    (outer,) = entry.loops
+    assert (outer.name, outer.all, outer.within("draft")) == ("jit(f)/while", Launched(2, 320), Launched(1, 20))
+    (inner,) = outer.loops
+    assert (inner.name, inner.all) == ("jit(f)/while/body/draft/while", Launched(1, 7))
 
 
 def test_matmul_operations_count_loops_branches_and_remade_products():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -12,6 +13,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from kangaroo_jax.engine.programs import compiler_options
 
 
 def describe(*packages: str) -> str:
@@ -65,7 +68,7 @@ def read_bandwidth(num_bytes: int, dtype: jnp.dtype) -> float:
     sweeps = max(2, 2**30 // (count * size))
     matrices = [(jax.random.normal(jax.random.key(i), (width, width)) / width**0.5).astype(dtype) for i in range(count)]
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options(jax.default_backend()))
     def sweep(x: jax.Array, matrices: list[jax.Array]) -> jax.Array:
         def body(_: jax.Array, x: jax.Array) -> jax.Array:
             for matrix in matrices:

@@ -33,6 +33,8 @@ from kangaroo_jax.decode.state import Chunk, DecodeState, Draft
 from kangaroo_jax.decode.tree import draft_tree, grow_tree
 from kangaroo_jax.decode.verify import commit, verify
 from kangaroo_jax.engine.engine import resolve_exit_layer
+from kangaroo_jax.engine.part_costs import PartCounts
+from kangaroo_jax.engine.programs import compiler_options
 from kangaroo_jax.engine.shapes import capacity_class
 from kangaroo_jax.model.attention.backend import choose_backend
 from kangaroo_jax.model.drafts.draft_model import Committed
@@ -46,34 +48,6 @@ _TURNS = 32  # of a timed loop
 _REPEATS = 7
 _NO_LIMIT = 1 << 20  # new tokens
 _prefill = jax.jit(prefill, static_argnames=("exit_layer", "capacity", "backend", "sampled"))  # one for all parts
-
-
-@dataclasses.dataclass(frozen=True)
-class Bytes:
-    """Bytes that each part has to read: weights, and the complete cache buffers of the layers it runs (attention reads
-    the unused positions too)."""
-
-    plain_step: int
-    shallow: int
-    draft_step: int  # adapter, LM head, and the shallow layers for the drafted token
-    verification: int
-
-    @classmethod
-    def of(cls, model: TargetModel, adapter: Adapter, exit_layer: int, batch: int, capacity: int) -> Bytes:
-        """Of a target and an adapter, with `batch` sequences in caches of `capacity` positions."""
-        config = model.config
-        cache = 2 * batch * config.num_key_value_heads * config.head_dim * capacity * model.dtype.itemsize
-        layers = [_nbytes(layer) + cache for layer in model.layers]
-        head = _nbytes(model.embed_tokens if model.lm_head is None else model.lm_head)
-        shallow, deep = sum(layers[:exit_layer]), sum(layers[exit_layer:])
-        adapter_bytes = _nbytes(adapter) + len(adapter.layers) * cache
-        # An adapter with a draft vocabulary has its own rows of the head, and reads those instead.
-        draft_head = 0 if adapter.draft_vocabulary is not None else head
-        return cls(shallow + deep + head, shallow, shallow + adapter_bytes + draft_head, deep + head)
-
-
-def _nbytes(tree: Any) -> int:
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +84,11 @@ class Context:
         return lambda: _prefill(self.model, adapter, self.tokens, lengths, admission, **static)
 
     @property
-    def bytes(self) -> Bytes:
-        return Bytes.of(self.model, self.adapter, self.exit_layer, len(self.tokens), self.capacity)
+    def bytes(self) -> PartCounts:
+        """What each part reads."""
+        config = self.model.config
+        cached = 2 * len(self.tokens) * config.num_key_value_heads * self.capacity * config.head_dim
+        return PartCounts.of_bytes(self.model, self.adapter, self.exit_layer, cached)
 
     def with_draft_vocabulary(self, size: int) -> Context:
         """The same, with an adapter that drafts from the first `size` tokens only (any will do to time it)."""
@@ -334,7 +311,7 @@ def _set_back(new: DecodeState, old: DecodeState) -> DecodeState:
 def seconds_of(part: Part[State], context: Context) -> float:
     """Median seconds of one turn of `part`, over runs of one compiled loop of many turns."""
 
-    @functools.partial(jax.jit, donate_argnums=2)
+    @functools.partial(jax.jit, donate_argnums=2, compiler_options=compiler_options(jax.default_backend()))
     def loop(model: TargetModel, adapter: Adapter, state: State) -> State:
         return jax.lax.fori_loop(0, _TURNS, lambda _, state: part.turn(model, adapter, state), state)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from kangaroo_jax.checkpoint.adapter import TrainedAdapter, check_exit_layer
 from kangaroo_jax.checkpoint.known_models import SHAPES
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftConfig, TreeConfig
+from kangaroo_jax.engine.part_costs import PartTimes
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import TargetModel
 
@@ -100,34 +101,6 @@ class PartCost:
 
 
 Report = Callable[[PartCost], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class PartTimes:
-    """Seconds of the parts of single sequences.
-
-    Attributes:
-      plain_step: of one plain step.
-      shallow: of one shallow pass.
-      draft_step: of one more drafted token.
-      reduced_draft_step: the same with a draft vocabulary; None if not measured.
-      verification: width -> of a verification pass.
-    """
-
-    plain_step: float
-    shallow: float
-    draft_step: float
-    reduced_draft_step: float | None
-    verification: Mapping[int, float]
-
-    def round_seconds(self, drafts: int) -> float:
-        """The sum of the parts of a round of `drafts` drafts, with the narrowest verification that holds them."""
-        width = min(width for width in self.verification if width > drafts)
-        return drafts * self.draft_step + self.shallow + self.verification[width]
-
-    def round_cost(self, drafts: int) -> float:
-        """The same in plain steps; the speed-up is the mean accept length over this."""
-        return self.round_seconds(drafts) / self.plain_step
 
 
 def measure_parts(

@@ -64,7 +64,9 @@ _INPUT = flags.DEFINE_string(
     '"seed" where wanted.',
 )
 _OUTPUT = flags.DEFINE_string("output", None, "File for the answers to --input; prompts it answers are not redone.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts of --input decoded at a time.")
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "Prompts of --input decoded at a time; with --preflight, sequences (default: 1)."
+)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens",
     128,
@@ -146,8 +148,9 @@ _SHOW_DRAFTS = flags.DEFINE_bool(
 _HTML = flags.DEFINE_string("html", None, "File to write the same into, as a page for a browser.")
 _JSON = flags.DEFINE_bool("json", False, "End the output with one line: a JSON object of the results.")
 
+_CONTEXT = flags.DEFINE_integer("context", 1024, "With --preflight: tokens of each prompt.")
+
 _NO_LIMIT = 2**31 - 1  # new tokens; the context ends an answer
-_PREFLIGHT_PROMPT = 1024  # tokens
 _PREFLIGHT_EXIT_LAYER = 2  # the paper's for 7B; memory hardly depends on it
 
 
@@ -173,15 +176,14 @@ def _decode(command: str) -> None:
 
 def _check_flags() -> None:
     """Raises `InputError` for flags that do not go together."""
+    preflight = preflight_flag.PREFLIGHT.value
     _exclude(_INPUT, _PROMPT, _PROMPT_FILE, _MESSAGES, _CHAT, _COMPARE, _SHOW_DRAFTS, _HTML, command_line.PROFILE)
     _exclude(_CHAT, _PROMPT, _PROMPT_FILE, _RAW, _COMPARE, _HTML, _JSON, command_line.PROFILE)
     _exclude(_MESSAGES, _PROMPT, _PROMPT_FILE, _RAW)
     if _INPUT.value is not None:
         if _OUTPUT.value is None:
             raise InputError("--output is missing; name a file for the answers to --input")
-        if _BATCH_SIZE.value < 1:
-            raise InputError(f"--batch_size must be at least 1, found {_BATCH_SIZE.value}")
-    elif _OUTPUT.present or _BATCH_SIZE.present or _DATA_PARALLEL.present:
+    elif _OUTPUT.present or (preflight is None and (_BATCH_SIZE.present or _DATA_PARALLEL.present)):
         raise InputError(
             "--output, --batch_size and --data_parallel belong to --input, which is missing; give a file of prompts"
         )
@@ -200,8 +202,11 @@ def _check_flags() -> None:
         for flag in (*drafting, _COMPARE, _SHOW_DRAFTS, _HTML, preflight_flag.PREFLIGHT):
             if flag.present:
                 raise InputError(f"--{flag.name} and --plain do not go together; give one")
-    if _MAX_NEW_TOKENS.value < 1:
-        raise InputError(f"--max_new_tokens must be at least 1, found {_MAX_NEW_TOKENS.value}")
+    if _CONTEXT.present and preflight is None:
+        raise InputError("--context belongs to --preflight, which is missing; give a machine")
+    for flag in (_MAX_NEW_TOKENS, _BATCH_SIZE, _CONTEXT):
+        if flag.value < 1:
+            raise InputError(f"--{flag.name} must be at least 1, found {flag.value}")
 
 
 def _exclude(flag: flags.FlagHolder, *others: flags.FlagHolder) -> None:
@@ -231,17 +236,19 @@ def _settings() -> tuple[DraftOverrides, SamplingConfig]:
 
 def _fits(given: DraftOverrides) -> bool:
     """--preflight: whether what the other flags ask for fits the machine it names."""
-    from kangaroo_jax import preflight
+    from kangaroo_jax.preflight.decoding import decoding
 
-    report = preflight.decoding(
+    report = decoding(
         _MODEL.value or str(demo.MODEL),
         _DTYPE.value or ("float32" if _MODEL.value is None else "bfloat16"),
         given.over(DraftConfig(_PREFLIGHT_EXIT_LAYER)),
-        _PREFLIGHT_PROMPT,
+        _CONTEXT.value,
         _MAX_NEW_TOKENS.value,
         _MODEL_PARALLEL.value,
         preflight_flag.find_machine(),
-        _WEIGHTS.value,
+        weights=_WEIGHTS.value,
+        batch_size=_BATCH_SIZE.value if _BATCH_SIZE.present else 1,
+        data_parallel=_DATA_PARALLEL.value,
     )
     return preflight_flag.show(report)
 

@@ -50,9 +50,9 @@ def _train(command: str) -> None:
     from kangaroo_jax.train.settings import check_config
 
     if preflight_flag.PREFLIGHT.value is not None:
-        from kangaroo_jax import preflight
+        from kangaroo_jax.preflight.training import training
 
-        report = preflight.training(check_config(_CONFIG.value), preflight_flag.find_machine())
+        report = training(check_config(_CONFIG.value), preflight_flag.find_machine())
         sys.exit(0 if preflight_flag.show(report) else 1)
     process_flags.join(command)
     from kangaroo_jax import compilation_cache, profiling

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import jax
-from jaxtyping import PyTree
-
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DraftConfig, RoundCosts
 from kangaroo_jax.decode.decide import Costs
 from kangaroo_jax.decode.rounds import RoundShape
+from kangaroo_jax.engine.part_costs import PartCounts
 
 # A pass that reads all weights for several rows at once takes longer than for one: on a CPU, where one row is a product
 # with a vector, by a step and by what each row adds (measured: SmolLM2-135M in float32 on 2 cores of an EPYC, 2, 7 and
@@ -35,16 +33,10 @@ def predicted(
 ) -> RoundCosts:
     """Costs from the bytes of the weights that each part reads. Caches and the overhead of many small operations are
     left out."""
-    model = target.model
-    layers = [_nbytes(layer) for layer in model.layers]
-    head = _nbytes(model.embed_tokens if model.lm_head is None else model.lm_head)
-    total, shallow = sum(layers) + head, sum(layers[: shape.exit_layer])
-    step = shallow
-    if adapter is not None:  # with a draft vocabulary, the adapter has its own rows of the head
-        step += _nbytes(adapter.model) + (head if adapter.model.draft_vocabulary is None else 0)
+    read = PartCounts.of_bytes(target.model, None if adapter is None else adapter.model, shape.exit_layer)
     base = _pass(slots, platform)
     verification = tuple((width, _pass(slots * width, platform) / base) for width in range(1, shape.max_commit + 1))
-    return RoundCosts(slots, step / total, verification, shallow / total)
+    return RoundCosts(slots, read.draft_step / read.plain_step, verification, read.shallow / read.plain_step)
 
 
 def _pass(rows: int, platform: str) -> float:
@@ -52,7 +44,3 @@ def _pass(rows: int, platform: str) -> float:
     if platform == "cpu":
         return 1.0 if rows == 1 else 1.0 + _CPU_SEVERAL + _CPU_ROW * rows
     return max(1.0, rows / _ACCELERATOR_ROWS)
-
-
-def _nbytes(tree: PyTree) -> int:
-    return sum(x.nbytes for x in jax.tree.leaves(tree))

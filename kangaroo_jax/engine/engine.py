@@ -143,7 +143,7 @@ class Engine:
                 raise InputError(f"{name} must be {kind.__name__}(...), found {value!r:.60}")
         self.target, self.adapter, self.config = target, adapter, config
         devices = sorted(target.model.embed_tokens[...].devices(), key=lambda device: device.id)
-        platform = devices[0].platform
+        platform = self._platform = devices[0].platform
         self.shapes = Shapes(round_shape(target, adapter, draft, platform), accelerator=platform != "cpu")
         self._backend = choose_backend(target.mesh, devices)
         if target.mesh is not None and config.max_batch % target.mesh.shape["data"]:
@@ -576,7 +576,7 @@ class Engine:
 
         def build() -> Callable[..., Any]:
             start = time.perf_counter()
-            program = compile_program(function, donated, out_shardings, *args, **static)
+            program = compile_program(function, donated, out_shardings, self._platform, *args, **static)
             self.compile_seconds += time.perf_counter() - start
             return program
 

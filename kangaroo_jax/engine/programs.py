@@ -53,8 +53,21 @@ def signature(tree: PyTree, *static: Hashable) -> int:
     return _signatures.setdefault((structure, arrays, *static), len(_signatures))
 
 
+def compiler_options(platform: str) -> dict[str, Any]:
+    """How programs of decoding are compiled for a platform, plain decoding's as well as Kangaroo's.
+
+    By default XLA for TPU turns each product that has one row into multiplications and sums on the vector unit, 2.7
+    times slower by its own estimate than on the matrix unit (docs/dev/accelerators.md)."""
+    return {"xla_tpu_enable_dot_strength_reduction": False} if platform == "tpu" else {}
+
+
 def compile_program(
-    function: Callable[..., Any], donated: tuple[int, ...], out_shardings: PyTree, *args: Any, **static: Any
+    function: Callable[..., Any],
+    donated: tuple[int, ...],
+    out_shardings: PyTree,
+    platform: str,
+    *args: Any,
+    **static: Any,
 ) -> Callable[..., Any]:
     """`function` with `static` settings, compiled for arguments like `args`.
 
@@ -63,11 +76,13 @@ def compile_program(
       donated: places of arguments whose memory the results may take.
       out_shardings: of the results, None for the compiler's choice. What is donated has to come back where it was, so
         that a program takes its own result.
+      platform: of the devices.
       args: arrays, or their shapes.
       static: part of the program.
     """
     where = {} if out_shardings is None else {"out_shardings": out_shardings}
-    program = jax.jit(functools.partial(function, **static), donate_argnums=donated, **where).lower(*args).compile()
+    jitted = jax.jit(functools.partial(function, **static), donate_argnums=donated, **where)
+    program = jitted.lower(*args).compile(compiler_options=compiler_options(platform))
     _return_freed_memory()
     return program
 

@@ -10,7 +10,9 @@ from flax import nnx
 
 from kangaroo_jax import TreeConfig
 from kangaroo_jax.bench import parts
+from kangaroo_jax.engine.part_costs import PartCounts
 from kangaroo_jax.model.drafts.memory import MemoryAdapter
+from kangaroo_jax.program import matmul_operations
 from tests.bench.models import CONFIG, EXIT_LAYER, small_adapter, small_target
 
 CAPACITY, LENGTH = 128, 20  # no other axis of a cache is as long as CAPACITY
@@ -29,12 +31,29 @@ def test_bytes_are_those_of_the_shapes(context):
     layer = attention + 3 * hidden * 48 + 2 * hidden
     cache = 2 * kv * width * CAPACITY
     head = 100 * hidden
-    assert context.bytes == parts.Bytes(
+    assert context.bytes == PartCounts(
         plain_step=4 * (2 * (layer + cache) + head),
         shallow=4 * (layer + cache),
         draft_step=4 * (layer + cache + attention + 2 * hidden + cache + head),
         verification=4 * (layer + cache + head),
+        head=4 * head,
     )
+
+
+def test_operations_are_those_of_the_traced_parts(context):
+    """Each of a turn's products, counted in its jaxpr. Drafting counts two draft steps (the first token's, and one turn
+    of the loop) and one more pass of the shallow layers; its first step processes two positions."""
+    model, adapter = context.model, context.adapter
+    batch, kv_heads, capacity = len(context.tokens), CONFIG.num_key_value_heads, context.capacity
+    found = PartCounts.of_operations(model, adapter, EXIT_LAYER, batch, 2 * batch * kv_heads * capacity * 8)
+
+    def traced(part):
+        return matmul_operations(jax.jit(part.turn).trace(model, adapter, part.start).jaxpr.jaxpr)
+
+    assert found.plain_step == traced(parts.plain_step(context))
+    assert 5 * found.verification == traced(parts.verification(context, 5))
+    again = found.draft_step - found.shallow - found.head  # the position before, in the adapter alone
+    assert 2 * found.draft_step + found.shallow + again == traced(parts.draft_phase(context, 3))
 
 
 def test_a_draft_vocabulary_replaces_the_head_of_a_draft_step(context):

@@ -19,7 +19,7 @@ from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import DraftVocabulary
 from kangaroo_jax.model.target import logits
-from kangaroo_jax.preflight import abstract_target
+from kangaroo_jax.preflight.compiling import abstract_target
 from tests.checkpoint.forward import assert_same_logits, forward
 from tests.checkpoint.gguf_files import TYPE, metadata, tensors, write
 

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 from absl import flags
 
 from kangaroo_jax import TreeConfig, compilation_cache
 from kangaroo_jax.bench import machine, parts, roofline_costs
-from kangaroo_jax.bench.roofline_costs import Limits, MeasuredModel, PartCost, PartTimes
+from kangaroo_jax.bench.roofline_costs import Limits, MeasuredModel, PartCost
 from kangaroo_jax.checkpoint.known_models import SHAPES
 from kangaroo_jax.checkpoint.target import default_dtype
 from kangaroo_jax.cli.bench import shared_flags
 from kangaroo_jax.cli.models import load_adapter_of, load_target_of
+from kangaroo_jax.cli.speedup_table import print_speedups
+from kangaroo_jax.engine.part_costs import PartTimes
 from kangaroo_jax.errors import InputError
 
 _MODEL = shared_flags.define_model()
@@ -66,7 +67,10 @@ def main() -> None:
     if times.reduced_draft_step is not None:
         ratio = times.reduced_draft_step / times.draft_step
         print(f"draft step with a draft vocabulary: {ratio:.2f} of the time with the complete head")
-    _print_speedups(times, gamma)
+    print(
+        f"\na round of {gamma} drafts costs {times.round_cost(gamma):.2f} plain steps; speed-up by mean accept length:"
+    )
+    print_speedups(times, gamma)
     _print_rounds(context, times, gamma)
     for cost in roofline_costs.measure_tree_rounds(tree_context, trees, levels):
         shape = f"of {cost.drafts} levels, {cost.tree.drafted(cost.drafts)}"
@@ -118,14 +122,6 @@ def _print_prefill(cost: roofline_costs.PrefillCost, times: PartTimes, limits: L
         f"{f'prefill of {cost.length}':24}{cost.seconds * 1e3:9.3f}{cost.seconds / times.plain_step:10.3f}   "
         f"{rate / 1e9:.0f} GFLOP/s in the layers' products, {rate / limits.products:.0%} of the peak"
     )
-
-
-def _print_speedups(times: PartTimes, max_draft_len: int) -> None:
-    cost = times.round_cost(max_draft_len)
-    print(f"\na round of {max_draft_len} drafts costs {cost:.2f} plain steps; speed-up by mean accept length:")
-    lengths = np.arange(2, 2 * max_draft_len + 3) / 2
-    print("".join(f"{length:7.1f}" for length in lengths))
-    print("".join(f"{length / cost:7.2f}" for length in lengths))
 
 
 def _print_rounds(context: parts.Context, times: PartTimes, max_draft_len: int) -> None:

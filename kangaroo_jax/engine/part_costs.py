@@ -1,0 +1,116 @@
+"""The parts that decoding is made of: what each reads and multiplies, and the cost of a round that follows from what
+each takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from kangaroo_jax.model.drafts.kangaroo import Adapter
+from kangaroo_jax.model.target import TargetModel
+
+
+@dataclasses.dataclass(frozen=True)
+class PartCounts:
+    """A count for each part, on one device: of bytes, or of operations.
+
+    Attributes:
+      plain_step: of a plain step.
+      shallow: of a shallow pass.
+      draft_step: of one more drafted token: adapter, LM head, and the shallow layers for the token.
+      verification: of a pass of the deep layers, with its LM head.
+      head: of the LM head alone.
+    """
+
+    plain_step: int
+    shallow: int
+    draft_step: int
+    verification: int
+    head: int
+
+    @classmethod
+    def of_bytes(cls, model: TargetModel, adapter: Adapter | None, exit_layer: int, cached: int = 0) -> PartCounts:
+        """Bytes that each part has to read: weights, and the complete cache buffers of the layers it runs (attention
+        reads the unused positions too).
+
+        Args:
+          model: the target, or its shapes.
+          adapter: or its shapes; None for a round that drafts nothing by it.
+          exit_layer: number of shallow layers.
+          cached: numbers in one layer's buffers, keys and values together, on one device.
+        """
+        return cls._of(model, adapter, exit_layer, lambda x: _size(x) * x.dtype.itemsize, cached * model.dtype.itemsize)
+
+    @classmethod
+    def of_operations(
+        cls, model: TargetModel, adapter: Adapter | None, exit_layer: int, batch: int, cached: int
+    ) -> PartCounts:
+        """Floating-point operations of the matrix products for one position of each sequence.
+
+        Args:
+          model: the target, or its shapes.
+          adapter: as above.
+          exit_layer: number of shallow layers.
+          batch: sequences on one device.
+          cached: as above.
+        """
+        groups = model.config.num_attention_heads // model.config.num_key_value_heads
+        matrix = lambda x: 2 * batch * _size(x) if x.ndim > 1 else 0  # noqa: E731
+        # Each of a group's queries is multiplied with each key, and its weights with each value.
+        return cls._of(model, adapter, exit_layer, matrix, 2 * groups * cached)
+
+    @classmethod
+    def _of(
+        cls, model: TargetModel, adapter: Adapter | None, exit_layer: int, count: Callable[[Any], int], attention: int
+    ) -> PartCounts:
+        def total(tree: Any) -> int:
+            return sum(map(count, jax.tree.leaves(tree)))
+
+        layers = [total(layer) + attention for layer in model.layers]
+        head = total(model.embed_tokens if model.lm_head is None else model.lm_head)
+        shallow, deep = sum(layers[:exit_layer]), sum(layers[exit_layer:])
+        step = shallow
+        if adapter is not None:
+            # An adapter with a draft vocabulary has its own rows of the head, and reads those instead.
+            step += total(adapter) + len(adapter.layers) * attention
+            step += 0 if adapter.draft_vocabulary is not None else head
+        return cls(shallow + deep + head, shallow, step, deep + head, head)
+
+
+def _size(x: Any) -> int:
+    """Numbers of an array, or of its shape, that one device holds."""
+    where = getattr(x, "sharding", None)
+    return math.prod(x.shape if where is None else where.shard_shape(x.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class PartTimes:
+    """Seconds of the parts.
+
+    Attributes:
+      plain_step: of one plain step.
+      shallow: of one shallow pass.
+      draft_step: of one more drafted token.
+      reduced_draft_step: the same with a draft vocabulary; None if not known.
+      verification: width -> of a verification pass.
+    """
+
+    plain_step: float
+    shallow: float
+    draft_step: float
+    reduced_draft_step: float | None
+    verification: Mapping[int, float]
+
+    def round_seconds(self, drafts: float) -> float:
+        """The sum of the parts of a round of `drafts` drafts (or of so many in the mean), with the narrowest
+        verification that holds them."""
+        width = min(width for width in self.verification if width > drafts)
+        return drafts * self.draft_step + self.shallow + self.verification[width]
+
+    def round_cost(self, drafts: float) -> float:
+        """The same in plain steps; the speed-up is the mean accept length over this."""
+        return self.round_seconds(drafts) / self.plain_step
