@@ -34,7 +34,7 @@ class QuantizedArray:
 
     values: Int8[Array, ...]
     scales: Float[Array, ...]  # float32
-    product: str = flax.struct.field(pytree_node=False, default="whole")
+    product: str = flax.struct.field(pytree_node=False, default="direct")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,13 +73,13 @@ def input_axis(path: str, ndim: int) -> int | None:
 def product_on(devices: Collection[Any]) -> str:
     """How weights on these devices are multiplied, so that no float copy of them is made (docs/dev/int8.md).
 
-    "whole": converted where the product reads them. "blocks": on a CPU that holds them undivided, a block is converted,
-    and multiplied, at a time. "pairs": on TPUs, as "whole", but what is one row is taken twice.
+    "direct": converted where the product reads them. "blocks": on a CPU that holds them undivided, a block is converted,
+    and multiplied, at a time. "pairs": on TPUs, as "direct", but what is one row is taken twice.
     """
     platform = next(iter(devices)).platform
     if platform == "cpu" and len(devices) == 1:
         return "blocks"
-    return "pairs" if platform == "tpu" else "whole"
+    return "pairs" if platform == "tpu" else "direct"
 
 
 def parameter_of(path: str) -> str:

@@ -121,7 +121,7 @@ def partition(path: str, shape: Sequence[int], mesh: Mesh, axes: Sequence[str] =
     """The partition of the parameter at `path`, or of the optimizer's state for it (its path ends in the same way).
 
     A dimension that an axis does not divide stays whole along that axis. The scales of a quantized parameter are split
-    as its values: the dimension of its inputs, which is 1, stays whole.
+    as its values: the dimension of its inputs, which is 1, is not split.
 
     Args:
       path: dotted, as `parameter_paths` gives it.

@@ -8,7 +8,7 @@ from kangaroo_jax.model import ops
 from kangaroo_jax.model.ops import dot, rows
 from kangaroo_jax.model.quantized import QuantizedArray, input_axis, quantize_rows
 
-PRODUCTS = ("whole", "blocks", "pairs")
+PRODUCTS = ("direct", "blocks", "pairs")
 
 
 def random_weight(shape, axis, product):
@@ -36,7 +36,7 @@ def test_a_product_is_that_of_numpy_with_the_dequantized_weight(spec, shape, axi
 
 
 def test_a_bfloat16_product_is_rounded_once():
-    weight, exact = random_weight((64, 10), 0, "whole")
+    weight, exact = random_weight((64, 10), 0, "direct")
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 64)), jnp.bfloat16)
     expected = np.asarray(x, np.float64) @ exact
     found = dot("...k,kn->...n", x, weight)

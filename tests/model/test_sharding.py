@@ -346,7 +346,7 @@ def test_int8_weights_split_over_4_devices_are_those_of_one_and_give_its_tokens(
     for found in others:
         assert found["same"]
         assert found["held"] == one["held"] / 4
-        assert found["product"] == "whole"
+        assert found["product"] == "direct"
     # The inputs are split along `model`, and each device has all scales; along `fsdp`, the outputs are, and scales too.
     assert [found["o_proj"] for found in others] == [[[16, 32], [1, 32]], [[64, 8], [1, 8]], [[32, 16], [1, 16]]]
     assert others[0]["tokens"] == one["tokens"]
