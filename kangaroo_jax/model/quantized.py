@@ -73,8 +73,8 @@ def input_axis(path: str, ndim: int) -> int | None:
 def product_on(devices: Collection[Any]) -> str:
     """How weights on these devices are multiplied, so that no float copy of them is made (docs/dev/int8.md).
 
-    "direct": converted where the product reads them. "blocks": on a CPU that holds them undivided, a block is converted,
-    and multiplied, at a time. "pairs": on TPUs, as "direct", but what is one row is taken twice.
+    "direct": converted where the product reads them. "blocks": on a CPU that holds them undivided, a block at a time is
+    converted and multiplied. "pairs": on TPUs, as "direct", but what is one row is taken twice.
     """
     platform = next(iter(devices)).platform
     if platform == "cpu" and len(devices) == 1:

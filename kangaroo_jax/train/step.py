@@ -38,8 +38,10 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     rate, warmup = config.optimizer.learning_rate, config.optimizer.warmup_steps
     if config.optimizer.schedule == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, config.steps)
-    else:
+    elif warmup:
         schedule = optax.warmup_constant_schedule(0.0, rate, warmup)
+    else:  # optax's warm-up of no steps stays at its first value, 0
+        schedule = optax.constant_schedule(rate)
     return optax.chain(
         optax.clip_by_global_norm(config.optimizer.clip_norm),
         optax.adamw(

@@ -4,6 +4,7 @@ measured as held-out expected acceptance.
 
 import functools
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -224,14 +225,23 @@ def test_an_adapter_of_two_layers_and_an_mlp_is_trained_and_decoded_with(setting
             train(configured(settings, **short | {f"adapter.{name}": value}))
 
 
-def test_optimizer_follows_the_schedule():
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 4, [0, 0.25, 0.5, 0.75, 1, 1]),
+        ("constant", 0, [1, 1, 1, 1, 1, 1]),
+        ("cosine", 4, [0, 0.25, 0.5, 0.75, 1, (1 + math.cos(math.pi / 6)) / 2]),
+        ("cosine", 0, [(1 + math.cos(math.pi * step / 10)) / 2 for step in range(6)]),
+    ],
+)
+def test_optimizer_follows_the_schedule(schedule, warmup, expected):
     optimizer = make_optimizer(
         TrainConfig(
             target="none",
             output="none",
             data=DataConfig("none"),
             steps=10,
-            optimizer=OptimizerConfig(learning_rate=1.0, warmup_steps=4, weight_decay=0.5),
+            optimizer=OptimizerConfig(learning_rate=1.0, warmup_steps=warmup, schedule=schedule, weight_decay=0.5),
         )
     )
     parameters = {"norm": jnp.ones((2,)), "matrix": jnp.ones((2, 2))}
@@ -241,4 +251,4 @@ def test_optimizer_follows_the_schedule():
         updates, state = update(jax.tree.map(jnp.zeros_like, parameters), state, parameters)
         rates.append(float(-updates["matrix"][0, 0]) * 2)
         assert not updates["norm"].any()
-    assert rates == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1])
+    assert rates == pytest.approx(expected, abs=1e-6)
