@@ -110,10 +110,13 @@ def test_roofline_adds_up_the_parts(commands, flags):
     megabytes, rate = float(rows["plain step"][2]), float(rows["plain step"][4])
     assert rate == pytest.approx(megabytes / 8, abs=0.06)
     assert "a round of 2 drafts costs 1.75 plain steps" in out
-    speedups = dict(
-        zip(*[line.split() for line in out.splitlines() if re.fullmatch(r"( +\d+\.\d+){5}", line)], strict=True)
-    )
-    assert speedups == {"1.0": "0.57", "1.5": "0.86", "2.0": "1.14", "2.5": "1.43", "3.0": "1.71"}
+    names = ("mean accept length", "2 drafts in each round", "drafts up to a rejected")
+    speedups = [line[24:].split() for name in names for line in out.splitlines() if line.startswith(name)]
+    assert speedups == [
+        ["1.0", "1.5", "2.0", "2.5", "3.0"],
+        ["0.57", "0.86", "1.14", "1.43", "1.71"],
+        ["0.67", "0.92", "1.14", "1.43", "1.71"],
+    ]
     rounds = [line.split() for line in out.splitlines() if re.match(r"of \d (drafts|levels)", line)]
     assert rounds == [
         ["of", "1", "drafts", "21.000", "12.000", "75%"],
