@@ -202,9 +202,9 @@ def changed_copies(original, names, read, tmp_path):
         ("tokenizer_config.json", 5),
         *(
             pytest.param(name, count, marks=pytest.mark.long)
-            for name, count in (("config.json", 300), ("model.safetensors", 100))
+            for name, count in (("config.json", 150), ("model.safetensors", 60))
         ),
-        *(pytest.param(name, 50, marks=pytest.mark.long) for name in ("tokenizer.json", "tokenizer_config.json")),
+        *(pytest.param(name, 30, marks=pytest.mark.long) for name in ("tokenizer.json", "tokenizer_config.json")),
     ],
 )
 def test_a_target_folder(target_folder, tmp_path, name, count):
