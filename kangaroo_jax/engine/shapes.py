@@ -64,13 +64,16 @@ class Shapes:
         return -(-length // step) * step
 
     def group(self, count: int, slots: int) -> tuple[int, int]:
-        """How many of `count` prompts are prefilled together in a batch of `slots`, and as how many rows: on a CPU, a
-        power of four of them; on an accelerator all of them, with rows of padding."""
+        """How many of `count` prompts are prefilled together in a batch of `slots`, and as how many rows: on a CPU, as
+        many as there are slots, as a batch begins, else a power of four of them; on an accelerator all of them, with
+        rows of padding."""
         if self.accelerator:
             rows = 8
             while rows < min(count, slots):
                 rows *= 8
             return count, min(rows, slots)
+        if count >= slots:
+            return slots, slots
         size = 1
         while size * 4 <= count:
             size *= 4

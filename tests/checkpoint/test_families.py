@@ -156,7 +156,10 @@ def test_logits_equal_those_of_transformers_both_ways(model_type: str, seed: int
     expected = logits_of(model, tokens)
     model.save_pretrained(tmp_path / "theirs")
     target = load_target(tmp_path / "theirs", "float32")
-    assert_same_logits(forward(target.model, tokens), expected, 1e-4)
+    # Against float64: where their own float32 rounds badly (norms of near-zero values), so may ours.
+    exact = logits_of(model.double(), tokens)
+    rounding = np.abs(expected - exact).max() / np.abs(exact).max()
+    assert_same_logits(forward(target.model, tokens), exact, min(3e-5 + 3 * rounding, 3e-4))
 
     save_target(target.model, tmp_path / "ours", jnp.float32)
     again = load_target(tmp_path / "ours", "float32")
