@@ -435,17 +435,17 @@ def test_the_same_seed_gives_the_same_text_whatever_the_batch(way):
 
 
 @pytest.mark.long
-def test_small_temperatures_are_greedy_rounds():
+def test_small_temperatures_and_the_most_probable_token_alone_are_greedy_rounds():
     # Drafts, confidences and all: a threshold does not change its meaning with the temperature.
     prompts = [[1, 2, 3], [7], [5] * 17, [7]]
     kangaroo, plain = ways()
     greedy = kangaroo(prompts, SamplingConfig())
-    for temperature in (1e-6, 1e-45):
-        out = kangaroo(prompts, SamplingConfig(temperature))
+    for settings in (SamplingConfig(1e-6), SamplingConfig(1e-45), SamplingConfig(1.0, top_k=1)):
+        out = kangaroo(prompts, settings)
         assert out.tokens == greedy.tokens
         assert out.accept_lengths == greedy.accept_lengths
         assert out.draft_lengths == greedy.draft_lengths
-        assert plain(prompts, SamplingConfig(temperature)).tokens == greedy.tokens
+        assert plain(prompts, settings).tokens == greedy.tokens
 
 
 def test_seeds_that_are_not_one_per_prompt_are_named():
@@ -454,6 +454,9 @@ def test_seeds_that_are_not_one_per_prompt_are_named():
 
 
 # --- The parts.
+
+
+probabilities = jax.jit(sampling.probabilities)
 
 
 def sampling_of(*settings, rows=1):
@@ -478,7 +481,7 @@ def test_distributions_equal_transformers(settings):
     for warper in warpers:
         theirs = warper(None, theirs)
     theirs = theirs.softmax(-1).numpy()
-    ours = np.asarray(sampling.probabilities(jnp.asarray(logits), sampling_of(*settings, rows=len(logits))))
+    ours = np.asarray(probabilities(jnp.asarray(logits), sampling_of(*settings, rows=len(logits))))
     np.testing.assert_array_equal(ours > 0, theirs > 0)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
     np.testing.assert_allclose(ours, shaped(logits, SamplingConfig(*settings)), rtol=1e-4)
@@ -504,7 +507,7 @@ def test_distributions_equal_transformers(settings):
 def test_filters_at_their_edges(probs, settings, kept):
     with np.errstate(divide="ignore"):
         logits = np.log(np.asarray([probs], np.float32))
-    ours = np.asarray(sampling.probabilities(jnp.asarray(logits), sampling_of(*settings, rows=len(logits))))[0]
+    ours = np.asarray(probabilities(jnp.asarray(logits), sampling_of(*settings, rows=len(logits))))[0]
     assert (ours > 0).sum() == kept
     np.testing.assert_allclose(ours.sum(), 1, rtol=1e-6)
 
