@@ -10,7 +10,6 @@ import pytest
 
 from kangaroo_jax.decode import rounds
 from kangaroo_jax.engine.programs import SHARED
-from tests.train.runs import LESS_OPTIMIZATION
 
 pytest_plugins = ["tests.targets"]
 
@@ -30,18 +29,22 @@ _SLOW_FILES = tuple(
         "engine/test_engine",
     )
 )
+# Without optimization, the older emitters of fusions compile in half of the time.
+_LESS_OPTIMIZATION = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 _SETTINGS = {"jax_compilation_cache_dir": _CACHE, "jax_persistent_cache_min_compile_time_secs": 0.5}
 
 
 def pytest_configure():
-    # Half of the time goes into compiling. Commands in processes of their own are compiled as users have them, unless
-    # their test says otherwise.
+    # Most of the time goes into compiling. Commands in processes of their own inherit the flags, unless their test says
+    # that it compiles as users do.
     SHARED.limit = 64  # tests go back and forth between more shapes than calls do
     rounds._MAX_WIDTHS = 2  # less to compile; tests/decode/test_lossless.py has all of them where it is long
     before = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{before} {LESS_OPTIMIZATION}"
-    jax.devices()  # reads it
-    os.environ["XLA_FLAGS"] = before
+    if _LESS_OPTIMIZATION not in before:  # the first process's flags are the workers' too
+        os.environ["XLA_FLAGS"] = f"{before} {_LESS_OPTIMIZATION}"
     for name, value in _SETTINGS.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)

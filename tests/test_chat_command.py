@@ -21,10 +21,9 @@ from safetensors.numpy import load_file, save_file
 from kangaroo_jax import generate_plain, load_target
 from tests.bench.models import CONFIG, CONTEXT, save_model
 from tests.decode_commands import decode_in_one_process
-from tests.train.runs import LESS_OPTIMIZATION
 
 ROOT = pathlib.Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"XLA_FLAGS": LESS_OPTIMIZATION, "NO_COLOR": "1"}
+ENVIRONMENT = os.environ | {"NO_COLOR": "1"}
 
 
 @pytest.fixture(scope="module")

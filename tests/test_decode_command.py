@@ -10,12 +10,9 @@ import sys
 import pytest
 
 from tests.decode_commands import decode_in_one_process
-from tests.train.runs import LESS_OPTIMIZATION
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-QUICKLY = os.environ | {"XLA_FLAGS": LESS_OPTIMIZATION}
+AS_USERS = os.environ | {"XLA_FLAGS": ""}  # tests compile with less optimization
 
 
 def decode(*flags, **kwargs):
@@ -23,12 +20,13 @@ def decode(*flags, **kwargs):
     return subprocess.run([sys.executable, "decode.py", *flags], cwd=ROOT, capture_output=True, timeout=300, **kwargs)
 
 
-def test_compare_prints_text_table_and_json():
-    done = decode(
-        "--compare", "--json", "--max_new_tokens=24", "--prompt=import os\n", "--max_draft_len=2", env=QUICKLY
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    out = done.stdout.decode()
+def last_line(out):
+    return json.loads(out.splitlines()[-1])
+
+
+def test_compare_prints_text_table_and_json(results):
+    code, out, error = results[0]
+    assert code == 0, error
     assert out.startswith("import os\n")
     for row in (
         "new tokens",
@@ -65,7 +63,7 @@ def test_compare_prints_text_table_and_json():
 @pytest.mark.long
 def test_compare_of_samples_does_not_speak_of_identical_tokens():
     flags = ("--compare", "--json", "--max_new_tokens=24", "--prompt=import os\n", "--temperature=0.8", "--top_p=0.95")
-    done = decode(*flags, "--seed=3", "--max_draft_len=1")  # one width to compile
+    done = decode(*flags, "--seed=3", "--max_draft_len=1", env=AS_USERS)  # one width to compile
     assert done.returncode == 0, done.stderr.decode()
     out = done.stdout.decode()
     *shown, last = out.splitlines()
@@ -77,26 +75,16 @@ def test_compare_of_samples_does_not_speak_of_identical_tokens():
     assert result["text"] in out
 
 
-SHORT = ("--max_new_tokens=8", "--max_draft_len=1", "--json")
-
-
-@pytest.fixture(scope="module")
-def given():
-    """The result of a prompt given by its flag."""
-    return json.loads(decode(*SHORT, "--prompt=class Stack:\n").stdout.decode().splitlines()[-1])
-
-
-def test_prompt_from_standard_input_equals_prompt_flag(given):
+def test_prompt_from_standard_input_equals_prompt_flag(results):
     piped = decode(*SHORT, input=b"class Stack:\n", stdin=None)
-    assert json.loads(piped.stdout.decode().splitlines()[-1])["text"] == given["text"]
+    assert last_line(piped.stdout.decode())["text"] == last_line(results[1][1])["text"]
 
 
-def test_plain_decoding_gives_the_same_text_without_drafts(given):
-    done = decode("--plain", "--max_new_tokens=8", "--json", "--prompt=class Stack:\n")
-    assert done.returncode == 0, done.stderr.decode()
-    *shown, last = done.stdout.decode().splitlines()
-    result = json.loads(last)
-    assert result["text"] == given["text"]
+def test_plain_decoding_gives_the_same_text_without_drafts(results):
+    code, out, error = results[2]
+    assert code == 0, error
+    shown, result = out.splitlines()[:-1], last_line(out)
+    assert result["text"] == last_line(results[1][1])["text"]
     assert (result["draft_steps"], result["mean_accept_length"]) == (0, 1.0)
     assert any(line.split() == ["plain"] for line in shown)
     assert "Kangaroo" not in "".join(shown)
@@ -105,7 +93,8 @@ def test_plain_decoding_gives_the_same_text_without_drafts(given):
 @pytest.mark.long
 def test_look_ups_are_shown_and_counted():
     prompt = "--prompt=class Stack:\n    def push(self, item):\n        self.items.append(item)\n"
-    done = decode("--lookup_tokens=8", "--show_drafts", "--json", "--compare", "--max_new_tokens=64", prompt)
+    flags = ("--lookup_tokens=8", "--show_drafts", "--json", "--compare", "--max_new_tokens=64")
+    done = decode(*flags, prompt, env=AS_USERS)
     assert done.returncode == 0, done.stderr.decode()
     *shown, last = done.stdout.decode().splitlines()
     result = json.loads(last)
@@ -129,6 +118,12 @@ def test_profile_holds_the_named_scopes(tmp_path):
         assert scope in xplane.read_bytes(), scope
 
 
+SHORT = ("--max_new_tokens=8", "--max_draft_len=1", "--json")
+RUNS = [
+    ("--compare", "--json", "--max_new_tokens=24", "--prompt=import os\n", "--max_draft_len=2"),
+    (*SHORT, "--prompt=class Stack:\n"),
+    ("--plain", "--max_new_tokens=8", "--json", "--prompt=class Stack:\n"),
+]
 MISTAKES = [
     (["--profile=/dev/null/x", "--prompt=x"], "profile /dev/null/x: cannot be made a folder"),
     (["--model=/no/such/folder", "--adapter=x", "--prompt=x"], "/no/such/folder: no such folder"),
@@ -198,12 +193,12 @@ def results(tmp_path_factory):
         path.name: path for path in folder.iterdir()
     }
     commands = [[flag.format_map(files) for flag in flags] for flags, _ in MISTAKES]
-    return decode_in_one_process(commands, dict(os.environ))
+    return decode_in_one_process([*RUNS, *commands], dict(os.environ))
 
 
 @pytest.mark.parametrize("index", range(len(MISTAKES)), ids=[" ".join(flags) for flags, _ in MISTAKES])
 def test_bad_input_is_one_line_and_exit_code_2(results, index):
-    code, out, error = results[index]
+    code, out, error = results[len(RUNS) + index]
     assert code == 2
     assert error.startswith("decode.py: error: ")
     assert MISTAKES[index][1] in error

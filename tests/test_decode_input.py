@@ -15,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 
 from tests.bench.models import save_model
 from tests.decode_commands import decode_in_one_process
-from tests.train.runs import LESS_OPTIMIZATION
 
 ROOT = pathlib.Path(__file__).parents[1]
 COUNT = 16
@@ -35,7 +34,6 @@ def environment(work):
     return os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(work / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": LESS_OPTIMIZATION,
     }
 
 

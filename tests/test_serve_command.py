@@ -23,10 +23,8 @@ import pytest
 from kangaroo_jax import generate_plain, load_target
 from tests.bench.models import save_model
 from tests.decode_commands import run_in_one_process
-from tests.train.runs import LESS_OPTIMIZATION
 
 ROOT = pathlib.Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"XLA_FLAGS": LESS_OPTIMIZATION}
 PROMPT = "def add(self, item):"
 MEGABYTE = 2**20
 
@@ -46,7 +44,6 @@ def serving(work, *flags, port=0):
         process = subprocess.Popen(
             [*command, f"--port={port}", "--max_batch=2", *flags],
             cwd=ROOT,
-            env=ENVIRONMENT,
             stdout=log,
             stderr=subprocess.PIPE,
             text=True,
@@ -88,7 +85,7 @@ def test_what_cannot_be_is_one_line(tmp_path):
             ["--plain", "--adapter=x"],
             ["--port=70000"],
         ]
-        found = run_in_one_process(["kangaroo_jax.cli.serve", "serve"], lines, ENVIRONMENT)
+        found = run_in_one_process(["kangaroo_jax.cli.serve", "serve"], lines, dict(os.environ))
     expected = [
         (1, "give another --host or --port"),
         (1, "cannot listen on no.such.host.invalid"),

@@ -7,7 +7,6 @@ import pytest
 
 from tests.bench.models import save_model
 from tests.decode_commands import run_in_one_process
-from tests.train.runs import LESS_OPTIMIZATION
 
 NAME = ["kangaroo_jax.cli.synthesize", "synthesize"]
 MISTAKES = [
@@ -37,8 +36,7 @@ def results(tmp_path_factory):
     good += ["--batch_size=4", "--turns=1"]
     lines = [[*good, "--conversations=3"], [*good, "--conversations=5"], [*good, "--conversations=5"]]
     lines += [[flag.format(folder=folder, model=model) for flag in flags] for flags, _ in MISTAKES]
-    environment = os.environ | {"XLA_FLAGS": LESS_OPTIMIZATION}
-    return folder, run_in_one_process(NAME, lines, environment)
+    return folder, run_in_one_process(NAME, lines, dict(os.environ))
 
 
 def test_it_writes_adds_and_says_what_it_did(results):

@@ -23,8 +23,6 @@ class Commands:
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            # Most of the time goes into compiling; no test looks at how fast a program is.
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         }
         self._errors = (cache.parent / "commands.log").open("w+")
         self._process = subprocess.Popen(

@@ -189,6 +189,9 @@ for name in sys.argv[1:]:
 
 def test_weights_split_over_devices_give_the_logits_of_transformers() -> None:
     """Fused tensors are read in parts; the norm of all queries is over heads on two devices."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {os.environ['XLA_FLAGS']}",
+        "JAX_PLATFORMS": "cpu",
+    }
     names = ["gemma2", "gemma3", "granite", "olmo2", "phi3", "qwen3", "smollm3"]
     subprocess.run([sys.executable, "-c", _SHARDED, *names], cwd=ROOT, env=environment, check=True)

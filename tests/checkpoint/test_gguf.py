@@ -150,7 +150,10 @@ def test_weights_split_over_devices_equal_those_on_one(tmp_path: pathlib.Path) -
         "for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):\n"
         "    np.testing.assert_array_equal(np.asarray(x), np.asarray(y))\n"
     )
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {os.environ['XLA_FLAGS']}",
+        "JAX_PLATFORMS": "cpu",
+    }
     subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, env=environment, check=True)
 
 

@@ -25,7 +25,6 @@ from kangaroo_jax.model.drafts.kinds import abstract_adapter
 from kangaroo_jax.model.sharding import check_batch_size, make_mesh, partition, undivided
 from kangaroo_jax.model.target import TargetModel
 from tests.tokens import byte_tokenizer
-from tests.train.runs import LESS_OPTIMIZATION
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = ModelConfig(
@@ -256,7 +255,7 @@ def on_virtual_devices(script, *arguments):
     """What a script prints last, in a process with 8 virtual CPU devices."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {LESS_OPTIMIZATION}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {os.environ['XLA_FLAGS']}",
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(

@@ -103,6 +103,11 @@ def target(request: pytest.FixtureRequest) -> TargetModel:
     return make_target(ModelConfig(**SHAPE | CONFIGS[request.param]))
 
 
+@pytest.fixture(scope="module")
+def gqa_target() -> TargetModel:
+    return make_target(ModelConfig(**SHAPE | CONFIGS["gqa, biases"]))
+
+
 @pytest.fixture(scope="module", params=[CpuBackend(), DenseBackend()], ids=["cpu", "dense"])
 def backend(request: pytest.FixtureRequest) -> AttentionBackend:
     return request.param
@@ -129,7 +134,9 @@ def test_the_split_does_not_change_the_logits(target: TargetModel, tokens: np.nd
     assert_close(whole(target, tokens, exit_layer), whole(target, tokens, 2))
 
 
-@pytest.mark.parametrize("blocks", [[14], [5] + [1] * 9, [5, 3, 1, 2, 3]])
+@pytest.mark.parametrize(
+    "blocks", [[5, 3, 1, 2, 3], *(pytest.param(each, marks=pytest.mark.long) for each in ([14], [5] + [1] * 9))]
+)
 def test_blocks_through_the_cache_equal_the_whole(
     target: TargetModel, tokens: np.ndarray, backend: AttentionBackend, blocks: list[int]
 ) -> None:
@@ -143,35 +150,37 @@ def test_blocks_through_the_cache_equal_the_whole(
     assert_close(jnp.concatenate(found, axis=1), whole(target, tokens, 1))
 
 
-def test_rollback_forgets_what_came_after(target: TargetModel, tokens: np.ndarray, backend: AttentionBackend) -> None:
+def test_rollback_forgets_what_came_after(
+    gqa_target: TargetModel, tokens: np.ndarray, backend: AttentionBackend
+) -> None:
     """Wrong tokens are written, rolled back, and overwritten by a shorter and by a longer block."""
-    expected = whole(target, tokens, 1)
-    shallow, deep = empty_caches(target, 2, 1, backend)
-    _, shallow, deep = step(target, tokens[:, :5], shallow, deep, 1)
+    expected = whole(gqa_target, tokens, 1)
+    shallow, deep = empty_caches(gqa_target, 2, 1, backend)
+    _, shallow, deep = step(gqa_target, tokens[:, :5], shallow, deep, 1)
     wrong = (tokens[:, 5:8] + 7) % 61
-    logits, shallow, deep = step(target, wrong, shallow, deep, 1)
+    logits, shallow, deep = step(gqa_target, wrong, shallow, deep, 1)
     assert np.abs(np.asarray(logits - expected[:, 5:8])).max() > 0.01
     shallow, deep = rolled_back(shallow, [5, 5]), rolled_back(deep, [5, 5])
-    logits, shallow, deep = step(target, tokens[:, 5:7], shallow, deep, 1)
+    logits, shallow, deep = step(gqa_target, tokens[:, 5:7], shallow, deep, 1)
     assert_close(logits, expected[:, 5:7])
-    _, shallow, deep = step(target, wrong, shallow, deep, 1)
+    _, shallow, deep = step(gqa_target, wrong, shallow, deep, 1)
     shallow, deep = rolled_back(shallow, [7, 7]), rolled_back(deep, [7, 7])
-    logits, shallow, deep = step(target, tokens[:, 7:12], shallow, deep, 1)
+    logits, shallow, deep = step(gqa_target, tokens[:, 7:12], shallow, deep, 1)
     assert_close(logits, expected[:, 7:12])
 
 
 def test_ragged_sequences_in_a_batch_equal_each_alone(
-    target: TargetModel, tokens: np.ndarray, backend: AttentionBackend
+    gqa_target: TargetModel, tokens: np.ndarray, backend: AttentionBackend
 ) -> None:
     """Sequence 0 is 3 tokens behind sequence 1: its surplus prefill is rolled back, then both go on in blocks."""
-    expected = np.asarray(whole(target, tokens, 1))
-    shallow, deep = empty_caches(target, 2, 1, backend)
-    _, shallow, deep = step(target, tokens[:, :5], shallow, deep, 1)
+    expected = np.asarray(whole(gqa_target, tokens, 1))
+    shallow, deep = empty_caches(gqa_target, 2, 1, backend)
+    _, shallow, deep = step(gqa_target, tokens[:, :5], shallow, deep, 1)
     starts = np.array([2, 5])
     shallow, deep = rolled_back(shallow, starts.tolist()), rolled_back(deep, starts.tolist())
     for width in (1, 2, 3):
         block = np.stack([tokens[i, start : start + width] for i, start in enumerate(starts)])
-        logits, shallow, deep = step(target, block, shallow, deep, 1)
+        logits, shallow, deep = step(gqa_target, block, shallow, deep, 1)
         for i, start in enumerate(starts):
             assert_close(logits[i], expected[i, start : start + width])
         starts = starts + width
@@ -179,48 +188,48 @@ def test_ragged_sequences_in_a_batch_equal_each_alone(
 
 
 def test_a_resized_cache_holds_the_same_entries(
-    target: TargetModel, tokens: np.ndarray, backend: AttentionBackend
+    gqa_target: TargetModel, tokens: np.ndarray, backend: AttentionBackend
 ) -> None:
-    shallow, deep = empty_caches(target, 2, 1, backend)
-    _, shallow, deep = step(target, tokens[:, :5], shallow, deep, 1)
+    shallow, deep = empty_caches(gqa_target, 2, 1, backend)
+    _, shallow, deep = step(gqa_target, tokens[:, :5], shallow, deep, 1)
     shallow, deep = shallow.resized(33), deep.resized(33)
     assert shallow.capacity == deep.capacity == 33
-    logits, grown_shallow, grown_deep = step(target, tokens[:, 5:7], shallow, deep, 1)
-    assert_close(logits, whole(target, tokens, 1)[:, 5:7])
-    logits, _, _ = step(target, tokens[:, 7:9], grown_shallow.resized(9), grown_deep.resized(9), 1)
-    assert_close(logits, whole(target, tokens, 1)[:, 7:9])
+    logits, grown_shallow, grown_deep = step(gqa_target, tokens[:, 5:7], shallow, deep, 1)
+    assert_close(logits, whole(gqa_target, tokens, 1)[:, 5:7])
+    logits, _, _ = step(gqa_target, tokens[:, 7:9], grown_shallow.resized(9), grown_deep.resized(9), 1)
+    assert_close(logits, whole(gqa_target, tokens, 1)[:, 7:9])
 
 
 def test_a_row_of_another_cache_takes_the_place_of_one(
-    target: TargetModel, tokens: np.ndarray, backend: AttentionBackend
+    gqa_target: TargetModel, tokens: np.ndarray, backend: AttentionBackend
 ) -> None:
     """The second sequence's entries, from a smaller cache, over those of the first; and that row on its own."""
-    shallow, deep = empty_caches(target, 2, 1, backend)
-    _, shallow, deep = step(target, tokens[:, :5], shallow, deep, 1)
+    shallow, deep = empty_caches(gqa_target, 2, 1, backend)
+    _, shallow, deep = step(gqa_target, tokens[:, :5], shallow, deep, 1)
     row = jnp.int32(0)
     moved = [cache.with_rows(row[None], cache.row(jnp.int32(1)).resized(7)) for cache in (shallow, deep)]
-    logits, _, _ = step(target, tokens[[1, 1], 5:9], *moved, 1)
-    alone, _, _ = step(target, tokens[1:, 5:9], *(cache.row(row) for cache in moved), 1)
+    logits, _, _ = step(gqa_target, tokens[[1, 1], 5:9], *moved, 1)
+    alone, _, _ = step(gqa_target, tokens[1:, 5:9], *(cache.row(row) for cache in moved), 1)
     for found in (logits[0], logits[1], alone[0]):
-        assert_close(found, whole(target, tokens, 1)[1, 5:9])
+        assert_close(found, whole(gqa_target, tokens, 1)[1, 5:9])
 
 
 def test_an_explicit_mask_replaces_the_causal_one(
-    target: TargetModel, tokens: np.ndarray, backend: AttentionBackend
+    gqa_target: TargetModel, tokens: np.ndarray, backend: AttentionBackend
 ) -> None:
     """Two continuations of one prefix side by side, each blind to the other, as in a tree of drafts."""
     prefix, first, second = tokens[:1, :5], tokens[:1, 5:7], (tokens[:1, 5:7] + 11) % 61
-    shallow, _ = empty_caches(target, 1, 3, backend)
-    _, shallow = shallow_apply(target, prefix, jnp.arange(5)[None], shallow, exit_layer=3)
+    shallow, _ = empty_caches(gqa_target, 1, 3, backend)
+    _, shallow = shallow_apply(gqa_target, prefix, jnp.arange(5)[None], shallow, exit_layer=3)
     mask = np.zeros((1, 4, CAPACITY), bool)
     mask[:, :, :5] = True
     mask[0, 0, [5]] = mask[0, 1, [5, 6]] = mask[0, 2, [7]] = True
     mask[0, 3, [7, 8]] = True
     both = np.concatenate([first, second], axis=1)
     positions = jnp.array([[5, 6, 5, 6]])
-    logits = masked(target, both, positions, shallow, jnp.asarray(mask))[0]
+    logits = masked(gqa_target, both, positions, shallow, jnp.asarray(mask))[0]
     for branch, rows in ((first, slice(0, 2)), (second, slice(2, 4))):
-        assert_close(logits[rows], whole(target, np.concatenate([prefix, branch], axis=1), 3)[0, 5:])
+        assert_close(logits[rows], whole(gqa_target, np.concatenate([prefix, branch], axis=1), 3)[0, 5:])
 
 
 @pytest.mark.long
@@ -247,7 +256,9 @@ def test_a_window_is_counted_along_the_path_that_a_query_sees() -> None:
     np.testing.assert_array_equal(within_window(jnp.asarray(mask), 8), mask)
 
 
-def test_a_cache_of_other_layers_is_refused(target: TargetModel, tokens: np.ndarray, backend: AttentionBackend) -> None:
-    shallow, _ = empty_caches(target, 2, 2, backend)
+def test_a_cache_of_other_layers_is_refused(
+    gqa_target: TargetModel, tokens: np.ndarray, backend: AttentionBackend
+) -> None:
+    shallow, _ = empty_caches(gqa_target, 2, 2, backend)
     with pytest.raises(ValueError, match="the cache holds 2 layers, expected 3"):
-        shallow_apply(target, tokens, jnp.zeros_like(tokens), shallow, exit_layer=3)
+        shallow_apply(gqa_target, tokens, jnp.zeros_like(tokens), shallow, exit_layer=3)

@@ -10,12 +10,6 @@ from kangaroo_jax.checkpoint.adapter import item_handlers
 from kangaroo_jax.train.settings import check_config
 
 ROOT = pathlib.Path(__file__).parents[2]
-# How the tests' own process compiles, and others whose results are compared with its bit for bit.
-# Without optimization, the older emitters of fusions compile in half of the time.
-LESS_OPTIMIZATION = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
 
 
 def demo_config():

@@ -25,9 +25,7 @@ from kangaroo_jax.train import checkpoints, loop, run_folder
 from kangaroo_jax.train.loop import _Run, train
 from tests.reports import Said
 
-from .runs import LESS_OPTIMIZATION, ROOT, assert_same, checkpoint, configured
-
-ENVIRONMENT = os.environ | {"XLA_FLAGS": LESS_OPTIMIZATION}
+from .runs import ROOT, assert_same, checkpoint, configured
 
 # train.py, with a signal at one moment: in which step 20 is to be given its final name, or the target is read.
 _SIGNALLED = """
@@ -47,9 +45,7 @@ def flags(settings):
 
 
 def started(command):
-    return subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.long
@@ -224,7 +220,6 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoints_alone(run, settings, tm
     result = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script, "sh", *command],
         cwd=ROOT,
-        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=120,

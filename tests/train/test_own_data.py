@@ -16,7 +16,7 @@ from kangaroo_jax.errors import InputError
 from kangaroo_jax.train import own_data
 from kangaroo_jax.train.loop import train
 
-from .runs import LESS_OPTIMIZATION, ROOT, checkpoint, configured
+from .runs import ROOT, checkpoint, configured
 
 COUNT = 24
 
@@ -114,7 +114,7 @@ def test_several_devices_write_the_same(own, small_target_folder, tmp_path):
     written = []
     for devices, mesh in ((1, {}), (4, {"mesh.model": 2})):
         output = tmp_path / str(devices)
-        flags = f"{LESS_OPTIMIZATION} --xla_force_host_platform_device_count={devices}"
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, json.dumps(own | mesh | {"batch_size": 4}), str(output), str(devices)],
             env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},

@@ -101,7 +101,7 @@ def test_two_processes_give_the_losses_of_one_device_stop_together_and_the_first
     flags = [f"--coordinator=localhost:{port}", "--num_processes=2"]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {os.environ['XLA_FLAGS']}",
         "PYTHONPATH": str(ROOT),
     }
     outs = [tmp_path / f"out{i}" for i in range(2)]

@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -35,7 +34,7 @@ from kangaroo_jax.train.settings import make_mesh
 from kangaroo_jax.train.teacher import TeacherCache
 from tests.reports import Said
 
-from .runs import LESS_OPTIMIZATION, assert_same, configured
+from .runs import assert_same, configured
 
 ROOT = pathlib.Path(__file__).parents[2]
 SETTINGS = TrainConfig(
@@ -197,10 +196,7 @@ def test_killed_in_the_middle_goes_on_from_the_parts_that_are_whole(
     part_bytes = str(teacher_module._PART_BYTES)
     arguments = [part_bytes, small_target_folder, json.dumps(given(data)), tmp_path / "killed"]
     command = [sys.executable, "-c", SCRIPT, *arguments]
-    alike = os.environ | {"XLA_FLAGS": LESS_OPTIMIZATION}  # what is compared bit for bit is compiled alike
-    with subprocess.Popen(
-        command, cwd=ROOT, env=alike, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         said = process.stdout.readline()
         process.kill()
         assert said == "in the middle\n", process.stderr.read()
