@@ -105,7 +105,7 @@ def probabilities(
 
 def top_k_floor(logits: Float[Array, "... vocab"], top_k: Int[Array, "... 1"]) -> Float[Array, "... 1"]:
     """The k-th largest of logits that are at most 0; -inf where k is 0 (off) or more than there are."""
-    # 0 and up: the bits are in the numbers' order, but for those of -0.0. Adding 0.0 would do, did XLA not leave it out.
+    # 0 and up: the bits are in the numbers' order. Those of -0.0 are not, and XLA leaves out an addition of 0.0.
     distance = jnp.maximum(jax.lax.bitcast_convert_type(-logits, jnp.int32), 0)
 
     # Found by halving the interval of candidates, as in `nucleus_floor`: the smallest distance that k or more are
