@@ -5,8 +5,12 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 _JOIN = """
 import sys
+
+import pytest
 from absl import app
 from kangaroo_jax.cli import command_line, process_flags
 
@@ -48,6 +52,7 @@ def _slurm(task: int, tasks: int) -> dict[str, str]:
     return {f"SLURM_{name}": str(value) for name, value in values.items()}
 
 
+@pytest.mark.long
 def test_processes_join_by_flags_and_by_slurm_and_one_task_stays_alone():
     port = _port()
     flags = [f"--coordinator=localhost:{port}", "--num_processes=2"]
@@ -67,6 +72,7 @@ def test_processes_join_by_flags_and_by_slurm_and_one_task_stays_alone():
     ], outcomes
 
 
+@pytest.mark.long
 def test_what_cannot_be_reached_is_one_line_after_the_timeout():
     port = _port()
     with socket.create_server(("", 0)) as server:

@@ -100,6 +100,7 @@ def convert(**arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize("pair", ["gqa"], indirect=True)
 def test_command_converts(pair, tmp_path):
     target, folder = pair
     done = convert(adapter=folder, target=target.name, exit_layer=3, output=tmp_path / "converted")
@@ -110,6 +111,7 @@ def test_command_converts(pair, tmp_path):
         assert np.array_equal(named_leaves(converted.model)[path], x)
 
 
+@pytest.mark.parametrize("pair", ["gqa"], indirect=True)
 def test_command_names_what_is_wrong(pair, tmp_path):
     target, folder = pair
     done = convert(adapter=folder, target=target.name, exit_layer=8, output=tmp_path / "converted")

@@ -209,9 +209,9 @@ def test_long_prompts_in_pieces_equal_plain_decoding(tree, extra):
     engine = Engine(target, tiny_adapter(2), EngineConfig(2), draft)
     short = engine.add(Request([1, 2, 3], 90, eos_token_ids=()))
     engine.step()
-    id = engine.add(Request(prompt, 20, eos_token_ids=()))
+    id = engine.add(Request(prompt, 8, eos_token_ids=()))
     answers = run(engine)[0]
-    assert answers[id].tokens == reference_tokens(prompt, 20)
+    assert answers[id].tokens == reference_tokens(prompt, 8)
     assert answers[short].tokens == generate_plain(tiny_target(), [[1, 2, 3]], 90).tokens[0]
 
 
