@@ -9,8 +9,6 @@ import pytest
 
 _JOIN = """
 import sys
-
-import pytest
 from absl import app
 from kangaroo_jax.cli import command_line, process_flags
 
