@@ -2,8 +2,8 @@
 
 Standard input is an object: the server's "host" and "port", the number of "clients", and the "bodies" of requests to
 /v1/completions that stream. Each client sends the next one as soon as its last answer is complete. Standard output is
-an object: the "seconds" of all, and for each body, in order, the text and the seconds to its "first" piece. Uses
-Python's standard library alone, so that it takes little of the machine.
+an object: the "seconds" of all, and for each body, in order, the text, the seconds to its "first" piece, and, where the
+server says, its new "tokens". Uses Python's standard library alone, so that it takes little of the machine.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ def _ask(connection: http.client.HTTPConnection, body: str) -> dict[str, Any]:
     start = time.perf_counter()
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
     response = connection.getresponse()
-    text, first = "", None
+    text, first, tokens = "", None, None
     for line in response:
         if line.startswith(b"data: {"):
-            text += json.loads(line[len(b"data: ") :])["choices"][0]["text"]
+            chunk = json.loads(line[len(b"data: ") :])
+            text += "".join(choice["text"] for choice in chunk["choices"])
             first = time.perf_counter() - start if first is None else first
-    return {"status": response.status, "text": text, "first": first}
+            tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+    return {"status": response.status, "text": text, "first": first, "tokens": tokens}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import pytest
 
 from kangaroo_jax import DraftConfig, LookupConfig
 from kangaroo_jax.checkpoint.adapter import write_draft_settings
+from kangaroo_jax.config import ServeConfig
+from tests.serve.servers import MODEL, serving
 
 MISTAKES = [
     ([], "bench: error: expected a command, found ''"),
@@ -37,6 +39,7 @@ MISTAKES = [
     (["batch", "--threshold=2"], "threshold must be between 0 and 1"),
     (["serve", "--clients=0"], "--clients: expected whole numbers above 0, found '0'"),
     (["serve", "--shortest=5", "--longest=4"], "--longest: expected at least --shortest (5), found 4"),
+    (["serve", "--beside=localhost:8001"], "expected an address such as http://127.0.0.1:8001, found 'localhost:8001'"),
     (["load"], "--model is missing"),
     (["peers", "--model=/no/such/folder", "--adapter=x"], "no such folder"),
 ]
@@ -187,6 +190,20 @@ def test_serve_prints_a_row_per_number_of_clients(commands, flags):
     assert code == 0, err
     rows = [line.split() for line in out.splitlines()[-2:]]
     assert [(row[0], row[1], row[-3:]) for row in rows] == [("1", "1", ["5", "of", "5"]), ("3", "2", ["5", "of", "5"])]
+
+
+@pytest.mark.long
+def test_serve_measures_another_server_beside_it(commands, flags):
+    sizes = ["--clients=3", "--max_batch=2", "--requests=5", "--shortest=2", "--longest=6", "--runs=1"]
+    with serving(ServeConfig(queue_size=3)) as other:
+        code, out, err = commands.run("serve", *flags, *sizes, f"--beside={other.url}", f"--beside_model={MODEL}")
+        assert code == 0, err
+        assert other.metric("kangaroo_completion_tokens_total") >= 5 * 2
+        *_, speed, first, identical = out.splitlines()[-1].split()
+        assert float(speed) > 0 and float(first) > 0 and identical == "5"
+        code, out, err = commands.run("serve", *flags, *sizes, f"--beside={other.url}", "--beside_model=unknown")
+    assert code == 1
+    assert err.splitlines()[-1].endswith("did not answer a request (status 404)")
 
 
 @pytest.mark.parametrize(
