@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import flax.struct
 import jax
@@ -198,6 +198,19 @@ def prefill(
     start = jnp.zeros((rows,), jnp.int32)
     prompts, last = prefill_piece(target, draft_model, prompts, tokens, start, lengths, exit_layer=exit_layer)
     return first_tokens(target, prompts, last, admission, sampled=sampled, decides=kept > 0)
+
+
+def begin_batch(
+    target: TargetModel,
+    draft_model: DraftModel | None,
+    tokens: Int[Array, "rows time"],
+    lengths: Int[Array, " rows"],
+    admission: Admission,
+    **static: Any,
+) -> tuple[DecodeState, Int[Array, " rows"]]:
+    """`prefill`, and each prompt's first token: by then the state may be another program's to overwrite."""
+    state = prefill(target, draft_model, tokens, lengths, admission, **static)
+    return state, state.token
 
 
 def prefill_and_admit(

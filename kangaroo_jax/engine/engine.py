@@ -22,6 +22,7 @@ from kangaroo_jax.decode.pick import NO_TOKEN
 from kangaroo_jax.decode.prefill import (
     Admission,
     Prompts,
+    begin_batch,
     empty_prompts,
     empty_slots,
     prefill_and_admit,
@@ -70,6 +71,7 @@ class _Run:
     lookup_lengths: list[int] = dataclasses.field(default_factory=list)
     rounds: list[Round] = dataclasses.field(default_factory=list)  # where drafts are wanted
     chunks_ahead: int = 0  # launched and not read yet
+    assured: int = 0  # tokens that what was launched commits, unless the answer ends before
     ended: bool = False
 
 
@@ -155,6 +157,13 @@ class Engine:
         self._threshold = np.float32(draft.threshold if adapter is not None else 0.0)
         self._costs = costs_of_rounds(target, adapter, draft, self.shapes.round, config.max_batch, platform)
         self._signature = signature(self._weights, self.shapes, self._backend, config.max_batch)
+        # What programs are made of that begin with caches.
+        self._static = {
+            "exit_layer": self.shapes.round.exit_layer,
+            "backend": self._backend,
+            "looks_up": self.shapes.round.lookup is not None,
+            "kept": self.shapes.round.kept,
+        }
         self._programs = ProgramStore(_MAX_PROGRAMS)
         self._state: DecodeState | None = None
         self._capacity = 0
@@ -255,9 +264,9 @@ class Engine:
         The next chunk is launched before the last one's tokens are read, so that the device does not wait for text.
         """
         self._admit()
-        self._launch_rounds()
+        launched = self._launch_rounds()
         events: list[Event] = []
-        while self._launched and (len(self._launched) > 1 or not any(self._running())):
+        while self._launched and (len(self._launched) > 1 or not launched):
             launched = self._launched.popleft()
             if any(run is not None and not run.ended for run in launched.runs):  # else nobody waits for its end
                 events += self._read(launched)
@@ -315,7 +324,7 @@ class Engine:
             take = self._program("take a prompt", (self._capacity,), take_prompt, (), None, self._state, np.int32(0))
             prompts = take(self._state, np.int32(slot))
         else:
-            prompts = self._empty_prompts(run.plan.prompt_capacity)
+            prompts = empty_prompts(*self._weights, 1, capacity=run.plan.prompt_capacity, **self._static)
         self._slots[slot].run, self._slots[slot].held = run, []
         self._long_prompt = _LongPrompt(run, slot, prompts, reused)
         self._prefill_piece()
@@ -359,36 +368,59 @@ class Engine:
             [*(run.ids for run in runs), *[[]] * padding],
         )
         admission = Admission(max_output, eos, sampling)
-        inputs = (*self._weights, self._state, prompts, tokens, start, lengths, places, admission)
         sampled = self._sampled(runs)
-        capacity = 0 if prompts is None else prompts.deep.capacity
         before = self._clock()
-        program = self._program(
-            "admit",
-            (self._capacity, capacity, *tokens.shape, sampled),
-            prefill_and_admit,
-            (2,),
-            self._kept(),
-            *inputs,
-            exit_layer=self.shapes.round.exit_layer,
-            backend=self._backend,
-            sampled=sampled,
-            kept=self.shapes.round.kept,
-        )
-        self._state, first = program(*inputs)
+        if self._state is None and prompts is None and slots == list(range(len(self._slots))):
+            first = self._begin_batch(tokens, lengths, admission, sampled)
+        else:
+            first = self._put_into_slots(prompts, tokens, start, lengths, places, admission, sampled)
         for run, slot in zip(runs, slots, strict=True):
             if prompts is None:
                 run.start = before
+            run.assured = 1
             self._slots[slot].run, self._slots[slot].held = run, []
         self._launched.append(_Launched(runs, first, None))
 
+    def _begin_batch(
+        self, tokens: np.ndarray, lengths: np.ndarray, admission: Admission, sampled: bool
+    ) -> Int[Array, " rows"]:
+        """The running batch, made of prompts for all of its slots; their first tokens. Where nothing runs yet, this
+        takes less time than to put them into empty slots."""
+        inputs = (*self._weights, tokens, lengths, admission)
+        static = self._static | {"capacity": self._capacity, "sampled": sampled}
+        where = self._places(begin_batch, static, *inputs)
+        key = (self._capacity, *tokens.shape, sampled)
+        program = self._program("begin", key, begin_batch, (), where, *inputs, **static)
+        self._state, first = program(*inputs)
+        return first
+
+    def _put_into_slots(
+        self,
+        prompts: Prompts | None,
+        tokens: np.ndarray,
+        start: np.ndarray,
+        lengths: np.ndarray,
+        places: np.ndarray,
+        admission: Admission,
+        sampled: bool,
+    ) -> Int[Array, " rows"]:
+        """The last piece of prompts, whose rows go to `places` of the running batch; their first tokens."""
+        inputs = (*self._weights, self._running_state(), prompts, tokens, start, lengths, places, admission)
+        static = {name: x for name, x in self._static.items() if name != "looks_up"}  # the state says so
+        capacity = 0 if prompts is None else prompts.deep.capacity
+        key = (self._capacity, capacity, *tokens.shape, sampled)
+        program = self._program("admit", key, prefill_and_admit, (2,), self._kept(), *inputs, sampled=sampled, **static)
+        self._state, first = program(*inputs)
+        return first
+
     # --- Rounds.
 
-    def _launch_rounds(self) -> None:
+    def _launch_rounds(self) -> bool:
+        """Launches the next chunk, unless nothing runs, or chunks that are not read yet bring all to their ends."""
         runs = self._running()
         going_on = [run for run in runs if run is not None]
-        if not going_on:
-            return
+        if not going_on or (self._launched and all(run.assured >= run.max_new_tokens for run in going_on)):
+            return False
         self._reserve([])
         sampled = self._sampled(going_on)
         record = any(run.drafts for run in going_on)
@@ -409,10 +441,11 @@ class Engine:
             record=record,
         )
         self._state, chunk = program(*inputs)
-        for run in runs:
-            if run is not None:
-                run.chunks_ahead += 1
+        for run in going_on:
+            run.chunks_ahead += 1
+            run.assured += 0 if at_least else self.shapes.least_tokens(len(going_on))
         self._launched.append(_Launched(runs, None, chunk))
+        return True
 
     def _sampled(self, runs: Sequence[_Run]) -> bool:
         """Whether a program for these requests has to be able to sample. Where compiling takes long, one that has
@@ -434,7 +467,7 @@ class Engine:
                 capacity = max(capacity, capacity_class(run.plan.prompt_capacity))
             needed = max(needed, capacity)
         if self._state is None:
-            self._state = self._empty_state(needed)
+            needed = max(needed, self._capacity)
         elif needed > self._capacity or (needed and 2 * needed <= self._capacity):
             where = None
             if self.target.mesh is not None:
@@ -582,26 +615,21 @@ class Engine:
 
         return self._programs.get(key, lambda: SHARED.get(key, build))
 
-    def _empty_state(self, capacity: int) -> DecodeState:
-        static = {
-            "batch": self.config.max_batch,
-            "max_eos": MAX_EOS,
-            "exit_layer": self.shapes.round.exit_layer,
-            "capacity": capacity,
-            "backend": self._backend,
-            "looks_up": self.shapes.round.lookup is not None,
-            "kept": self.shapes.round.kept,
-        }
-        where = None
-        if self.target.mesh is not None:
-            abstract = jax.eval_shape(functools.partial(empty_slots, **static), *self._weights)
-            where = batch_shardings(abstract, self.target.mesh)
-        return self._program("empty", (capacity,), empty_slots, (), where, *self._weights, **static)(*self._weights)
+    def _running_state(self) -> DecodeState:
+        """The running batch, of empty slots where nothing has run."""
+        if self._state is None:
+            batch = {"batch": self.config.max_batch, "max_eos": MAX_EOS, "capacity": self._capacity}
+            static = self._static | batch
+            where = self._places(empty_slots, static, *self._weights)
+            program = self._program("empty", (self._capacity,), empty_slots, (), where, *self._weights, **static)
+            self._state = program(*self._weights)
+        return self._state
 
-    def _empty_prompts(self, capacity: int) -> Prompts:
-        shape = self.shapes.round
-        static = {"exit_layer": shape.exit_layer, "backend": self._backend, "kept": shape.kept}
-        return empty_prompts(*self._weights, 1, capacity=capacity, looks_up=shape.lookup is not None, **static)
+    def _places(self, function: Callable[..., PyTree], static: dict[str, Any], *inputs: Any) -> PyTree:
+        """Where what begins a batch lies on a mesh; None without one."""
+        if self.target.mesh is None:
+            return None
+        return batch_shardings(jax.eval_shape(functools.partial(function, **static), *inputs), self.target.mesh)
 
     def _kept(self) -> PyTree:
         """Where a program's results go: the state stays where it is, so that a program takes its own result."""

@@ -84,6 +84,11 @@ class Shapes:
         a small batch; of a large one, in which sequences end all the time, as many as are worth an interruption."""
         return max(1, slots // 32)
 
+    def least_tokens(self, sequences: int) -> int:
+        """The fewest tokens that a chunk of rounds commits for each of so many sequences, where none ends. It ends
+        early where one is far ahead."""
+        return CHUNK if sequences == 1 else min(CHUNK, -(-2 * CHUNK // self.round.max_commit))
+
     def chunk_positions(self, chunks: int) -> int:
         """The most positions that a sequence goes on by in so many chunks."""
         return chunks * max_chunk_tokens(CHUNK, self.round)

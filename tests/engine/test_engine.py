@@ -160,6 +160,20 @@ def test_200_mixes_equal_each_alone(first):
         check_mix(seed)
 
 
+@pytest.mark.parametrize("limits", [(1,), (2,), (33,), (34,), (60, 33)])
+def test_no_chunk_is_launched_behind_an_answers_end(monkeypatch, limits):
+    """A chunk of plain decoding is 32 tokens of each sequence, and prefill gives one."""
+    engine = Engine(lettered_target(), None, EngineConfig(len(limits)))
+    chunks = []
+    launched = engine_module._Launched
+    monkeypatch.setattr(engine_module, "_Launched", lambda *args: chunks.append(args[2] is not None) or launched(*args))
+    for prompt, most in zip(PROMPTS, limits, strict=False):
+        engine.add(Request(prompt, most, eos_token_ids=()))
+    answers = run(engine)[0]
+    assert [len(answers[i].tokens) for i in range(len(limits))] == list(limits)
+    assert sum(chunks) == -(-(max(limits) - 1) // 32)
+
+
 # --- What slots hold.
 
 
