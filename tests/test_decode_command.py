@@ -63,7 +63,7 @@ def test_compare_prints_text_table_and_json(results):
 @pytest.mark.long
 def test_compare_of_samples_does_not_speak_of_identical_tokens():
     flags = ("--compare", "--json", "--max_new_tokens=24", "--prompt=import os\n", "--temperature=0.8", "--top_p=0.95")
-    done = decode(*flags, "--seed=3", "--max_draft_len=1", env=AS_USERS)  # one width to compile
+    done = decode(*flags, "--seed=3", "--max_draft_len=1")  # one width to compile
     assert done.returncode == 0, done.stderr.decode()
     out = done.stdout.decode()
     *shown, last = out.splitlines()
@@ -93,7 +93,7 @@ def test_plain_decoding_gives_the_same_text_without_drafts(results):
 @pytest.mark.long
 def test_look_ups_are_shown_and_counted():
     prompt = "--prompt=class Stack:\n    def push(self, item):\n        self.items.append(item)\n"
-    flags = ("--lookup_tokens=8", "--show_drafts", "--json", "--compare", "--max_new_tokens=64")
+    flags = ("--lookup_tokens=8", "--max_draft_len=2", "--show_drafts", "--json", "--compare", "--max_new_tokens=64")
     done = decode(*flags, prompt, env=AS_USERS)
     assert done.returncode == 0, done.stderr.decode()
     *shown, last = done.stdout.decode().splitlines()
