@@ -209,6 +209,19 @@ def attention_context(
     return AttentionContext(rotaries, angles, windows, masks, start, backend, in_prompt)
 
 
+# Traced once for all layers that are alike; XLA inlines the calls. Tracing them one by one took most of the time that
+# a process needs before its first token where the programs are in the compilation cache.
+@jax.jit
+def _layer(
+    layer: nnx.Module,
+    x: Float[Array, "batch time hidden"],
+    context: AttentionContext,
+    keys: Array | None,
+    values: Array | None,
+) -> tuple[Float[Array, "batch time hidden"], Array, Array]:
+    return layer(x, context, keys, values)
+
+
 def apply_layers(
     layers: tuple[nnx.Module, ...],
     x: Float[Array, "batch time hidden"],
@@ -219,11 +232,11 @@ def apply_layers(
     # A Python loop, not a scan: a scan over stacked weights would slice or copy them at every step.
     if cache is None:
         for layer in layers:
-            x, _, _ = layer(x, context, None, None)
+            x, _, _ = _layer(layer, x, context, None, None)
         return x, None
     keys, values = list(cache.keys), list(cache.values)
     if len(keys) != len(layers):
         raise ValueError(f"the cache holds {len(keys)} layers, expected {len(layers)}")
     for i, layer in enumerate(layers):
-        x, keys[i], values[i] = layer(x, context, keys[i], values[i])
+        x, keys[i], values[i] = _layer(layer, x, context, keys[i], values[i])
     return x, cache.replace(keys=tuple(keys), values=tuple(values), length=cache.length + x.shape[1])
