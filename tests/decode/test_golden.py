@@ -31,7 +31,7 @@ def cases():
             seen.add((name, trace["gamma"]))
 
 
-@pytest.mark.parametrize(("name", "index"), cases())
+@pytest.mark.parametrize(("name", "index"), list(cases()))
 def test_tokens_and_accept_lengths_equal_the_authors(name, index):
     trace = TRACES[name][index]
     target, adapter = load(name)

@@ -209,8 +209,8 @@ def p_value(tokens, batch, distribution, places=slice(0, NEW), prompts=PROMPTS):
     return result
 
 
-# Every gamma with two of the three etas, every eta with two temperatures or more; batches of one, of four different prompts,
-# and of thousands; each filter alone, both and none. Settings of one gamma share a compiled program.
+# Every gamma with two of the three etas, every eta with two temperatures or more; batches of one, of four different
+# prompts, and of thousands; each filter alone, both and none. Settings of one gamma share a compiled program.
 SETTINGS = [
     # temperature, top_p, top_k, gamma, eta, batch
     pytest.param(1.0, 0.8, 9, 1, 0.0, 1, marks=pytest.mark.long),
