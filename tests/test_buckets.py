@@ -80,7 +80,12 @@ GOOGLE = '{{"error": {{"code": {}, "message": "{}"}}}}'
 AMAZON = "<Error><Code>{}</Code><Message>no</Message></Error>"
 WRONG = {
     "forbidden": (403, GOOGLE.format(403, "no access"), AMAZON.format("AccessDenied"), "this login may not do that .*"),
-    "expired": (401, GOOGLE.format(401, "Invalid Credentials"), AMAZON.format("ExpiredToken"), "the login is missing, .*"),
+    "expired": (
+        401,
+        GOOGLE.format(401, "Invalid Credentials"),
+        AMAZON.format("ExpiredToken"),
+        "the login is missing, .*",
+    ),
 }
 
 
@@ -90,7 +95,9 @@ def test_a_login_that_does_not_do_is_one_line(service, bucket, kind):
     status, google, amazon, expected = WRONG[kind]
     amazon_status = 400 if kind == "expired" else 403
     service.faults[:] = [
-        Fault(".", status=status, body=google) if service.scheme == "gs://" else Fault(".", status=amazon_status, body=amazon)
+        Fault(".", status=status, body=google)
+        if service.scheme == "gs://"
+        else Fault(".", status=amazon_status, body=amazon)
     ]
     fix = {"forbidden": "give it", "expired": "attach"}[kind]
     with pytest.raises(InputError, match=rf"^{re.escape(bucket.url)}/x: {expected}; {fix} "):
@@ -100,7 +107,9 @@ def test_a_login_that_does_not_do_is_one_line(service, bucket, kind):
 @pytest.mark.long
 def test_a_service_that_is_out_is_one_line_after_a_while(service, bucket):
     service.faults[:] = [out := Fault(".", status=503)]
-    expected = rf"^{re.escape(bucket.url)}: the storage service fails or cannot be reached .*; run the same command again"
+    expected = (
+        rf"^{re.escape(bucket.url)}: the storage service fails or cannot be reached .*; run the same command again"
+    )
     with pytest.raises(MachineError, match=expected):
         bucket.list()
     assert 2 < out.met < 40
@@ -118,5 +127,7 @@ def test_wrong_names_and_missing_clients_are_named(service, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, {"gs://": "gcsfs.core", "s3://": "s3fs"}[service.scheme], None)
     buckets._client.cache_clear()
     client = {"gs://": "gcsfs", "s3://": "s3fs"}[service.scheme]
-    with pytest.raises(InputError, match=rf"needs {client}, which is not installed; pip install 'kangaroo-jax\[bucket\]'"):
+    with pytest.raises(
+        InputError, match=rf"needs {client}, which is not installed; pip install 'kangaroo-jax\[bucket\]'"
+    ):
         Bucket(service.location("x")).list()

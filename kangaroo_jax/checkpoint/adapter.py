@@ -227,7 +227,9 @@ def _fetched(path: str | os.PathLike[str], arrays: bool = True) -> Iterator[path
             companions = (DRAFT_SETTINGS, DRAFT_VOCABULARY)
             copy.fetch_all(lambda name: name in companions or (of_step(name) in steps and not has_arrays(name)))
             best = best_step(copy.path)
-            copy.fetch_all(lambda name: arrays and of_step(name) == int(best.name) and not has_arrays(name, "optimizer"))
+            copy.fetch_all(
+                lambda name: arrays and of_step(name) == int(best.name) and not has_arrays(name, "optimizer")
+            )
         else:
             copy.fetch_all(lambda name: not has_arrays(f"0/{name}", *(("optimizer",) if arrays else ())))
         yield copy.path

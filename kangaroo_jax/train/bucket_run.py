@@ -119,7 +119,12 @@ class _Lock:
 
     def __init__(self, bucket: buckets.Bucket):
         self._bucket = bucket
-        self._mine = {"process": os.getpid(), "host": socket.gethostname(), "machine": _machine(), "id": uuid.uuid4().hex}
+        self._mine = {
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "machine": _machine(),
+            "id": uuid.uuid4().hex,
+        }
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
 

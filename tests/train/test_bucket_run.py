@@ -159,7 +159,9 @@ def test_the_best_is_kept_beside_the_newest_across_runs(gcs, run, target):
         load_adapter(output, target)
 
 
-@pytest.mark.parametrize("kind", ["of this process", "that is renewed", "of a process that was killed", "left long ago"])
+@pytest.mark.parametrize(
+    "kind", ["of this process", "that is renewed", "of a process that was killed", "left long ago"]
+)
 def test_a_lock(service, kind, monkeypatch):
     """...is refused where its holder goes on, which it names, and taken where not."""
     monkeypatch.setattr(bucket_run, "_DEAD", 1.0)
@@ -180,7 +182,9 @@ def test_a_lock(service, kind, monkeypatch):
             return found
 
         monkeypatch.setattr(bucket_run._Lock, "_read", renewed)
-        with pytest.raises(InputError, match=f"^output: {bucket} is being written by process 5 on here; wait for its end"):
+        with pytest.raises(
+            InputError, match=f"^output: {bucket} is being written by process 5 on here; wait for its end"
+        ):
             bucket_run._Lock(bucket).__enter__()
         return
     with bucket_run._Lock(bucket) as lock:
@@ -188,7 +192,10 @@ def test_a_lock(service, kind, monkeypatch):
         if kind == "of this process":
             monkeypatch.setattr(bucket_run, "_RENEWAL", 0.05)
             monkeypatch.setattr(bucket_run, "_DEAD", 30.0)
-            with bucket_run._Lock(Bucket(f"{bucket}-2")), pytest.raises(InputError, match="is being written by process"):
+            with (
+                bucket_run._Lock(Bucket(f"{bucket}-2")),
+                pytest.raises(InputError, match="is being written by process"),
+            ):
                 bucket_run._Lock(Bucket(f"{bucket}-2")).__enter__()
         bucket.write(bucket_run.LOCK, json.dumps(mine).encode())
         with pytest.raises(MachineError, match=f"^{bucket}: another run has taken it over"):
