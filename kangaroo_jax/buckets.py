@@ -19,9 +19,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
-from kangaroo_jax import paths
 from kangaroo_jax.errors import InputError, MachineError, one_line
 
 SCHEMES = ("gs://", "s3://")
@@ -109,6 +108,17 @@ class Bucket:
 
         return self._ask(name, read) if ranges else []
 
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        """An object as a file, which is read in pieces."""
+        try:
+            with self._ask(name, lambda client: client.open(self._key(name), "rb")) as file:
+                yield file
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] not in _LIBRARIES and not isinstance(error, OSError):
+                raise
+            raise self._explained(name, error) from None
+
     def write(self, name: str, content: bytes) -> None:
         """Writes an object, or replaces it."""
         self._writing(name, lambda client: client.pipe_file(self._key(name), content))
@@ -194,18 +204,22 @@ class Bucket:
     def _ask(self, name: str, request: Callable[[Any], Any]) -> Any:
         """What a request of the client gives, with what is wrong in one line. `FileNotFoundError` and `FileExistsError`
         are the caller's."""
-        for left in reversed(range(_ATTEMPTS)):
+        client, attempt = _client(self.scheme), 1
+        while True:
             try:
-                return request(_client(self.scheme))
-            except (FileNotFoundError, FileExistsError, InputError):
+                return request(client)
+            except (FileNotFoundError, FileExistsError):
                 raise
             except Exception as error:  # of the client, the HTTP library under it, and the login's library
-                if not left or not _is_passing(error):
+                if attempt == _ATTEMPTS or not _is_passing(error):
                     raise self._explained(name, error) from None
-                time.sleep(2.0 ** (_ATTEMPTS - left))
+            time.sleep(2.0**attempt)
+            attempt += 1
 
     def _explained(self, name: str, error: Exception) -> InputError | MachineError:
         where = f"{self.url}/{name}".removesuffix("/")
+        if isinstance(error, FileNotFoundError):
+            return InputError(f"{where}: no such object")
         said = f"{type(error).__name__}: {error} {error.__cause__}"  # Amazon's own code is in the cause
         code = getattr(error, "code", None)
         if any(word in said for word in ("Forbidden", "AccessDenied", "Access Denied")) or code == 403:
@@ -225,6 +239,7 @@ class Bucket:
         )
 
 
+_LIBRARIES = ("gcsfs", "s3fs", "fsspec", "aiohttp", "aiobotocore", "botocore", "google", "requests", "urllib3")
 _CREDENTIALS = ("RefreshError", "DefaultCredentialsError", "Credentials", "ExpiredToken", "InvalidAccessKeyId", "Token")
 
 
@@ -286,13 +301,31 @@ class Copy:
         self.bucket.fetch(self.path, {x: n for x, n in self.sizes.items() if wanted(x) and not there(x).exists()})
 
 
+def matching(pattern: str) -> dict[str, int]:
+    """URL -> bytes of the objects that a pattern with `*`, `?`, `[...]` and `**` names, sorted.
+
+    Raises:
+      InputError, MachineError: as `Bucket`.
+    """
+    folder = Bucket(pattern)
+    try:
+        found = folder._ask("", lambda client: client.glob(folder.url.removeprefix(folder.scheme), detail=True))
+    except FileNotFoundError:
+        return {}
+    return {f"{folder.scheme}{key}": about["size"] for key, about in sorted(found.items()) if about["type"] == "file"}
+
+
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """A file, or an object of a bucket.
 
     Raises:
-      OSError: for a file that cannot be read, or that is not there.
+      OSError: for a file that cannot be read.
+      InputError: for an object that is not there; and as `Bucket`.
     """
     if not is_bucket(path):
-        return paths.expanded(path).read_bytes()
+        return pathlib.Path(path).read_bytes()
     folder, name = Bucket(str(path)).parent
-    return folder.read(name)
+    try:
+        return folder.read(name)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such object") from None

@@ -24,7 +24,8 @@ from kangaroo_jax import buckets
 
 BUCKET = "kangaroo"
 _COMMANDS = {
-    "gs://": "from gcp_storage_emulator.__main__ import main; main(['start', '-M', '--default-bucket={bucket}', '--port={port}'])",
+    "gs://": "from gcp_storage_emulator.__main__ import main\n"
+    "main(['start', '-M', '--default-bucket={bucket}', '--port={port}'])",
     "s3://": "from moto.server import main; main(['--port={port}'])",
 }
 # moto wants a signature, and does not check it.

@@ -1,10 +1,12 @@
 """What the package asks of buckets, and what it says when something is wrong, against emulators."""
 
+import json
+import os
 import re
 
 import pytest
 
-from kangaroo_jax import buckets
+from kangaroo_jax import bucket_lock, buckets
 from kangaroo_jax.buckets import Bucket, Copy
 from kangaroo_jax.errors import InputError, MachineError
 
@@ -131,3 +133,51 @@ def test_wrong_names_and_missing_clients_are_named(service, monkeypatch):
         InputError, match=rf"needs {client}, which is not installed; pip install 'kangaroo-jax\[bucket\]'"
     ):
         Bucket(service.location("x")).list()
+
+
+def lock_on(bucket):
+    return bucket_lock.BucketLock(bucket, "run.lock", f"output: {bucket}", "name another folder")
+
+
+@pytest.mark.parametrize(
+    "kind", ["of this process", "that is renewed", "of a process that was killed", "left long ago"]
+)
+def test_a_lock(service, kind, monkeypatch):
+    """...is refused where its holder goes on, which it names, and taken where not."""
+    monkeypatch.setattr(bucket_lock, "_DEAD", 1.0)
+    name = f"lock/{kind.replace(' ', '-')}"
+    bucket = Bucket(service.location(name))
+    mine = {"process": os.getpid(), "host": "here", "machine": bucket_lock._machine(), "id": "x", "renewals": 0}
+    if kind == "of a process that was killed":
+        monkeypatch.setattr(bucket_lock, "_DEAD", 1000.0)
+        bucket.write("run.lock", json.dumps(mine | {"process": 2**22}).encode())
+    elif kind != "of this process":
+        bucket.write("run.lock", json.dumps(mine | {"machine": "another", "process": 5}).encode())
+    if kind == "that is renewed":
+        read = bucket_lock.BucketLock._read
+
+        def renewed(self):
+            found = read(self)
+            self._bucket.write("run.lock", json.dumps(found | {"renewals": found["renewals"] + 1}).encode())
+            return found
+
+        monkeypatch.setattr(bucket_lock.BucketLock, "_read", renewed)
+        with pytest.raises(
+            InputError, match=f"^output: {bucket} is being written by process 5 on here; wait for its end"
+        ):
+            lock_on(bucket).__enter__()
+        return
+    with lock_on(bucket) as lock:
+        lock.check()
+        if kind == "of this process":
+            monkeypatch.setattr(bucket_lock, "_RENEWAL", 0.05)
+            monkeypatch.setattr(bucket_lock, "_DEAD", 30.0)
+            with (
+                lock_on(Bucket(f"{bucket}-2")),
+                pytest.raises(InputError, match="is being written by process"),
+            ):
+                lock_on(Bucket(f"{bucket}-2")).__enter__()
+        bucket.write("run.lock", json.dumps(mine).encode())
+        with pytest.raises(MachineError, match=f"^output: {bucket}: another run has taken it over"):
+            lock.check()
+    assert service.listing(f"{name}/") == {f"{name}/run.lock": len(json.dumps(mine))}  # the other's stays

@@ -220,8 +220,8 @@ def _fetched(path: str | os.PathLike[str], arrays: bool = True) -> Iterator[path
         steps, unfinished = stored_steps(copy.sizes)
         if unfinished and not steps:
             raise InputError(
-                f"{copy.bucket}: step {unfinished[-1]} has no {COMMITTED}, as if half-written; copy it again, or run its "
-                "training again"
+                f"{copy.bucket}: step {unfinished[-1]} has no {COMMITTED}, as if half-written; copy it again, or "
+                "run its training again"
             )
         if steps:
             companions = (DRAFT_SETTINGS, DRAFT_VOCABULARY)

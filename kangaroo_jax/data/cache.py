@@ -91,8 +91,8 @@ class CacheFolder:
         return str(self.bucket or self.path)
 
     def fetch(self, name: str) -> dict[str, int]:
-        """Copies the files of the cache called `name` that are in the bucket and not, or of another size, here. Returns
-        the name and size of all that the bucket has; nothing without a bucket.
+        """Copies the files of the cache called `name` that are in the bucket and not, or of another size, here.
+        Returns the name and size of all that the bucket has; nothing without a bucket.
 
         Raises:
           InputError: for too little room.
@@ -104,11 +104,11 @@ class CacheFolder:
         wanted = {file: size for file, size in stored.items() if _size_of(folder / file) != size}
         if wanted:
             folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(folder).free
-            if sum(wanted.values()) > free:
+            needed, free = sum(wanted.values()), shutil.disk_usage(folder).free
+            if needed > free:
                 raise InputError(
-                    f"data.cache: a copy of {there} needs {sum(wanted.values())} bytes in {folder}, of which {free} are "
-                    "free; make room, or name another place with XDG_CACHE_HOME"
+                    f"data.cache: a copy of {there} needs {needed} bytes in {folder}, of which {free} are free; make "
+                    "room, or name another place with XDG_CACHE_HOME"
                 )
             there.fetch(folder, wanted)
         return stored
@@ -402,6 +402,6 @@ def _describe(
 
 def _shares(sources: Sequence[Source]) -> list[float]:
     """For the progress bar: where each source starts, and the last one ends, as shares of all bytes."""
-    sizes = [len(source.text) if source.path is None else source.path.stat().length for source in sources]
+    sizes = [source.size for source in sources]
     ends = np.cumsum([0, *sizes]) / max(1, sum(sizes))
     return ends.tolist()

@@ -10,25 +10,17 @@ variables and retries.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import pathlib
-import socket
-import threading
-import time
-import uuid
 from collections.abc import Collection, Iterator
-from typing import Any
 
 import jax
 
-from kangaroo_jax import buckets, json_text
+from kangaroo_jax import buckets
+from kangaroo_jax.bucket_lock import BucketLock
 from kangaroo_jax.checkpoint.adapter import COMMITTED, has_arrays, of_step, send_folder, stored_steps
-from kangaroo_jax.errors import InputError, MachineError
+from kangaroo_jax.errors import InputError
 
 LOCK = "run.lock"
-_RENEWAL = 10.0  # seconds after which a run that goes on writes its lock again
-_DEAD = 45.0  # a lock that nobody has written for so long is that of a run that was killed
 
 
 class BucketRun(buckets.Copy):
@@ -38,7 +30,7 @@ class BucketRun(buckets.Copy):
 
     def __init__(self, bucket: buckets.Bucket):
         super().__init__(bucket)
-        self._lock: _Lock | None = None
+        self._lock: BucketLock | None = None
         self._sent: dict[str, int] = {}  # events files -> bytes
         self._steps = set(stored_steps(self.sizes)[0])
         try:
@@ -77,12 +69,10 @@ class BucketRun(buckets.Copy):
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """By an object that the holder writes again every few seconds, so that the lock of a run that was killed can be
-        told from that of one that goes on."""
         if jax.process_index() != 0:
             yield
             return
-        with _Lock(self.bucket) as self._lock:
+        with BucketLock(self.bucket, LOCK, f"output: {self}", "name another folder") as self._lock:
             names = self.bucket.list()
             complete, unfinished = stored_steps(names)
             if set(complete) != self._steps:
@@ -112,97 +102,3 @@ def free_name(step: int, taken: Collection[str]) -> str:
     """What a damaged step is called, given what there is beside it."""
     names = (f"damaged-{step}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
     return next(name for name in names if name not in taken)
-
-
-class _Lock:
-    """`LOCK` in a run's folder, held by this process; a context manager."""
-
-    def __init__(self, bucket: buckets.Bucket):
-        self._bucket = bucket
-        self._mine = {
-            "process": os.getpid(),
-            "host": socket.gethostname(),
-            "machine": _machine(),
-            "id": uuid.uuid4().hex,
-        }
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew, daemon=True)
-
-    def __enter__(self) -> _Lock:
-        while not self._bucket.create(LOCK, self._content(0)):
-            self._wait_for_its_end()
-        _HELD.add(self._mine["id"])
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _HELD.discard(self._mine["id"])
-        self._stop.set()
-        self._thread.join()
-        with contextlib.suppress(InputError, MachineError):  # it looks dead after a while
-            if self._is_mine():
-                self._bucket.remove([LOCK])
-
-    def check(self) -> None:
-        """Raises `MachineError` where another run has taken the lock, because this one could not renew it."""
-        if not self._is_mine():
-            raise MachineError(f"{self._bucket}: another run has taken it over; let that one go on")
-
-    def _is_mine(self) -> bool:
-        return (self._read() or {}).get("id") == self._mine["id"]
-
-    def _content(self, renewals: int) -> bytes:
-        return json.dumps(self._mine | {"renewals": renewals}).encode()
-
-    def _read(self) -> dict[str, Any] | None:
-        """What the lock says; None where there is none."""
-        try:
-            found = json_text.parse(self._bucket.read(LOCK))
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            return {}
-        return found if isinstance(found, dict) else {}
-
-    def _wait_for_its_end(self) -> None:
-        """Until there is no lock, or it looks dead, which removes it. `InputError` where its holder goes on."""
-        first, since = self._read(), time.monotonic()
-        same_machine = (first or {}).get("machine") == self._mine["machine"]
-        killed = same_machine and first["id"] not in _HELD and not _runs(first["process"])
-        while not killed and time.monotonic() < since + _DEAD:
-            now = self._read()
-            if now is None:
-                return
-            if now != first:
-                raise InputError(
-                    f"output: {self._bucket} is being written by process {now.get('process')} on {now.get('host')}; "
-                    "wait for its end, or name another folder"
-                )
-            time.sleep(min(1.0, _DEAD / 10))
-        if self._read() == first:
-            self._bucket.remove([LOCK])
-
-    def _renew(self) -> None:
-        renewals = 0
-        while not self._stop.wait(_RENEWAL):
-            with contextlib.suppress(InputError, MachineError):  # publishing says what is wrong
-                if not self._is_mine():
-                    return
-                renewals += 1
-                self._bucket.write(LOCK, self._content(renewals))
-
-
-_HELD: set[str] = set()  # ids of this process's own
-
-
-def _machine() -> str:
-    """Where process numbers mean the same: this machine until it starts again, or a container on it."""
-    try:
-        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return uuid.uuid4().hex
-
-
-def _runs(process: Any) -> bool:
-    return isinstance(process, int) and process != os.getpid() and pathlib.Path(f"/proc/{process}").exists()

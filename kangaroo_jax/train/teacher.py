@@ -154,7 +154,7 @@ class TeacherCache:
         return range(start, min(start + self._part_rows, len(self._rows)))
 
     def _missing(self, report: Report) -> Int[np.ndarray, " parts"]:
-        """1 for each part that does not exist or is damaged, else 0. One that is here and not in the bucket goes there."""
+        """1 for each part that does not exist or is damaged, else 0. One that is here and not in the bucket is sent."""
         missing = np.ones(-(-len(self._rows) // self._part_rows), np.int32)
         for part in range(len(missing)):
             path = self._path(part)

@@ -1,25 +1,28 @@
 """Runs whose folder is in a bucket, in emulators: killed, continued, damaged, contended for. A run that went on must
 equal, bit for bit, one to which nothing happened, and its folder was on a disk."""
 
-import json
+import concurrent.futures
+import glob
 import os
+import pathlib
 import re
 import signal
+import socket
+import subprocess
 import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kangaroo_jax.buckets import Bucket
 from kangaroo_jax.checkpoint.adapter import COMMITTED, adapter_metadata, load_adapter, named_leaves, training_of
 from kangaroo_jax.errors import InputError, MachineError
-from kangaroo_jax.train import bucket_run, checkpoints, run_folder
+from kangaroo_jax.train import checkpoints, run_folder
 from kangaroo_jax.train.loop import train
-from tests.emulators import BUCKET, Fault
+from tests.emulators import Fault
 from tests.reports import Said
 
-from .runs import assert_same, checkpoint, configured
+from .runs import LESS_OPTIMIZATION, ROOT, assert_same, checkpoint, configured
 from .test_faults import ENVIRONMENT, flags, started
 
 # train.py, killed when all of a step but its last object is in the bucket.
@@ -109,8 +112,8 @@ def test_outages_and_sigterm_on_the_way_change_nothing(aws, run, settings, tmp_p
     with pytest.raises(MachineError) as error:
         train(configured(settings, output=output))
     assert re.fullmatch(
-        rf"{output}: a checkpoint could not be written \({output}/20/\S+: the storage service fails or cannot be reached "
-        rf".*\); when that is fixed, then the same command goes on from step {step}",
+        rf"{output}: a checkpoint could not be written \({output}/20/\S+: the storage service fails or cannot be "
+        rf"reached .*\); when that is fixed, then the same command goes on from step {step}",
         str(error.value),
     )
     aws.faults.clear()
@@ -159,46 +162,108 @@ def test_the_best_is_kept_beside_the_newest_across_runs(gcs, run, target):
         load_adapter(output, target)
 
 
-@pytest.mark.parametrize(
-    "kind", ["of this process", "that is renewed", "of a process that was killed", "left long ago"]
-)
-def test_a_lock(service, kind, monkeypatch):
-    """...is refused where its holder goes on, which it names, and taken where not."""
-    monkeypatch.setattr(bucket_run, "_DEAD", 1.0)
-    name = f"lock/{kind.replace(' ', '-')}"
-    bucket = Bucket(service.location(name))
-    mine = {"process": os.getpid(), "host": "here", "machine": bucket_run._machine(), "id": "x", "renewals": 0}
-    if kind == "of a process that was killed":
-        monkeypatch.setattr(bucket_run, "_DEAD", 1000.0)
-        bucket.write(bucket_run.LOCK, json.dumps(mine | {"process": 2**22}).encode())
-    elif kind != "of this process":
-        bucket.write(bucket_run.LOCK, json.dumps(mine | {"machine": "another", "process": 5}).encode())
-    if kind == "that is renewed":
-        read = bucket_run._Lock._read
+@pytest.mark.long
+def test_data_cache_and_teacher_in_a_bucket_serve_another_machine(gcs, settings, tmp_path, monkeypatch):
+    """The second machine finds all of it made, and the third a part damaged; the results are those of a folder."""
+    monkeypatch.setattr("kangaroo_jax.train.teacher._PART_BYTES", 20 * 64 * 64 * 2)  # 20 rows
+    stdlib = settings["data.files"]
+    files = [path for path in glob.glob(stdlib) if not path.endswith("ast.py")]
+    for path in files:
+        gcs.put(f"data/{os.path.basename(path)}", pathlib.Path(path).read_bytes())
+    small = settings | {"steps": 4, "save_every": 4, "teacher": "cached"}
+    there = small | {"data.files": gcs.location("data/*.py"), "data.cache": gcs.location("cache")}
+    results, reports = [], []
+    for machine in ("first", "second", "third"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
+        reports.append(Said())
+        gcs.received = 0
+        config = configured(there, output=str(tmp_path / f"run-{machine}"))
+        results.append(train(config, report=reports[-1]))
+        stored = gcs.listing("cache/")
+        if machine == "second":
+            damaged = max((name for name in stored if "rows-" in name), key=stored.get)
+            before = gcs.content(damaged)
+            gcs.put(damaged, before[: len(before) // 2])
+    first, second, third = (report.text for report in reports)
+    assert "parts, into gs://kangaroo/cache/teacher-" in first
+    assert "data: " in first
+    assert "to compute" not in second
+    assert re.search(r"damaged; computing it again\n", third)
+    assert re.search(r"to compute .* 1 of \d+ parts", third)
+    assert gcs.content(damaged) == before
+    assert len([name for name in stored if "rows-" in name]) > 2
+    assert not [name for name in stored if name.endswith((".tmp", ".lock"))]
 
-        def renewed(self):
-            found = read(self)
-            self._bucket.write(bucket_run.LOCK, json.dumps(found | {"renewals": found["renewals"] + 1}).encode())
-            return found
+    folder = small | {"data.files": ",".join(files), "data.cache": str(tmp_path / "folder")}
+    assert results == [train(configured(folder, output=str(tmp_path / "run-folder")))] * 3
+    assert_same(tmp_path / "run-folder" / "4", tmp_path / "run-second" / "4")
 
-        monkeypatch.setattr(bucket_run._Lock, "_read", renewed)
-        with pytest.raises(
-            InputError, match=f"^output: {bucket} is being written by process 5 on here; wait for its end"
-        ):
-            bucket_run._Lock(bucket).__enter__()
-        return
-    with bucket_run._Lock(bucket) as lock:
-        lock.check()
-        if kind == "of this process":
-            monkeypatch.setattr(bucket_run, "_RENEWAL", 0.05)
-            monkeypatch.setattr(bucket_run, "_DEAD", 30.0)
-            with (
-                bucket_run._Lock(Bucket(f"{bucket}-2")),
-                pytest.raises(InputError, match="is being written by process"),
-            ):
-                bucket_run._Lock(Bucket(f"{bucket}-2")).__enter__()
-        bucket.write(bucket_run.LOCK, json.dumps(mine).encode())
-        with pytest.raises(MachineError, match=f"^{bucket}: another run has taken it over"):
-            lock.check()
-    assert service.listing(f"{name}/") == {f"{name}/run.lock": len(json.dumps(mine))}  # the other's stays
-    assert BUCKET in bucket.url
+
+# As train.py, where a process is killed after its step 12: the middle between two checkpoints.
+_TWO = """
+import os, runpy, signal, sys
+from kangaroo_jax.train import loop
+put = loop._Run._put
+def killed(self, batch):
+    if self.step == 12 and os.environ.get("KILLED") == "yes":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return put(self, batch)
+loop._Run._put = killed
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def both(command, environment, killed=None):
+    """Two processes of a run, of which one may be killed: exit codes, and what they print."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    processes = []
+    for i in range(2):
+        join = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={i}"]
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", _TWO, *command, *join],
+                cwd=ROOT,
+                env=environment | {"KILLED": "yes" if i == killed else "no"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        printed = list(executor.map(lambda process: process.communicate(timeout=300), processes))
+    return [process.returncode for process in processes], printed
+
+
+@pytest.mark.long
+def test_one_of_two_processes_killed_and_then_both_again_equals_undisturbed(
+    gcs, settings, small_target_folder, tmp_path
+):
+    gcs.put_folder(small_target_folder, "two/target")
+    small = settings | {
+        "target": gcs.location("two/target"),
+        "exit_layer": 1,
+        "batch_size": 8,
+        "sequence_length": 32,
+        "data.cache": gcs.location("two/cache"),
+        "mesh.data": 2,
+        "evaluate_every": 1000,
+    }
+    environment = os.environ | gcs.environment | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
+    environment["XLA_FLAGS"] = f"{LESS_OPTIMIZATION} --xla_force_host_platform_device_count=2"
+    undisturbed, disturbed = (flags(small | {"output": gcs.location(f"two/{x}")}) for x in ("one", "other"))
+    codes, printed = both(undisturbed, environment)
+    assert codes == [0, 0], printed
+    assert tops(gcs, "two/one") == {"10", "20"}
+
+    codes, printed = both(disturbed, environment, killed=1)
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] != 0
+    assert tops(gcs, "two/other") == {"10", "run.lock"}
+    print(printed[0])
+    codes, printed = both(disturbed, environment)
+    assert codes == [0, 0], printed
+    assert f"{gcs.location('two/other')}: going on from step 10" in printed[0][0]
+    assert tops(gcs, "two/other") == {"10", "20"}
+    folders = [fetched(gcs, f"two/{x}", 20, tmp_path / x) for x in ("one", "other")]
+    assert_same(*folders)
