@@ -74,8 +74,7 @@ class Service:
         class Handler(_Handler):
             proxied = service
 
-        self._proxy = http.server.ThreadingHTTPServer(("localhost", 0), Handler)
-        self._proxy.daemon_threads = True
+        self._proxy = _Proxy(("localhost", 0), Handler)
         self.url = f"http://localhost:{self._proxy.server_address[1]}"
         threading.Thread(target=self._proxy.serve_forever, daemon=True).start()
         self._wait()
@@ -159,6 +158,15 @@ class Service:
         return None
 
 
+class _Proxy(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 100
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exception(), ConnectionError):  # a client was killed
+            super().handle_error(request, client_address)
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     proxied: Service
@@ -176,12 +184,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
         exclusive = query.get("ifGenerationMatch") == ["0"]  # which this emulator does not look at
-        name = re.search(rb'"name": ?"(.*?)"', body).group(1).decode() if exclusive else ""
+        named = re.search(rb'"name": ?"(.*?)"', body[:1000])
+        name = "" if named is None else named.group(1).decode()
         with service._exclusive if exclusive else contextlib.nullcontext():
             if exclusive and name in service.listing(name):
                 self._answer(412, {}, b'{"error": {"code": 412, "message": "conditionNotMet"}}')
                 return
-            status, headers, content = self._ask(body)
+            status, headers, content = self._ask(*self._as_it_is(query, name, body))
         self._answer(status, headers, content, cut=fault is not None and fault.cut)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = _forward
@@ -194,11 +203,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def _ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def _as_it_is(self, query: dict[str, list[str]], name: str, body: bytes) -> tuple[str, bytes]:
+        """The path and body to forward. Of an object in several parts, this emulator takes off a line break at its end,
+        so it goes on as one part."""
+        if query.get("uploadType") != ["multipart"]:
+            return self.path, body
+        boundary = b"--" + re.search(r'boundary="?([^";]+)', self.headers["Content-Type"]).group(1).encode()
+        content = body.split(boundary, 2)[2].partition(b"\n\n")[2].rpartition(b"\n" + boundary)[0]
+        path = f"{urllib.parse.urlsplit(self.path).path}?uploadType=media&name={urllib.parse.quote(name, safe='')}"
+        return (path, content) if content else (self.path, body)  # nor does it take an empty one
+
+    def _ask(self, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
         port = self.proxied._port
         connection = http.client.HTTPConnection("localhost", port, timeout=60)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP}
-        connection.request(self.command, self.path, body, headers | {"Host": f"localhost:{port}"})
+        if path != self.path:
+            headers["Content-Type"] = "application/octet-stream"
+        connection.request(self.command, path, body, headers | {"Host": f"localhost:{port}"})
         answer = connection.getresponse()
         content = answer.read()
         there = {name: value for name, value in answer.getheaders() if name.lower() not in _HOP}

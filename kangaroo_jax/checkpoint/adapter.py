@@ -264,8 +264,10 @@ def send_folder(folder: pathlib.Path, bucket: buckets.Bucket) -> None:
     sizes = {str(x.relative_to(folder)): x.stat().st_size for x in folder.rglob("*") if x.is_file()}
     sizes.pop(COMMITTED, None)
     bucket.send(folder, sizes)
-    if not sizes.items() <= bucket.list().items():
-        raise MachineError(f"{bucket}: not all of it is there as it was sent; does another process write to it?")
+    found = bucket.list()
+    for name, size in sizes.items():
+        if found.get(name) != size:
+            raise MachineError(f"{bucket}/{name}: expected {size} bytes after sending it, found {found.get(name)}")
     bucket.write(COMMITTED, b"")
 
 

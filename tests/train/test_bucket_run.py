@@ -202,7 +202,9 @@ def test_data_cache_and_teacher_in_a_bucket_serve_another_machine(gcs, settings,
 # As train.py, where a process is killed after its step 12: the middle between two checkpoints.
 _TWO = """
 import os, runpy, signal, sys
+from kangaroo_jax import distributed
 from kangaroo_jax.train import loop
+distributed._LIMITS["heartbeat_timeout_seconds"] = 10  # after which JAX ends a process that misses another
 put = loop._Run._put
 def killed(self, batch):
     if self.step == 12 and os.environ.get("KILLED") == "yes":
@@ -260,7 +262,7 @@ def test_one_of_two_processes_killed_and_then_both_again_equals_undisturbed(
     assert codes[1] == -signal.SIGKILL
     assert codes[0] != 0
     assert tops(gcs, "two/other") == {"10", "run.lock"}
-    print(printed[0])
+    assert "another task died" in printed[0][1]
     codes, printed = both(disturbed, environment)
     assert codes == [0, 0], printed
     assert f"{gcs.location('two/other')}: going on from step 10" in printed[0][0]
