@@ -77,9 +77,13 @@ class Service:
         self._proxy = _Proxy(("localhost", 0), Handler)
         self.url = f"http://localhost:{self._proxy.server_address[1]}"
         threading.Thread(target=self._proxy.serve_forever, daemon=True).start()
-        self._wait()
-        if scheme == "s3://":
-            self._ask("PUT", f"/{BUCKET}")
+        try:
+            self._wait()
+            if scheme == "s3://":
+                self._ask("PUT", f"/{BUCKET}")
+        except BaseException:
+            self.end()
+            raise
 
     @property
     def environment(self) -> dict[str, str]:

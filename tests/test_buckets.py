@@ -1,8 +1,11 @@
 """What the package asks of buckets, and what it says when something is wrong, against emulators."""
 
+import asyncio
 import json
 import os
 import re
+import sys
+import time
 
 import pytest
 
@@ -57,8 +60,15 @@ def test_one_of_two_creates_an_object(service, bucket):
     assert service.content(key(bucket, "lock")) == b"first"
 
 
-@pytest.mark.long
-def test_what_fails_for_a_moment_or_comes_short_is_asked_for_again(service, bucket, tmp_path, monkeypatch):
+@pytest.fixture
+def quick(monkeypatch):
+    """Clients wait a twentieth of what they would before they ask again."""
+    sleep = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds, *rest: sleep(seconds / 20, *rest))
+    monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(seconds / 20))
+
+
+def test_what_fails_for_a_moment_or_comes_short_is_asked_for_again(service, bucket, quick, tmp_path, monkeypatch):
     content = bytes(range(256)) * 1000
     (tmp_path / "x").write_bytes(content)
     name = re.escape(bucket.url.rpartition("/")[2].partition("[")[0])
@@ -71,9 +81,9 @@ def test_what_fails_for_a_moment_or_comes_short_is_asked_for_again(service, buck
             copy.fetch_all()
             assert (copy.path / "x").read_bytes() == content
         assert fault.met == fault.times
-    monkeypatch.setattr(buckets, "_SILENCE", 0.5)
+    monkeypatch.setattr(buckets, "_SILENCE", 0.3)
     buckets._client.cache_clear()
-    service.faults[:] = [slow := Fault("GET .*(download|/x)", times=1, seconds=2.0)]
+    service.faults[:] = [slow := Fault("GET .*(download|/x)", times=1, seconds=1.0)]
     assert bucket.read("x") == content
     assert slow.met == 1
 
@@ -91,9 +101,8 @@ WRONG = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_login_that_does_not_do_is_one_line(service, bucket, kind):
+def test_a_login_that_does_not_do_is_one_line(service, bucket, quick, kind):
     status, google, amazon, expected = WRONG[kind]
     amazon_status = 400 if kind == "expired" else 403
     service.faults[:] = [
@@ -106,8 +115,7 @@ def test_a_login_that_does_not_do_is_one_line(service, bucket, kind):
         bucket.write("x", b"")
 
 
-@pytest.mark.long
-def test_a_service_that_is_out_is_one_line_after_a_while(service, bucket):
+def test_a_service_that_is_out_is_one_line_after_a_while(service, bucket, quick):
     service.faults[:] = [out := Fault(".", status=503)]
     expected = (
         rf"^{re.escape(bucket.url)}: the storage service fails or cannot be reached .*; run the same command again"
@@ -126,7 +134,7 @@ def test_wrong_names_and_missing_clients_are_named(service, monkeypatch):
         other.write("x", b"")
     with pytest.raises(InputError, match=f"^{service.scheme}: the bucket's name is missing"):
         Bucket(service.scheme)
-    monkeypatch.setitem(__import__("sys").modules, {"gs://": "gcsfs.core", "s3://": "s3fs"}[service.scheme], None)
+    monkeypatch.setitem(sys.modules, {"gs://": "gcsfs.core", "s3://": "s3fs"}[service.scheme], None)
     buckets._client.cache_clear()
     client = {"gs://": "gcsfs", "s3://": "s3fs"}[service.scheme]
     with pytest.raises(
@@ -144,7 +152,7 @@ def lock_on(bucket):
 )
 def test_a_lock(service, kind, monkeypatch):
     """...is refused where its holder goes on, which it names, and taken where not."""
-    monkeypatch.setattr(bucket_lock, "_DEAD", 1.0)
+    monkeypatch.setattr(bucket_lock, "_DEAD", 0.5)
     name = f"lock/{kind.replace(' ', '-')}"
     bucket = Bucket(service.location(name))
     mine = {"process": os.getpid(), "host": "here", "machine": bucket_lock._machine(), "id": "x", "renewals": 0}

@@ -37,12 +37,16 @@ if TYPE_CHECKING:
     from kangaroo_jax.cli.answer import TextPrinter
     from kangaroo_jax.engine.requests import TextDelta
 
-_MODEL = flags.DEFINE_string("model", None, "Target: a folder in Hugging Face format, or a hub id. Default: the demo.")
+_MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    "Target: a folder in Hugging Face format, here or in a bucket (gs://, s3://), or a hub id. Default: the demo.",
+)
 _ADAPTER = flags.DEFINE_string(
     "adapter",
     None,
-    "Adapter: a folder that train.py wrote, or the authors' PyTorch folder. Default: the one that comes with the "
-    "package for --model.",
+    "Adapter: a folder that train.py wrote, here or in a bucket, or the authors' PyTorch folder. Default: the one that "
+    "comes with the package for --model.",
 )
 _PLAIN = flags.DEFINE_bool("plain", False, "Decode plainly, without an adapter.")
 _PROMPT = flags.DEFINE_string("prompt", None, "The prompt.")

@@ -24,6 +24,7 @@ from kangaroo_jax.model.target import TargetModel
 from tests.emulators import Fault
 
 
+@pytest.mark.long
 def test_a_target_is_the_same_from_a_bucket_and_a_disk(service, target, target_folder, tmp_path):
     folder = tmp_path / "tiny"
     shutil.copytree(target_folder, folder)

@@ -122,6 +122,7 @@ def test_outages_and_sigterm_on_the_way_change_nothing(aws, run, settings, tmp_p
     assert_same(run[0] / "20", fetched(aws, "outages", 20, tmp_path))
 
 
+@pytest.mark.long
 def test_damage_is_seen_and_set_aside_and_the_step_before_is_used(service, run, tmp_path):
     service.put_folder(run[0], "damaged")
     stored = checkpoint(run[0] / "10")
@@ -141,6 +142,7 @@ def test_damage_is_seen_and_set_aside_and_the_step_before_is_used(service, run, 
     assert not any(name.endswith(f"-20/{COMMITTED}") for name in moved)
 
 
+@pytest.mark.long
 def test_the_best_is_kept_beside_the_newest_across_runs(gcs, run, target):
     stored, output = checkpoint(run[0] / "10"), gcs.location("best")
     acceptance = {1: 0.2, 2: 0.5, 3: 0.3, 4: None, 5: 0.4}
