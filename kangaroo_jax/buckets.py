@@ -245,7 +245,8 @@ _CREDENTIALS = ("RefreshError", "DefaultCredentialsError", "Credentials", "Expir
 
 def _is_passing(error: Exception) -> bool:
     """Whether a request that failed so is worth another, and the client has not tried again itself."""
-    return isinstance(error, _ShortError) or type(error) is TimeoutError
+    damaged = type(error).__name__ in ("FlexibleChecksumError", "ChecksumError")  # on its way here
+    return damaged or isinstance(error, _ShortError) or type(error) is TimeoutError
 
 
 def _together(function: Callable[[str], None], names: Iterable[str]) -> None:

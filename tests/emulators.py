@@ -37,13 +37,14 @@ _HOP = {"connection", "transfer-encoding", "content-length", "host", "keep-alive
 @dataclasses.dataclass
 class Fault:
     """What happens to the next `times` requests whose method and path match `pattern`: the answer's `status`; an answer
-    that is `cut` in the middle; or so many `seconds` before it."""
+    that is `cut` in the middle, or `short` as if that were all; or so many `seconds` before it."""
 
     pattern: str
     times: int = 10**9
     status: int | None = None
     body: str = "{}"
     cut: bool = False
+    short: bool = False
     seconds: float = 0.0
     met: int = 0
 
@@ -195,6 +196,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._answer(412, {}, b'{"error": {"code": 412, "message": "conditionNotMet"}}')
                 return
             status, headers, content = self._ask(*self._as_it_is(query, name, body))
+        if fault is not None and fault.short:
+            content = content[: len(content) // 2]
         self._answer(status, headers, content, cut=fault is not None and fault.cut)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = _forward

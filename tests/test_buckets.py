@@ -37,6 +37,7 @@ def test_what_is_written_is_what_another_client_finds(service, bucket, tmp_path)
     bucket.write("note", b"old")
     bucket.write("note", b"new")
     Bucket(f"{bucket}2").write("neighbour", b"")  # of a name that begins with this one's
+    assert Bucket(bucket.url[:-1]).list() == {}
     everything = files | {"note": b"new"}
     assert {name: service.content(key(bucket, name)) for name in everything} == everything
     assert bucket.list() == {name: len(everything[name]) for name in sorted(everything)}
@@ -81,6 +82,14 @@ def test_what_fails_for_a_moment_or_comes_short_is_asked_for_again(service, buck
             copy.fetch_all()
             assert (copy.path / "x").read_bytes() == content
         assert fault.met == fault.times
+        service.faults[:] = [short := Fault("GET .*(download|/x)", times=1, short=True)]
+        assert bucket.read_ranges("x", [(0, 100), (200, 400)]) == [content[:100], content[200:400]]
+        assert short.met == 1
+        service.faults[:] = [short := Fault("GET .*(download|/x$)", times=1, short=True)]
+        with Copy(bucket) as copy:
+            copy.fetch_all()
+            assert (copy.path / "x").read_bytes() == content
+        assert short.met == 1
     monkeypatch.setattr(buckets, "_SILENCE", 0.3)
     buckets._client.cache_clear()
     service.faults[:] = [slow := Fault("GET .*(download|/x)", times=1, seconds=1.0)]
