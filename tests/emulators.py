@@ -42,7 +42,7 @@ class Fault:
     pattern: str
     times: int = 10**9
     status: int | None = None
-    body: str = "{}"
+    body: str = '{"error": {"code": 503, "message": "try again"}}'
     cut: bool = False
     short: bool = False
     seconds: float = 0.0
