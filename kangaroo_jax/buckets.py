@@ -147,6 +147,10 @@ class Bucket:
           sizes: of those wanted, from `list`.
         """
 
+        for name in sizes:
+            if not {"", ".", ".."}.isdisjoint(name.split("/")):  # would be written somewhere else
+                raise InputError(f"{self.url}/{name}: the name of this object is no path in the folder; remove it")
+
         def fetch(name: str) -> None:
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)

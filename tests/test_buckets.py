@@ -56,6 +56,14 @@ def test_what_is_written_is_what_another_client_finds(service, bucket, tmp_path)
         bucket.read("note")
 
 
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", "a//x", "./x"])
+def test_objects_whose_names_lead_out_of_a_folder_are_refused(service, bucket, tmp_path, name):
+    folder = tmp_path / "a" / "b"
+    with pytest.raises(InputError, match=rf"/{re.escape(name)}: the name of this object is no path in the folder"):
+        bucket.fetch(folder, {"fine": 1, name: 1})
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_of_two_creates_an_object(service, bucket):
     assert [bucket.create("lock", b"first"), bucket.create("lock", b"second")] == [True, False]
     assert service.content(key(bucket, "lock")) == b"first"
