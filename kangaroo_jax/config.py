@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from kangaroo_jax.buckets import is_bucket
 from kangaroo_jax.checks import check_count, check_positive, is_integer, is_number
 from kangaroo_jax.errors import InputError
 
@@ -373,16 +374,16 @@ class DataConfig:
     """What a training run reads.
 
     Attributes:
-      files: conversations and texts: paths, globs and gs:// paths, separated by commas. Or python:MODULE.FUNCTION, a
-        function that gives them (see data/records.py). Or self: the target writes them before the first step, into a
-        file beside the run's folder.
+      files: conversations and texts: paths, globs, gs:// and s3:// paths, separated by commas. Or
+        python:MODULE.FUNCTION, a function that gives them (see data/records.py). Or self: the target writes them before
+        the first step, into a file beside the run's folder.
       evaluation_files: the same for held-out data. Empty: the held-out part that the function gives, else a share
         `held_out` of the records of `files`.
       held_out: share of the records, at most 0.5, that are kept for evaluation where there are no evaluation files. A
         long text is several records.
       template: chat template of the conversations; empty for the tokenizer's own. A base model has none.
       cache: folder for the token ids and a cached teacher; empty for ~/.cache/kangaroo_jax/data. On a cluster, a folder
-        that all processes share.
+        that all processes share, or one in a bucket, of which each machine keeps a copy.
       max_bad_share: up to this share of the records may be bad: they are skipped, counted and listed. More than that
         is an error. 0 allows none.
       synthesis: what the target writes where `files` is self.
@@ -487,8 +488,9 @@ class TrainConfig:
     authors' code); configs/*.py say what differs from them.
 
     Attributes:
-      target: the frozen target: a folder in Hugging Face format, or a hub id.
-      output: the run's folder: checkpoints and TensorBoard events. The same settings go on with the run in it.
+      target: the frozen target: a folder in Hugging Face format, here or in a bucket, or a hub id.
+      output: the run's folder: checkpoints and TensorBoard events; gs:// or s3:// for one in a bucket. The same
+        settings go on with the run in it.
       data: what the run reads.
       dtype: of the target, and of the adapter's computations; its weights and the optimizer's state are float32.
         float16 is for decoding alone: the gradients of a mean over a batch underflow in it.
@@ -559,10 +561,9 @@ class TrainConfig:
         for name in ("target", "output"):
             if not getattr(self, name).strip():
                 raise InputError(f"{name}: empty; give one with --config.{name}=...")
-        if "://" in self.output:
-            raise InputError(
-                f"output: expected a folder, found {self.output}; mount the bucket, or name a local folder"
-            )
+        for name, place in (("output", self.output), ("data.cache", self.data.cache)):
+            if "://" in place and not is_bucket(place):
+                raise InputError(f"{name}: expected a folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER, found {place}")
         if self.seed >= 2**32:
             raise InputError(f"seed: expected less than 2**32, found {self.seed}")
         if self.optimizer.warmup_steps >= self.steps:

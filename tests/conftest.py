@@ -11,7 +11,7 @@ import pytest
 from kangaroo_jax.decode import rounds
 from kangaroo_jax.engine.programs import SHARED
 
-pytest_plugins = ["tests.targets"]
+pytest_plugins = ["tests.targets", "tests.emulators"]
 
 # One for all processes of a session, and for the sessions of .ci/run: many tests compile the same programs.
 _CACHE_VARIABLE = "KANGAROO_TESTS_CACHE"

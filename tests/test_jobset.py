@@ -5,6 +5,8 @@ import re
 
 import yaml
 
+from tests.train.runs import configured
+
 ROOT = pathlib.Path(__file__).parents[1]
 CHIPS_PER_HOST = 4  # of ct5lp-hightpu-4t, which multi-host v5e slices are made of
 
@@ -28,7 +30,8 @@ def test_the_manifest_is_a_jobset_that_fills_its_slice():
     assert limits == container["resources"]["requests"] == {"google.com/tpu": CHIPS_PER_HOST}
     rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
     assert spec["parallelism"] == spec["completions"] == rows * columns // CHIPS_PER_HOST
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert "volumes" not in pod
+    assert pod["serviceAccountName"] in (ROOT / "docs" / "distributed.md").read_text()
     ports = [port["containerPort"] for port in container["ports"]]
     assert len(set(ports)) == len(ports)
 
@@ -40,7 +43,8 @@ def test_its_command_is_one_that_train_py_takes():
     assert words[:3] == ["python", "-u", "train.py"]
     options = dict(word.split("=", 1) for word in words[3:])
     assert (ROOT / options.pop("--config")).is_file()
-    # Everything else overrides a setting that there is, on storage that all pods share.
-    mount = pod["containers"][0]["volumeMounts"][0]["mountPath"]
+    # Everything else overrides a setting that there is, in the bucket that all pods see.
     assert set(options) == {"--config.target", "--config.data.files", "--config.output"}
-    assert all(value.startswith(f"{mount}/") for value in options.values())
+    assert all(value.startswith("gs://BUCKET/") for value in options.values())
+    settings = {name.removeprefix("--config."): value for name, value in options.items()}
+    assert configured(settings).output == settings["output"]

@@ -7,11 +7,14 @@ adapter never touches. The target's weights are in none of them: of a draft voca
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
+import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,13 +23,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
-from kangaroo_jax import json_text, paths
+from kangaroo_jax import buckets, json_text, paths
 from kangaroo_jax.checkpoint import fingerprint
 from kangaroo_jax.checkpoint.target import Target, titled
 from kangaroo_jax.checkpoint.upstream import is_upstream, load_upstream
 from kangaroo_jax.checks import is_integer
 from kangaroo_jax.config import AdapterConfig, DecideConfig, DraftConfig, LookupConfig, RoundCosts, TreeConfig
-from kangaroo_jax.errors import InputError, one_line
+from kangaroo_jax.errors import InputError, MachineError, one_line
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import Adapter, DraftVocabulary
@@ -40,6 +43,9 @@ DRAFT_SETTINGS = "decode.json"
 _LOOKUP_SETTINGS = ("lookup_tokens", "lookup_min_ngram", "lookup_max_ngram")
 _COSTS = ("costs", "acceptance", "machine")
 DRAFT_VOCABULARY = "draft_vocabulary.npy"
+# In a bucket, the object of a checkpoint that is written last. Orbax calls it so too.
+COMMITTED = "commit_success.txt"
+_ARRAY_ITEMS = ("adapter", "optimizer")
 # The held-out figure by which one step of a run is better than another.
 BEST_BY = "expected_acceptance"
 _FORMAT = "kangaroo_jax adapter"
@@ -138,7 +144,7 @@ def save_adapter(
     """Writes a checkpoint of the adapter alone, in the dtype of its weights. Appears complete or not at all.
 
     Args:
-      folder: must not exist yet (or be empty).
+      folder: must not exist yet (or be empty). A bucket's appears complete or without `COMMITTED`.
       adapter: the weights.
       exit_layer: number of shallow layers the adapter was trained for.
       target: the target it was trained for; its fingerprint goes into the metadata.
@@ -148,6 +154,13 @@ def save_adapter(
       InputError: for a folder with something in it, or an exit layer that the target does not have.
     """
     check_exit_layer(exit_layer, target.config)
+    if buckets.is_bucket(folder):
+        with buckets.Copy(buckets.Bucket(str(folder))) as copy:
+            if copy.sizes:
+                raise InputError(f"{folder}: exists already; remove it or name another output folder")
+            save_adapter(copy.path / "adapter", adapter, exit_layer=exit_layer, target=target, training=training)
+            send_folder(copy.path / "adapter", copy.bucket)
+        return
     folder = paths.expanded(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists already; remove it or name another output folder")
@@ -167,13 +180,17 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
 
     Args:
       path: a folder that `save_adapter` wrote, a training run (its best step by held-out expected acceptance), one
-        step of a run, or the authors' folder (config.json, and pytorch_model.bin or model.safetensors).
+        step of a run, or the authors' folder (config.json, and pytorch_model.bin or model.safetensors); each may be in
+        a bucket, of which the chosen step alone is fetched.
       target: what the adapter is for.
 
     Raises:
       InputError: for a path that is missing, not an adapter checkpoint, corrupt, or trained for another target, unless
         that differs in weights alone (`TrainedAdapter.other_target`).
     """
+    if buckets.is_bucket(path):
+        with _fetched(path) as folder:
+            return dataclasses.replace(load_adapter(folder, target), name=str(path))
     folder = paths.expanded(path).resolve()
     if not folder.is_dir():
         what = "expected a folder, found a file" if folder.exists() else "no such adapter checkpoint"
@@ -192,6 +209,66 @@ def load_adapter(path: str | pathlib.Path, target: Target) -> TrainedAdapter:
             f"or the authors' config.json and weights (pytorch_model.bin or model.safetensors); found {found}"
         )
     return _with_companions(_load(step, target, str(path)), folder, target)
+
+
+@contextlib.contextmanager
+def _fetched(path: str | os.PathLike[str], arrays: bool = True) -> Iterator[pathlib.Path]:
+    """A folder with what loading needs of an adapter in a bucket: of a run, all steps' metadata and the best step."""
+    with buckets.Copy(buckets.Bucket(str(path))) as copy, copy.bucket.named(copy.path):
+        if not copy.sizes:
+            raise InputError(f"{copy.bucket}: no such adapter checkpoint; train one with --config.output={copy.bucket}")
+        steps, unfinished = stored_steps(copy.sizes)
+        if unfinished and not steps:
+            raise InputError(
+                f"{copy.bucket}: step {unfinished[-1]} has no {COMMITTED}, as if half-written; copy it again, or "
+                "run its training again"
+            )
+        if steps:
+            companions = (DRAFT_SETTINGS, DRAFT_VOCABULARY)
+            copy.fetch_all(lambda name: name in companions or (of_step(name) in steps and not has_arrays(name)))
+            best = best_step(copy.path)
+            copy.fetch_all(
+                lambda name: arrays and of_step(name) == int(best.name) and not has_arrays(name, "optimizer")
+            )
+        else:
+            copy.fetch_all(lambda name: not has_arrays(f"0/{name}", *(("optimizer",) if arrays else ())))
+        yield copy.path
+
+
+def stored_steps(names: Iterable[str]) -> tuple[list[int], list[int]]:
+    """The steps of a run in a bucket, ascending, given the names of its objects: complete ones, and half-written ones,
+    which have no `COMMITTED`."""
+    names = set(names)
+    steps = sorted({of_step(name) for name in names} - {None})
+    complete = [step for step in steps if f"{step}/{COMMITTED}" in names]
+    return complete, sorted(set(steps) - set(complete))
+
+
+def of_step(name: str) -> int | None:
+    """The step of a run that an object belongs to; None for another object of the run."""
+    step, slash, _ = name.partition("/")
+    return int(step) if slash and step.isdecimal() else None
+
+
+def has_arrays(name: str, *items: str) -> bool:
+    """Whether an object of a step belongs to one of these items, by default to any that holds arrays."""
+    return name.split("/")[1] in (items or _ARRAY_ITEMS)
+
+
+def send_folder(folder: pathlib.Path, bucket: buckets.Bucket) -> None:
+    """Writes a checkpoint's folder into a bucket, `COMMITTED` last.
+
+    Raises:
+      InputError, MachineError: as `Bucket`; the checkpoint is then without `COMMITTED`.
+    """
+    sizes = {str(x.relative_to(folder)): x.stat().st_size for x in folder.rglob("*") if x.is_file()}
+    sizes.pop(COMMITTED, None)
+    bucket.send(folder, sizes)
+    found = bucket.list()
+    for name, size in sizes.items():
+        if found.get(name) != size:
+            raise MachineError(f"{bucket}/{name}: expected {size} bytes after sending it, found {found.get(name)}")
+    bucket.write(COMMITTED, b"")
 
 
 def _with_companions(adapter: TrainedAdapter, folder: pathlib.Path, target: Target) -> TrainedAdapter:
@@ -287,22 +364,15 @@ def _checked_tokens(token_ids: np.ndarray, config: ModelConfig, place: str, fix:
     return token_ids.astype(np.int32)
 
 
-def write_draft_vocabulary(folder: str | pathlib.Path, token_ids: Sequence[int] | np.ndarray) -> pathlib.Path:
+def write_draft_vocabulary(folder: str | pathlib.Path, token_ids: Sequence[int] | np.ndarray) -> pathlib.Path | str:
     """Writes draft_vocabulary.npy into an adapter's folder, whole or not at all; returns its path."""
-    path = paths.expanded(folder).resolve() / DRAFT_VOCABULARY
-    scratch = path.with_suffix(".tmp")
-    try:
-        with scratch.open("wb") as file:
-            np.save(file, np.asarray(token_ids, np.int32))
-        scratch.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-    return path
+    content = io.BytesIO()
+    np.save(content, np.asarray(token_ids, np.int32))
+    return _write_companion(folder, DRAFT_VOCABULARY, content.getvalue())
 
 
-def write_draft_settings(folder: str | pathlib.Path, draft: DraftConfig) -> pathlib.Path:
+def write_draft_settings(folder: str | pathlib.Path, draft: DraftConfig) -> pathlib.Path | str:
     """Writes decode.json into an adapter's folder, whole or not at all; returns its path."""
-    path = paths.expanded(folder).resolve() / DRAFT_SETTINGS
     settings = {"max_draft_len": draft.max_draft_len, "threshold": draft.threshold}
     if draft.tree is not None:
         settings |= {"tree_topk": draft.tree.topk, "tree_budget": draft.tree.budget}
@@ -310,9 +380,18 @@ def write_draft_settings(folder: str | pathlib.Path, draft: DraftConfig) -> path
         settings |= dict(zip(_LOOKUP_SETTINGS, dataclasses.astuple(draft.lookup), strict=True))
     if draft.decide is not None:
         settings |= _written_costs(draft.decide)
+    return _write_companion(folder, DRAFT_SETTINGS, f"{json.dumps(settings)}\n".encode())
+
+
+def _write_companion(folder: str | pathlib.Path, name: str, content: bytes) -> pathlib.Path | str:
+    if buckets.is_bucket(folder):
+        bucket = buckets.Bucket(str(folder))
+        bucket.write(name, content)
+        return f"{bucket}/{name}"
+    path = paths.expanded(folder).resolve() / name
     scratch = path.with_suffix(".tmp")
     try:
-        scratch.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        scratch.write_bytes(content)
         scratch.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
@@ -343,6 +422,9 @@ def training_of(path: str | pathlib.Path) -> dict[str, Any] | None:
     Raises:
       InputError: as `read_metadata`.
     """
+    if buckets.is_bucket(path):
+        with _fetched(path, arrays=False) as folder:
+            return training_of(folder)
     folder = paths.expanded(path).resolve()
     step = folder if (folder / "adapter").is_dir() else best_step(folder)
     return read_metadata(folder if step is None else step)["training"]

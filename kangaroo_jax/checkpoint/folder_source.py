@@ -8,10 +8,11 @@ import pathlib
 
 import numpy as np
 
+from kangaroo_jax.buckets import Copy
 from kangaroo_jax.checkpoint.json_file import read_json
 from kangaroo_jax.checkpoint.source import Source
 from kangaroo_jax.checkpoint.tokenizer import load_tokenizer
-from kangaroo_jax.checkpoint.weights import Weights, open_weights
+from kangaroo_jax.checkpoint.weights import Weights, open_bucket_weights, open_weights
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.families import family_of, read_config
@@ -20,15 +21,19 @@ from kangaroo_jax.model.families.config_json import token_ids
 _BAND = 1 << 22  # values of two tensors that are compared at a time
 
 
-def folder_source(folder: pathlib.Path) -> Source:
+def folder_source(folder: pathlib.Path, copied: Copy | None = None) -> Source:
     """Opens a folder with config.json, weights, and maybe a tokenizer.
+
+    Args:
+      folder: on this machine.
+      copied: where it is the copy of a bucket's small objects: that copy. The weights are read from the bucket then.
 
     Raises:
       InputError: for a missing or corrupt file, or a model that is not supported.
     """
     config_file = folder / "config.json"
     config = read_config(read_json(config_file, "a folder in Hugging Face format has one"), str(config_file))
-    weights = open_weights(folder)
+    weights = open_weights(folder) if copied is None else open_bucket_weights(copied)
     if config.tie_word_embeddings and not _head_is_embedding(config, weights):
         config = dataclasses.replace(config, tie_word_embeddings=False)
     return Source(

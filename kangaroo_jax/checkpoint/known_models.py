@@ -8,6 +8,7 @@ import pathlib
 import huggingface_hub
 
 from kangaroo_jax import paths
+from kangaroo_jax.buckets import Bucket, Copy, is_bucket
 from kangaroo_jax.checkpoint import hub
 from kangaroo_jax.checkpoint.gguf_source import gguf_shape
 from kangaroo_jax.checkpoint.json_file import read_json
@@ -130,12 +131,17 @@ def model_config(name: str) -> ModelConfig:
     """A model's shape without its weights.
 
     Args:
-      name: a folder with config.json or a GGUF file, such a file, one of `SHAPES` or of `hub.CHECKPOINTS`, or a hub
-        id; those of `_KNOWN` need no network.
+      name: a folder with config.json, here or in a bucket, or a GGUF file, such a file, one of `SHAPES` or of
+        `hub.CHECKPOINTS`, or a hub id; those of `_KNOWN` need no network.
 
     Raises:
       InputError: for a name that is none of these, or a file that is wrong.
     """
+    if is_bucket(name):
+        with Copy(Bucket(name)) as copy, copy.bucket.named(copy.path):
+            copy.fetch_all(lambda object_name: object_name == "config.json")
+            file = copy.path / "config.json"
+            return read_config(read_json(file, "give a folder that has one"), str(file))
     file = paths.expanded(name)
     if file.suffix != ".json" or not file.is_file():
         file = hub.local_checkpoint(name)

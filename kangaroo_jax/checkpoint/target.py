@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,12 +17,15 @@ import safetensors.numpy
 from flax import nnx
 from jax.sharding import Mesh
 
+from kangaroo_jax.buckets import is_bucket
 from kangaroo_jax.checkpoint import fingerprint
+from kangaroo_jax.checkpoint.bucket_source import bucket_source
 from kangaroo_jax.checkpoint.folder_source import folder_source
 from kangaroo_jax.checkpoint.fused import join_fused, split_fused
 from kangaroo_jax.checkpoint.gguf_source import gguf_source
 from kangaroo_jax.checkpoint.hub import find_checkpoint
 from kangaroo_jax.checkpoint.mapping import check_tensors, fill_module, parameter_rule
+from kangaroo_jax.checkpoint.source import Source
 from kangaroo_jax.checkpoint.tokenizer import end_tokens
 from kangaroo_jax.checkpoint.weights import DTYPES, Pieces
 from kangaroo_jax.errors import InputError
@@ -103,7 +108,8 @@ def load_target(
 
     Args:
       name: a folder with config.json and weights (*.safetensors, or pytorch_model*.bin where torch is installed);
-        a GGUF file, or a folder with one and no config.json; one of `known_models.CHECKPOINTS`; or a hub id.
+        such a folder in a bucket (safetensors alone); a GGUF file, or a folder with one and no config.json; one of
+        `known_models.CHECKPOINTS`; or a hub id.
       dtype: of the weights on the device: float32, bfloat16 or float16; None means `default_dtype`. One parameter at
         a time is on the host.
       mesh: splits the weights over its devices (model/sharding.py says how). Each process reads only the parts of
@@ -121,8 +127,23 @@ def load_target(
     compute_dtype = None if compute_dtype is None else _supported_dtype("compute_dtype", compute_dtype)
     if weights not in WEIGHTS:
         raise InputError(f"weights must be {' or '.join(WEIGHTS)}, found {weights!r}")
-    path = find_checkpoint(name)
-    source = folder_source(path) if path.is_dir() else gguf_source(path)
+    with _opened(name) as source:
+        return _load(source, name, dtype, mesh, compute_dtype, weights)
+
+
+@contextlib.contextmanager
+def _opened(name: str) -> Iterator[Source]:
+    if is_bucket(name):
+        with bucket_source(name) as source:
+            yield source
+    else:
+        path = find_checkpoint(name)
+        yield folder_source(path) if path.is_dir() else gguf_source(path)
+
+
+def _load(
+    source: Source, name: str, dtype: jnp.dtype, mesh: Mesh | None, compute_dtype: jnp.dtype | None, weights: str
+) -> Target:
     config, stored = source.config, source.weights
     family = family_of(config)
     tensor_name = family.tensor_name

@@ -16,11 +16,12 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from kangaroo_jax.buckets import Copy
 from kangaroo_jax.checkpoint.json_file import read_json
+from kangaroo_jax.checkpoint.remote_safetensors import DTYPES as DTYPES
+from kangaroo_jax.checkpoint.remote_safetensors import RemoteSafetensors
 from kangaroo_jax.errors import InputError, one_line
 
-# As safetensors spells them. ml_dtypes gives numpy the bfloat16 that safetensors asks it for.
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _TORCH_DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 Index = tuple[slice, ...]  # a part of an array: one slice per dimension, with start and stop
@@ -54,22 +55,54 @@ def open_weights(folder: pathlib.Path) -> Weights:
         if (folder / single).exists():
             return _read_headers([folder / single], opener)
         if index.exists():
-            weight_map = _weight_map(index)
+            weight_map = _weight_map(index, lambda shard: os.path.isfile(folder / shard))
             weights = _read_headers([folder / shard for shard in sorted(set(weight_map.values()))], opener)
-            for name, shard in weight_map.items():
-                found = weights.files.get(name)
-                if found != str(folder / shard):
-                    raise InputError(
-                        f"{folder / shard}: tensor {name} is missing; expected there by {index.name}, "
-                        f"found {f'in {pathlib.Path(found).name}' if found else 'nowhere'}"
-                    )
-            return weights
+            return _as_mapped(weights, weight_map, index)
     raise InputError(
         f"{folder}: no weights; expected model.safetensors or pytorch_model.bin, or either's .index.json and shards"
     )
 
 
-def _weight_map(index: pathlib.Path) -> dict[str, str]:
+def open_bucket_weights(copied: Copy) -> Weights:
+    """The weights in a checkpoint's folder in a bucket, of which `copied` has the small files.
+
+    Raises:
+      InputError: as `open_weights`, and for PyTorch files.
+    """
+    files: dict[pathlib.Path, RemoteSafetensors] = {}
+
+    @contextlib.contextmanager
+    def opener(path: pathlib.Path) -> Iterator[_TensorFile]:
+        if path not in files:
+            files[path] = RemoteSafetensors(copied.bucket, path.name, copied.sizes[path.name])
+        yield _TensorFile(files[path].names, files[path].describe, files[path].read)
+
+    single, index = "model.safetensors", copied.path / "model.safetensors.index.json"
+    if single in copied.sizes:
+        return _read_headers([copied.path / single], opener)
+    if index.exists():
+        weight_map = _weight_map(index, lambda shard: shard in copied.sizes)
+        shards = sorted(set(weight_map.values()))
+        return _as_mapped(_read_headers([copied.path / shard for shard in shards], opener), weight_map, index)
+    raise InputError(
+        f"{copied.bucket}: no weights; expected model.safetensors, or model.safetensors.index.json and shards "
+        "(PyTorch files are read from a disk)"
+    )
+
+
+def _as_mapped(weights: Weights, weight_map: dict[str, str], index: pathlib.Path) -> Weights:
+    """The weights, which are where their index says."""
+    for name, shard in weight_map.items():
+        found, path = weights.files.get(name), index.parent / shard
+        if found != str(path):
+            raise InputError(
+                f"{path}: tensor {name} is missing; expected there by {index.name}, "
+                f"found {f'in {pathlib.Path(found).name}' if found else 'nowhere'}"
+            )
+    return weights
+
+
+def _weight_map(index: pathlib.Path, is_there: Callable[[str], bool]) -> dict[str, str]:
     """Tensor name -> file name of a sharded checkpoint; every file is there."""
     weight_map = read_json(index, "").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -77,7 +110,7 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or pathlib.PurePath(shard).name != shard:
             raise InputError(f"{index}: tensor {name}: expected the name of a file beside the index, found {shard!r}")
-        if not os.path.isfile(index.parent / shard):  # False for a name that is too long, too
+        if not is_there(shard):  # False for a name that is too long, too
             raise InputError(
                 f"{index.parent / shard}: no such file; expected by {index.name} for tensor {name}; "
                 "fetch the checkpoint again"

@@ -31,11 +31,12 @@ def _convert() -> None:
     import jax.numpy as jnp
 
     from kangaroo_jax import InputError, load_target, paths
+    from kangaroo_jax.buckets import is_bucket
     from kangaroo_jax.checkpoint.adapter import check_exit_layer, load_adapter, save_adapter, training_of
     from kangaroo_jax.checkpoint.upstream import is_upstream, load_upstream
 
-    folder = paths.expanded(_ADAPTER.value)
-    theirs = is_upstream(folder)
+    folder = _ADAPTER.value if is_bucket(_ADAPTER.value) else paths.expanded(_ADAPTER.value)
+    theirs = not is_bucket(_ADAPTER.value) and is_upstream(folder)
     if theirs:
         command_line.require(_EXIT_LAYER)
     target = load_target(_TARGET.value, "bfloat16")

@@ -37,12 +37,16 @@ if TYPE_CHECKING:
     from kangaroo_jax.cli.answer import TextPrinter
     from kangaroo_jax.engine.requests import TextDelta
 
-_MODEL = flags.DEFINE_string("model", None, "Target: a folder in Hugging Face format, or a hub id. Default: the demo.")
+_MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    "Target: a folder in Hugging Face format, here or in a bucket (gs://, s3://), or a hub id. Default: the demo.",
+)
 _ADAPTER = flags.DEFINE_string(
     "adapter",
     None,
-    "Adapter: a folder that train.py wrote, or the authors' PyTorch folder. Default: the one that comes with the "
-    "package for --model.",
+    "Adapter: a folder that train.py wrote, here or in a bucket, or the authors' PyTorch folder. Default: the one that "
+    "comes with the package for --model.",
 )
 _PLAIN = flags.DEFINE_bool("plain", False, "Decode plainly, without an adapter.")
 _PROMPT = flags.DEFINE_string("prompt", None, "The prompt.")
@@ -280,36 +284,43 @@ def _answer_file(command: str, given: DraftOverrides, sampling: SamplingConfig) 
     from jax.experimental import multihost_utils
 
     from kangaroo_jax.cli.progress import Progress
-    from kangaroo_jax.engine import answer_file
-    from kangaroo_jax.engine.answer_prompts import answer_prompts
+    from kangaroo_jax.engine import answer_place
+    from kangaroo_jax.engine.answer_prompts import Tally, answer_prompts
     from kangaroo_jax.engine.prompt_file import read_prompts
 
     prompts, bad = read_prompts(_INPUT.value)
-    output = answer_file.check_place(_OUTPUT.value, _INPUT.value)
     first = jax.process_index() == 0
+    opened = answer_place.opened(_OUTPUT.value, _INPUT.value, first)
     for message in bad if first else ():
         print(f"{command}: {message}", file=sys.stderr)
     if prompts:
-        target, adapter, draft = _load(given)
-        with Progress(str(output)) as progress:
-            done = answer_prompts(
-                target,
-                adapter,
-                prompts,
-                output,
-                source=_INPUT.value,
-                batch_size=_BATCH_SIZE.value,
-                max_new_tokens=_MAX_NEW_TOKENS.value,
-                draft=draft,
-                sampling=sampling,
-                stop=_STOP.value,
-                as_user_turns=_as_user_turn(target),
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-                barrier=multihost_utils.sync_global_devices if jax.process_count() > 1 else lambda _: None,
-                on_progress=progress.show,
-                on_error=progress.say,
-            )
+        meet = multihost_utils.sync_global_devices if jax.process_count() > 1 else lambda _: None
+        with opened as place:
+            target, adapter, draft = _load(given)
+            with Progress(_OUTPUT.value) as progress:
+
+                def on_progress(tally: Tally) -> None:
+                    progress.show(tally)
+                    place.sent()
+
+                done = answer_prompts(
+                    target,
+                    adapter,
+                    prompts,
+                    place.path,
+                    source=_INPUT.value,
+                    batch_size=_BATCH_SIZE.value,
+                    max_new_tokens=_MAX_NEW_TOKENS.value,
+                    draft=draft,
+                    sampling=sampling,
+                    stop=_STOP.value,
+                    as_user_turns=_as_user_turn(target),
+                    process_index=jax.process_index(),
+                    process_count=jax.process_count(),
+                    barrier=functools.partial(place.met, meet),
+                    on_progress=on_progress,
+                    on_error=progress.say,
+                )
         mine = "" if jax.process_count() == 1 else f"process {jax.process_index()}: "
         print(
             f"{mine}{done.prompts} prompts answered, {done.before} were before, {done.errors + len(bad)} could not be; "

@@ -4,6 +4,8 @@ A cache is a folder named after a hash of everything that its contents depend on
 tokenizer and the template. It holds the token ids (ArrayRecord), an index (lengths, the parts that count in the loss,
 where each record came from) and, written last, a manifest with the SHA-256 of both. The folder gets its final name when
 it is complete. A folder that does not match its manifest is made again.
+
+Where the caches are in a bucket, this machine has a copy of each that it uses, because ArrayRecord reads files alone.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Bool, Int
 
 from kangaroo_jax import json_text, paths
+from kangaroo_jax.buckets import Bucket, is_bucket
 from kangaroo_jax.data.encode import Encoder
 from kangaroo_jax.data.records import BadRecord, Entry, Place, Source, read_records
 from kangaroo_jax.errors import InputError
@@ -72,26 +75,79 @@ class TokenCache:
         return Place(*map(int, self.places[record])).describe(self.sources)
 
 
-def cache_folder(setting: str) -> pathlib.Path:
-    """The folder that holds the caches: `data.cache`, or the user's cache folder if that is empty.
+@dataclasses.dataclass(frozen=True)
+class CacheFolder:
+    """What holds the caches.
+
+    Attributes:
+      path: the folder on this machine.
+      bucket: where the caches are, if they are in a bucket; `path` then has copies.
+    """
+
+    path: pathlib.Path
+    bucket: Bucket | None = None
+
+    def __str__(self) -> str:
+        return str(self.bucket or self.path)
+
+    def fetch(self, name: str) -> dict[str, int]:
+        """Copies the files of the cache called `name` that are in the bucket and not, or of another size, here.
+        Returns the name and size of all that the bucket has; nothing without a bucket.
+
+        Raises:
+          InputError: for too little room.
+        """
+        if self.bucket is None:
+            return {}
+        there = Bucket(f"{self.bucket}/{name}")
+        stored, folder = there.list(), self.path / name
+        wanted = {file: size for file, size in stored.items() if _size_of(folder / file) != size}
+        if wanted:
+            folder.mkdir(parents=True, exist_ok=True)
+            needed, free = sum(wanted.values()), shutil.disk_usage(folder).free
+            if needed > free:
+                raise InputError(
+                    f"data.cache: a copy of {there} needs {needed} bytes in {folder}, of which {free} are free; make "
+                    "room, or name another place with XDG_CACHE_HOME"
+                )
+            there.fetch(folder, wanted)
+        return stored
+
+    def send(self, name: str, files: Sequence[str]) -> None:
+        """Writes files of the cache called `name` to the bucket, if there is one."""
+        if self.bucket is not None:
+            Bucket(f"{self.bucket}/{name}").send(self.path / name, files)
+
+
+def _size_of(path: pathlib.Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def cache_folder(setting: str) -> CacheFolder:
+    """What holds the caches: `data.cache`, or the user's cache folder if that is empty.
 
     Raises:
-      InputError: for a bucket, which ArrayRecord cannot read.
+      InputError: where no home folder is known, and one is needed.
     """
-    if "://" in setting:
-        raise InputError(f"data.cache: expected a folder, found {setting}; mount the bucket, or name a local folder")
-    if setting:
-        return paths.expanded(setting).absolute()
+    if setting and not is_bucket(setting):
+        return CacheFolder(paths.expanded(setting).absolute())
     folder = paths.cache_folder()
     if folder is None:
-        raise InputError(
-            "data.cache: empty, and no home folder is known here; name a folder with --config.data.cache=..."
+        wrong = (
+            f"{setting} needs a home folder for its copies; set XDG_CACHE_HOME"
+            if setting
+            else ("empty, and no home folder is known here; name a folder with --config.data.cache=...")
         )
-    return folder.absolute() / "data"
+        raise InputError(f"data.cache: {wrong}")
+    if not setting:
+        return CacheFolder(folder.absolute() / "data")
+    bucket = Bucket(setting)
+    copies = hashlib.sha256(str(bucket).encode()).hexdigest()[:16]
+    return CacheFolder(folder.absolute() / "buckets" / copies, bucket)
 
 
 def open_cache(
-    folder: pathlib.Path, sources: Sequence[Source], encoder: Encoder, max_bad_share: float, report: Report = SILENT
+    folder: CacheFolder, sources: Sequence[Source], encoder: Encoder, max_bad_share: float, report: Report = SILENT
 ) -> TokenCache:
     """The tokens of `sources`, read from `folder` or made there first.
 
@@ -110,26 +166,28 @@ def open_cache(
         written. Nothing is left behind then.
     """
     key = _key(sources, encoder)
-    path = folder / key
+    path = folder.path / key
     manifest, made = _manifest(path), False  # before locking: a complete cache may be on a read-only disk
     if manifest is None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with locked(folder / f"{key}.lock", "the tokens", report) as held:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            with locked(folder.path / f"{key}.lock", "the tokens", report) as held:
+                folder.fetch(key)
                 manifest = _manifest(path)  # again: another process may have made it meanwhile
                 if made := manifest is None:
                     if path.exists():
-                        report.say(f"{path}: damaged; making it again")
+                        report.say(f"{folder}/{key}: damaged; making it again")
                         shutil.rmtree(path, ignore_errors=True)
                     if held:
                         # Left by killed processes of this machine: under the lock, no live one writes them.
-                        for left in folder.glob(f"{key}.{socket.gethostname()}.*.tmp"):
+                        for left in folder.path.glob(f"{key}.{socket.gethostname()}.*.tmp"):
                             shutil.rmtree(left, ignore_errors=True)
                     manifest = _make(path, sources, encoder, max_bad_share, report)
         except OSError as error:
             raise InputError(
                 f"data.cache: {folder} cannot be written ({error.strerror}); name another folder"
             ) from None
+    _store(folder, key, manifest)
     _check_bad(manifest, max_bad_share, sources)
     _describe(manifest, path, sources, made, report)
     with np.load(path / _INDEX) as index:
@@ -178,6 +236,16 @@ def _manifest(path: pathlib.Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return manifest
+
+
+def _store(folder: CacheFolder, key: str, manifest: dict[str, Any]) -> None:
+    """Writes a complete cache to the bucket, if there is one that lacks it; the manifest last."""
+    if folder.bucket is None:
+        return
+    here = {name: _size_of(folder.path / key / name) for name in (*manifest["files"], _MANIFEST)}
+    if not here.items() <= Bucket(f"{folder.bucket}/{key}").list().items():
+        folder.send(key, list(manifest["files"]))
+        folder.send(key, [_MANIFEST])
 
 
 def _make(
@@ -334,6 +402,6 @@ def _describe(
 
 def _shares(sources: Sequence[Source]) -> list[float]:
     """For the progress bar: where each source starts, and the last one ends, as shares of all bytes."""
-    sizes = [len(source.text) if source.path is None else source.path.stat().length for source in sources]
+    sizes = [source.size for source in sources]
     ends = np.cumsum([0, *sizes]) / max(1, sum(sizes))
     return ends.tolist()

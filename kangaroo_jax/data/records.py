@@ -17,13 +17,13 @@ import dataclasses
 import glob
 import io
 import json
+import pathlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
-from etils import epath
-
 from kangaroo_jax import json_text, paths
+from kangaroo_jax.buckets import Bucket, is_bucket, matching
 from kangaroo_jax.errors import InputError
 
 _FUNCTION = "python:"
@@ -54,13 +54,22 @@ class Source:
 
     Attributes:
       name: for messages.
-      path: the file; None if the contents are `text`.
+      path: the file; None if it is in a bucket, or the contents are `text`.
       text: the contents, if they are not in a file.
+      stored: bytes of the object in a bucket that `name` is the location of.
     """
 
     name: str
-    path: epath.Path | None = None
+    path: pathlib.Path | None = None
     text: str = ""
+    stored: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes; of a text, characters."""
+        if self.stored is not None:
+            return self.stored
+        return len(self.text) if self.path is None else self.path.stat().st_size
 
     @property
     def holds_records(self) -> bool:
@@ -69,11 +78,15 @@ class Source:
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
         """Opens it for reading bytes. Errors while it is read become `InputError`."""
-        if self.path is None:
+        if self.stored is not None:
+            bucket, name = Bucket(self.name).parent
+            with _readable(self.name), bucket.open(name) as file:
+                yield file
+        elif self.path is None:
             yield io.BytesIO(self.text.encode())
-            return
-        with _readable(self.name), self.path.open("rb") as file:
-            yield file
+        else:
+            with _readable(self.name), self.path.open("rb") as file:
+                yield file
 
 
 class Place(NamedTuple):
@@ -145,7 +158,7 @@ def find_sources(files: str, held_out: bool = False) -> list[Source]:
     """The sources that `files` names, sorted within each pattern, each file once.
 
     Args:
-      files: paths, globs or gs:// paths separated by commas, or python:MODULE.FUNCTION.
+      files: paths, globs, gs:// or s3:// paths separated by commas, or python:MODULE.FUNCTION.
       held_out: of a function, the part that is kept for evaluation; no effect on files.
 
     Raises:
@@ -162,7 +175,7 @@ def find_sources(files: str, held_out: bool = False) -> list[Source]:
         matches = _matches(pattern)
         if not matches:
             raise InputError(f"{pattern}: no such file; expected paths or globs of text or JSON files")
-        sources |= {str(path): Source(str(path), path) for path in matches}
+        sources |= {source.name: source for source in matches}
     return list(sources.values())
 
 
@@ -191,17 +204,12 @@ def _function(files: str) -> Callable[[bool], Mapping[str, str]]:
     return found
 
 
-def _matches(pattern: str) -> list[epath.Path]:
+def _matches(pattern: str) -> list[Source]:
+    if is_bucket(pattern):
+        return [Source(url, stored=size) for url, size in matching(pattern).items()]
     with _readable(pattern):
-        if "://" not in pattern:
-            found = [epath.Path(match) for match in glob.glob(str(paths.expanded(pattern)), recursive=True)]
-        elif not glob.has_magic(pattern):
-            found = [epath.Path(pattern)]
-        else:
-            parts = pattern.split("/")
-            first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-            found = list(epath.Path("/".join(parts[:first])).glob("/".join(parts[first:])))
-        return sorted(path for path in found if path.is_file())
+        found = [pathlib.Path(match) for match in glob.glob(str(paths.expanded(pattern)), recursive=True)]
+        return [Source(str(path), path) for path in sorted(found) if path.is_file()]
 
 
 @contextlib.contextmanager
@@ -209,17 +217,8 @@ def _readable(name: str) -> Iterator[None]:
     """Turns a file system's errors about `name` into `InputError`."""
     try:
         yield
-    except InputError:
-        raise
-    except ImportError as error:  # fsspec without the package for this kind of storage
-        raise InputError(f"{name}: {error} (for gs://: pip install gcsfs)") from None
     except OSError as error:
         raise InputError(f"{name}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:
-        if "://" not in name:
-            raise
-        # A bucket's client raises exceptions of its own for a wrong name, missing permission or no network.
-        raise InputError(f"{name}: cannot be read ({type(error).__name__}: {error})") from None
 
 
 def read_records(sources: Sequence[Source], parse: Parse | None = None) -> Iterator[Entry]:

@@ -6,10 +6,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import pathlib
 from typing import Any
 
-from kangaroo_jax import json_text, paths
+from kangaroo_jax import buckets, json_text, paths
 from kangaroo_jax.checkpoint.chat_template import Message, check_messages
 from kangaroo_jax.errors import InputError
 
@@ -49,7 +48,7 @@ def read_prompts(path: str) -> tuple[list[Prompt], list[str]]:
     """
     paths.check_not_named_pipe(path, f"--input={path}")
     try:
-        content = pathlib.Path(path).read_bytes()
+        content = buckets.read_bytes(path)
     except OSError as error:
         raise InputError(f"--input={path}: {error.strerror}") from None
     prompts: list[Prompt] = []

@@ -6,6 +6,7 @@ Neither Orbax's arrays nor its JSON items have checksums, so a bit that flipped 
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -29,6 +30,7 @@ from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
 from kangaroo_jax.checkpoint.adapter import DamagedError
 from kangaroo_jax.errors import MachineError
 from kangaroo_jax.report import SILENT, Report
+from kangaroo_jax.train.run_folder import RunFolder
 
 Arrays = dict[str, Any]  # dotted path -> array of 4-byte numbers
 
@@ -57,11 +59,46 @@ class Saved:
     input: Any
 
 
+class Writer:
+    """Writes the checkpoints of a run: Orbax into the run's folder or a copy of it, a thread from there to where the
+    run's folder is."""
+
+    def __init__(self, output: RunFolder, manager: ocp.CheckpointManager | None):
+        self.output, self._manager = output, manager  # None where another process writes for all
+        self._publisher = concurrent.futures.ThreadPoolExecutor(1)
+        self._publishing: concurrent.futures.Future[None] | None = None
+
+    def wait(self) -> None:
+        """Until the last checkpoint is where it belongs."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+        if self._publishing is not None:
+            self._publishing.result()
+
+    def write(self, step: int, args: ocp.args.CheckpointArgs, metrics: dict[str, float]) -> None:
+        if self._manager is None:
+            return
+        self._manager.save(step, args=args, metrics=metrics)
+        if not self.output.shared:
+            self._manager.wait_until_finished()
+            self._publishing = self._publisher.submit(self.output.publish)
+
+    def close(self) -> None:
+        try:
+            if self._manager is not None:
+                self._manager.close()
+            self.wait()
+            if self._manager is not None:
+                self.output.publish()
+        finally:
+            self._publisher.shutdown()
+
+
 @contextlib.contextmanager
-def opened(output: pathlib.Path, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """Orbax's manager of a run's folder; on exit it waits until the last checkpoint is written. It keeps the newest
-    `keep` checkpoints and the best: the one with the highest held-out expected acceptance. Checkpoints that an earlier
-    process left half-written are removed.
+def opened(output: RunFolder, keep: int) -> Iterator[Writer]:
+    """What writes a run's checkpoints; on exit it waits until the last one is written. It keeps the newest `keep`
+    checkpoints and the best: the one with the highest held-out expected acceptance. Checkpoints that an earlier process
+    left half-written are removed.
 
     Raises:
       MachineError: at the end, where the last checkpoint cannot be written.
@@ -70,21 +107,34 @@ def opened(output: pathlib.Path, keep: int) -> Iterator[ocp.CheckpointManager]:
     def acceptance(metrics: dict[str, float]) -> float:
         return metrics.get(adapter_checkpoint.BEST_BY, -1.0)  # missing in one saved at SIGTERM, without evaluation
 
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=AnyPreservationPolicy([LatestN(keep), BestN(get_metric_fn=acceptance, n=1)]),
-        best_fn=acceptance,
-        cleanup_tmp_directories=True,
-    )
-    manager = ocp.CheckpointManager(output, options=options, item_handlers=adapter_checkpoint.item_handlers())
+    manager = None
+    if output.shared or jax.process_index() == 0:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), BestN(get_metric_fn=acceptance, n=1)]),
+            best_fn=acceptance,
+            cleanup_tmp_directories=True,
+            **_alone(output),
+        )
+        handlers = adapter_checkpoint.item_handlers()
+        manager = ocp.CheckpointManager(output.path, options=options, item_handlers=handlers)
+    writer = Writer(output, manager)
     try:
-        yield manager
+        yield writer
     finally:
         try:
             with _writing(output):
-                manager.close()
+                writer.close()
         finally:
             if jax.process_index() == 0:
-                _remove_unfinished(output)
+                _remove_unfinished(output.path)
+
+
+def _alone(output: RunFolder) -> dict[str, Any]:
+    """Options for the first process that writes for all, without waiting for the others."""
+    if output.shared or jax.process_count() == 1:
+        return {}
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="first")
+    return {"multiprocessing_options": alone, "create": False}
 
 
 def _remove_unfinished(output: pathlib.Path) -> None:
@@ -100,7 +150,7 @@ def _remove_unfinished(output: pathlib.Path) -> None:
 
 
 def save(
-    manager: ocp.CheckpointManager,
+    writer: Writer,
     step: int,
     parameters: Arrays,
     optimizer: Arrays,
@@ -110,7 +160,7 @@ def save(
     """Starts to write a checkpoint, which a background thread finishes. Until then the arrays must not be donated.
 
     Args:
-      manager: of `opened`.
+      writer: of `opened`.
       step: steps done, its name.
       parameters: of the adapter, and the tokens of its draft vocabulary where it has one.
       optimizer: the optimizer's state.
@@ -120,33 +170,32 @@ def save(
     Raises:
       MachineError: where this checkpoint or the one before it cannot be written.
     """
-    output = pathlib.Path(manager.directory)
+    output = writer.output
     size = sum(x.nbytes for x in (*parameters.values(), *optimizer.values()))
     with _writing(output):
-        manager.wait_until_finished()  # so that no other checkpoint takes the room
+        writer.wait()  # so that no other checkpoint takes the room
     if jax.process_index() == 0:
         _check_room(output, size)
     position = {"step": step, "input": input_state}
     sums = jax.device_get(_checksums({"adapter": parameters, "optimizer": optimizer}))
     position["checksums"] = {item: {path: int(x) for path, x in arrays.items()} for item, arrays in sums.items()}
     position["digest"] = _digest(metadata, position)
+    if not output.shared and jax.process_count() > 1:
+        parameters, optimizer = multihost_utils.process_allgather((parameters, optimizer), tiled=True)
+    args = ocp.args.Composite(
+        adapter=ocp.args.PyTreeSave(parameters),
+        metadata=ocp.args.JsonSave(metadata),
+        optimizer=ocp.args.PyTreeSave(optimizer),
+        position=ocp.args.JsonSave(position),
+    )
     with _writing(output):
-        manager.save(
-            step,
-            args=ocp.args.Composite(
-                adapter=ocp.args.PyTreeSave(parameters),
-                metadata=ocp.args.JsonSave(metadata),
-                optimizer=ocp.args.PyTreeSave(optimizer),
-                position=ocp.args.JsonSave(position),
-            ),
-            metrics=metadata["training"]["held_out"] or {},
-        )
+        writer.write(step, args, metadata["training"]["held_out"] or {})
 
 
-def _check_room(output: pathlib.Path, size: int) -> None:
+def _check_room(output: RunFolder, size: int) -> None:
     """Takes up the room that a checkpoint needs, and gives it back: a full disk, a quota or a limit is then one error,
     where several of Orbax's and TensorStore's threads would each print theirs."""
-    path = output / "room.orbax-checkpoint-tmp"  # a name that is removed with what a kill leaves half-written
+    path = output.path / "room.orbax-checkpoint-tmp"  # a name that is removed with what a kill leaves half-written
     try:
         with path.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, size + _BESIDE_ARRAYS)
@@ -157,7 +206,7 @@ def _check_room(output: pathlib.Path, size: int) -> None:
 
 
 def newest(
-    output: pathlib.Path,
+    output: RunFolder,
     parameters: dict[str, Any],
     optimizer: dict[str, Any],
     check: Callable[[dict[str, Any], pathlib.Path], None],
@@ -178,12 +227,12 @@ def newest(
       MachineError: for a damaged checkpoint that cannot be renamed.
     """
     while True:
-        folder = adapter_checkpoint.newest_step(output)
+        step = output.newest()
         # The first process decides which is the newest; another may see a shared folder later.
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(_NONE if folder is None else int(folder.name))))
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(_NONE if step is None else step)))
         if step == _NONE:
             return None
-        folder, saved = output / str(step), None
+        folder, saved = output.fetch(step), None
         try:
             saved = _read(folder, parameters, optimizer, check)
         except DamagedError as error:
@@ -193,13 +242,13 @@ def newest(
         if np.all(multihost_utils.process_allgather(np.bool_(saved is not None))):
             return saved
         if jax.process_index() == 0:
-            aside = _set_aside(folder)
-            report.say(f"{damage}; set aside as {aside.name}")
+            aside = output.set_aside(step)
+            report.say(output.shown(f"{damage}; set aside as {aside}"))
         multihost_utils.sync_global_devices("checkpoint set aside")
 
 
 @contextlib.contextmanager
-def _writing(output: pathlib.Path) -> Iterator[None]:
+def _writing(output: RunFolder) -> Iterator[None]:
     """Turns any failure to write a checkpoint into a `MachineError`. Finished checkpoints are not touched."""
     try:
         yield
@@ -207,11 +256,12 @@ def _writing(output: pathlib.Path) -> Iterator[None]:
         raise _not_written(output, adapter_checkpoint.reason(error)) from None
 
 
-def _not_written(output: pathlib.Path, reason: str) -> MachineError:
-    newest = adapter_checkpoint.newest_step(output)
+def _not_written(output: RunFolder, reason: str) -> MachineError:
+    newest = output.newest()
+    fix = "make room" if output.shared else "when that is fixed"
     return MachineError(
-        f"{output}: a checkpoint could not be written ({reason}); make room, then the same command goes on from "
-        + (f"step {newest.name}" if newest else "the start")
+        f"{output}: a checkpoint could not be written ({reason}); {fix}, then the same command goes on from "
+        + ("the start" if newest is None else f"step {newest}")
     )
 
 
@@ -234,15 +284,6 @@ def _read(
         found[item] = adapter_checkpoint.read_arrays(folder, item, expected)
         adapter_checkpoint.check_arrays(found[item], position["checksums"][item], folder / item)
     return Saved(folder, position["step"], metadata, found["adapter"], found["optimizer"], position["input"])
-
-
-def _set_aside(folder: pathlib.Path) -> pathlib.Path:
-    names = (f"damaged-{folder.name}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
-    aside = next(folder.with_name(name) for name in names if not folder.with_name(name).exists())
-    try:
-        return folder.rename(aside)
-    except OSError as error:
-        raise MachineError(f"{folder}: damaged, and cannot be renamed ({error.strerror}); move it away") from None
 
 
 @jax.jit

@@ -21,7 +21,7 @@ import tensorboardX
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from kangaroo_jax import paths, profiling
+from kangaroo_jax import profiling
 from kangaroo_jax.checkpoint import adapter as adapter_checkpoint
 from kangaroo_jax.checkpoint.target import Target, load_target
 from kangaroo_jax.config import TrainConfig
@@ -85,7 +85,7 @@ def train(
     # Before the data files are looked for, so that the first of two mistakes is the first to be named.
     check_target_folder(config)
     check_files(config.data)
-    own_data.check(config.data)
+    own_data.check(config.data, config.output)
     with contextlib.ExitStack() as stack:
         return _train(config, profile, report, on_data, stack)
 
@@ -103,15 +103,15 @@ def _train(
     check_adapter(config, target.config)
     check_context(config, target.config, target.name)
     draft_vocabulary.check_setting(config.draft_vocabulary, target.config)
-    output = paths.expanded(config.output).resolve()
+    output = holding.enter_context(run_folder.opened(config.output))
     run = _Run(config, target, report)
 
     def check(metadata: dict[str, Any], folder: pathlib.Path) -> None:
         adapter_checkpoint.check_target(metadata, target, folder)
         check_same_run(config, metadata["training"]["settings"], folder)
 
-    if found := output.is_dir():
-        holding.enter_context(run_folder.held(output))
+    if found := output.exists():
+        holding.enter_context(output.held())
     saved = checkpoints.newest(output, run.parameters, run.named_state(), check, report)
     if saved is not None and saved.step >= config.steps:
         held_out = saved.metadata["training"]["held_out"]
@@ -119,7 +119,7 @@ def _train(
         return held_out
 
     process = _process(config.batch_size, mesh)
-    data = own_data.write(config, target, output, on_data) if config.data.is_self else config.data
+    data = own_data.write(config, target, output.path, on_data) if config.data.is_self else config.data
     rows, held_out = load_rows(data, target, config.sequence_length, config.seed, report)
     if saved is not None and saved.metadata["training"]["data_fingerprint"] != rows.fingerprint:
         raise InputError(
@@ -152,8 +152,8 @@ def _train(
         teacher.make(target, config, report)
         batches = training_batches(rows, config.batch_size, config.seed, **process, extend=teacher.extend)
     if not found:
-        holding.enter_context(run_folder.held(output))
-        if adapter_checkpoint.newest_step(output) is not None:
+        holding.enter_context(output.held())
+        if output.newest() is not None:
             raise InputError(f"output: another run has written to {output} meanwhile; run the command again")
     if saved is not None:
         run.restore(saved)
@@ -223,7 +223,7 @@ class _Run:
         rows: Rows,
         batches: grain.DatasetIterator,
         evaluation: list[Batch],
-        output: pathlib.Path,
+        output: run_folder.RunFolder,
         profile: str | None,
     ) -> dict[str, float] | None:
         """Trains to the last step, or until SIGTERM. `batches` continues at the run's step."""
@@ -234,9 +234,9 @@ class _Run:
         with contextlib.ExitStack() as stack:
             # Until the last checkpoint is written: a second SIGTERM must not break that off.
             preempted = stack.enter_context(preemption.notice())
-            manager = stack.enter_context(checkpoints.opened(output, config.keep_checkpoints))
+            saver = stack.enter_context(checkpoints.opened(output, config.keep_checkpoints))
             writer = tensorboardX.SummaryWriter(
-                str(output), purge_step=self.step + 1, write_to_disk=jax.process_index() == 0
+                str(output.path), purge_step=self.step + 1, write_to_disk=jax.process_index() == 0
             )
             stack.enter_context(writer)
             bar = stack.enter_context(self._report.bar("", steps, "step", self.step))
@@ -282,7 +282,8 @@ class _Run:
                 bar.show(self.step, note)
                 held_out = self._evaluate(evaluation, writer) if evaluates else None
                 if saves:
-                    self._save(manager, training | {"step": self.step, "held_out": held_out}, batches.get_state())
+                    writer.flush()  # what is in the bucket goes there with a checkpoint
+                    self._save(saver, training | {"step": self.step, "held_out": held_out}, batches.get_state())
                 if evaluates:
                     since = time.monotonic()
                 if stops:
@@ -332,7 +333,7 @@ class _Run:
         self._report.say(f"step {self.step}: {_describe(held_out)}")
         return held_out
 
-    def _save(self, manager: Any, training: dict[str, Any], input_state: Any) -> None:
+    def _save(self, saver: checkpoints.Writer, training: dict[str, Any], input_state: Any) -> None:
         # The step's loss was that of the parameters before it, so these may be the first that overflow.
         held_out = (training["held_out"] or {}).values()
         if not self._all_finite(self.parameters) or not all(map(math.isfinite, held_out)):
@@ -346,7 +347,7 @@ class _Run:
         metadata = adapter_checkpoint.adapter_metadata(
             parameters, self.target, config.exit_layer, training, config.adapter.kind
         )
-        checkpoints.save(manager, self.step, parameters, state, metadata, input_state)
+        checkpoints.save(saver, self.step, parameters, state, metadata, input_state)
 
 
 def _describe(held_out: dict[str, float]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 
+from kangaroo_jax.buckets import is_bucket
 from kangaroo_jax.checkpoint.target import Target, load_target
 from kangaroo_jax.config import DataConfig, TrainConfig
 from kangaroo_jax.data.synthesize.record_file import check_place
@@ -17,12 +18,17 @@ from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
 
 
-def check(data: DataConfig) -> None:
-    """Raises `InputError` where the target is to write the data, but cannot in this run."""
-    if data.is_self and jax.process_count() > 1:
+def check(data: DataConfig, output: str) -> None:
+    """Raises `InputError` where the target is to write the data, but cannot in this run, which has this `output`."""
+    needed = None
+    if jax.process_count() > 1:
+        needed = "a run of one process"
+    elif is_bucket(output):
+        needed = "an output that is not in a bucket"
+    if data.is_self and needed is not None:
         raise InputError(
-            "data.files: self needs a run of one process; write the data first with "
-            "`python -m kangaroo_jax.data.synthesize`, and give its output"
+            f"data.files: self needs {needed}; write the data first with `python -m kangaroo_jax.data.synthesize`, and "
+            "give its output"
         )
 
 

@@ -32,9 +32,9 @@ from jaxtyping import Array, Bool, Int
 from kangaroo_jax import resumable
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import TrainConfig
-from kangaroo_jax.data.cache import locked, to_disk
+from kangaroo_jax.data.cache import CacheFolder, locked, to_disk
 from kangaroo_jax.data.input import Batch, Rows, device_part
-from kangaroo_jax.errors import InputError
+from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel, deep_apply, shallow_apply
@@ -55,11 +55,12 @@ class TeacherCache:
     Args:
       rows: the training rows.
       target: the target whose states are cached.
-      folder: holds the caches of all data. Several processes must share it.
+      folder: holds the caches of all data. Several processes must share it; one in a bucket is shared.
       everywhere: whether the states are of all positions that hold a token, not only of those that count.
     """
 
-    def __init__(self, rows: Rows, target: Target, folder: pathlib.Path, *, everywhere: bool = False):
+    def __init__(self, rows: Rows, target: Target, folder: CacheFolder, *, everywhere: bool = False):
+        self._caches, self._stored_parts = folder, {}
         self._rows, self._everywhere, self._width = rows, everywhere, target.config.hidden_size
         self._counts = rows.lengths if everywhere else rows.counts
         # A cache that an earlier version of this package made for the same target is as good.
@@ -72,7 +73,7 @@ class TeacherCache:
                 "rows": rows.fingerprint,
             } | ({"positions": "all"} if everywhere else {})
             key = hashlib.sha256(json.dumps(self._about).encode()).hexdigest()[:32]
-            self.folder = folder / f"teacher-{key}"
+            self.folder = folder.path / f"teacher-{key}"
             if self.folder.exists():
                 break
         self._about["target's name"] = target.name
@@ -94,16 +95,21 @@ class TeacherCache:
             one that the processes do not share.
         """
         with contextlib.ExitStack() as held:
-            missing, fits = self._missing(SILENT), True
-            if missing.any() and jax.process_index() == 0:
-                missing = self._claim(held, report)
-                fits = self._needed(missing) + _MARGIN <= self._free()
+            missing, fits = np.zeros(-(-len(self._rows) // self._part_rows), np.int32), True
+            if jax.process_index() == 0:
+                self._fetch()
+                missing = self._missing(SILENT)
+                if missing.any():
+                    missing = self._claim(held, report)
+                    fits = self._needed(missing) + _MARGIN <= self._free()
             missing, fits = _as_first((missing, np.int32(fits)))
             if missing.any():
                 self._say_needed(missing, bool(fits), config, report)
                 self._compute(np.flatnonzero(missing), target, config, report)
                 # After this, every process sees the parts of all.
                 multihost_utils.sync_global_devices("teacher")
+            with self._writable():
+                self._fetch()
         self._open()
 
     def extend(self, batch: Batch) -> Batch:
@@ -134,6 +140,10 @@ class TeacherCache:
                 f"{self._path(part)}: damaged ({error}); remove it: the same command computes that part again"
             ) from None
 
+    def _fetch(self) -> None:
+        """Copies the parts that are in the bucket, if there is one."""
+        self._stored_parts = self._caches.fetch(self.folder.name)
+
     def _path(self, part: int) -> pathlib.Path:
         start = part * self._part_rows
         return self.folder / f"rows-{start:08}-{min(start + self._part_rows, len(self._rows)):08}.array_record"
@@ -144,12 +154,16 @@ class TeacherCache:
         return range(start, min(start + self._part_rows, len(self._rows)))
 
     def _missing(self, report: Report) -> Int[np.ndarray, " parts"]:
-        """1 for each part that does not exist or is damaged, else 0."""
+        """1 for each part that does not exist or is damaged, else 0. One that is here and not in the bucket is sent."""
         missing = np.ones(-(-len(self._rows) // self._part_rows), np.int32)
         for part in range(len(missing)):
-            complete = _open(self._path(part), len(self._part(part))) is not None
-            if not complete and self._path(part).exists():
-                report.say(f"{self._path(part)}: damaged; computing it again")
+            path = self._path(part)
+            complete = _open(path, len(self._part(part))) is not None
+            if not complete and path.exists():
+                report.say(f"{path}: damaged; computing it again")
+            elif complete and self._caches.bucket is not None and path.name not in self._stored_parts:
+                self._caches.send(self.folder.name, [path.name])
+                self._stored_parts[path.name] = path.stat().st_size
             missing[part] = not complete
         return missing
 
@@ -170,6 +184,7 @@ class TeacherCache:
         return int(self._counts[rows].sum()) * self._width * _ITEM.itemsize
 
     def _free(self) -> int:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)  # another machine's copies may be its first
         return shutil.disk_usage(self.folder.parent).free
 
     def _say_needed(self, missing: Int[np.ndarray, " parts"], fits: bool, config: TrainConfig, report: Report) -> None:
@@ -182,7 +197,7 @@ class TeacherCache:
             )
         report.say(
             f"teacher: {_size(needed)} to compute ({needed} bytes; {_size(free)} are free), "
-            f"{missing.sum()} of {len(missing)} parts, into {self.folder}",
+            f"{missing.sum()} of {len(missing)} parts, into {self._caches}/{self.folder.name}",
         )
         epochs = config.steps * config.batch_size / len(self._rows)
         if epochs <= 1:
@@ -252,11 +267,13 @@ class TeacherCache:
                         raise RuntimeError("what was written cannot be read back")
                     to_disk(unfinished)
                     unfinished.replace(self._path(part))
+                    self._caches.send(self.folder.name, [self._path(part).name])
 
         with self._writable():
             self.folder.mkdir(exist_ok=True)
             if jax.process_index() == 0:
                 resumable.replace(self.folder / _LABEL, json.dumps(self._about, indent=1).encode() + b"\n")
+                self._caches.send(self.folder.name, [_LABEL])
         try:
             yield write
         finally:
@@ -282,6 +299,8 @@ class TeacherCache:
         """Turns errors of writing to the folder into an `InputError`."""
         try:
             yield
+        except MachineError:
+            raise
         except (OSError, RuntimeError) as error:  # RuntimeError: ArrayRecord's error for a full disk
             reason = getattr(error, "strerror", None) or error
             raise InputError(

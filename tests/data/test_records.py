@@ -1,11 +1,8 @@
 """Data files against what was written into them: places, roles, texts; and every way in which they can be wrong."""
 
 import json
-import sys
 
 import pytest
-from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileSystem
 
 from kangaroo_jax.data.records import BadRecord, Conversation, Text, Turn, find_sources, read_records, tidy
 from kangaroo_jax.demo import corpus
@@ -256,25 +253,18 @@ def test_files_globs_and_what_matches_nothing(tmp_path, monkeypatch):
         assert entry.content == Text(text)
 
 
-def test_buckets(tmp_path, monkeypatch):
-    """gs:// paths through fsspec, with a folder in the bucket's place."""
-
-    class Bucket(DirFileSystem):
-        protocol = ("gs", "gcs")
-
-        def __init__(self, **_):
-            super().__init__(path=str(tmp_path), fs=LocalFileSystem())
-
-        def _join(self, path):
-            return super()._join(path.removeprefix("gs://"))
-
-    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "gcs", Bucket)
-    (tmp_path / "bucket" / "chats").mkdir(parents=True)
-    for name in ("one.jsonl", "two.jsonl", "other.txt"):
-        (tmp_path / "bucket" / "chats" / name).write_text(json.dumps(CHAT))
-    sources = find_sources("gs://bucket/chats/*.jsonl,gs://bucket/chats/other.txt")
+def test_buckets(service):
+    names = ("one.jsonl", "other.txt", "two.jsonl")
+    for name in (*names, "deeper/one.jsonl"):
+        service.put(f"chats/{name}", json.dumps(CHAT).encode())
+    at = service.location("chats")
+    sources = find_sources(f"{at}/*.jsonl,{at}/other.txt")
     names = ("one.jsonl", "two.jsonl", "other.txt")
-    assert [source.name for source in sources] == [f"gs://bucket/chats/{name}" for name in names]
+    assert [source.name for source in sources] == [f"{at}/{name}" for name in names]
     assert [entry.content for entry in read_records(sources)] == [HELLO, HELLO, Text(json.dumps(CHAT))]
-    with pytest.raises(InputError, match=r"gs://bucket/none\.jsonl: no such file"):
-        find_sources("gs://bucket/none.jsonl")
+    assert len(find_sources(f"{at}/**/*.jsonl")) == 3
+    with pytest.raises(InputError, match=rf"{at}/none\.jsonl: no such file"):
+        find_sources(f"{at}/none.jsonl")
+    service.remove("chats/one.jsonl")
+    with pytest.raises(InputError, match=rf"{at}/one\.jsonl: "):
+        list(read_records(sources))

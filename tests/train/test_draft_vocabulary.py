@@ -16,7 +16,7 @@ from flax import nnx
 
 from kangaroo_jax import DraftConfig, InputError, demo, generate, generate_plain, load_adapter, load_target
 from kangaroo_jax.checkpoint.adapter import DRAFT_VOCABULARY, save_adapter, write_draft_vocabulary
-from kangaroo_jax.data.cache import open_cache
+from kangaroo_jax.data.cache import CacheFolder, open_cache
 from kangaroo_jax.data.encode import Encoder
 from kangaroo_jax.data.input import evaluation_batches, load_rows
 from kangaroo_jax.data.records import find_sources
@@ -70,7 +70,7 @@ def test_the_most_frequent_tokens_of_the_data_are_what_loads(small_target_folder
     save_adapter(adapter, jax.jit(lambda: Adapter(target.config, rngs=nnx.Rngs(3)))(), exit_layer=1, target=target)
     (tmp_path / "data.jsonl").write_text(json.dumps({"text": "abcabcab d" * 20 + "e"}) + "\n")
     sources = find_sources(str(tmp_path / "data.jsonl"))
-    cache = open_cache(tmp_path / "cache", sources, Encoder(target, ""), 0.0)
+    cache = open_cache(CacheFolder(tmp_path / "cache"), sources, Encoder(target, ""), 0.0)
     counts = count_tokens(cache, target.config.vocab_size)
     assert {chr(token): int(counts[token]) for token in np.flatnonzero(counts[:256])} == {
         "a": 59,  # the first follows nothing

@@ -21,8 +21,9 @@ from kangaroo_jax.checkpoint.adapter import adapter_metadata, load_adapter, name
 from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.data.input import load_rows, training_batches
 from kangaroo_jax.errors import InputError, MachineError
-from kangaroo_jax.train import checkpoints, loop, run_folder
+from kangaroo_jax.train import checkpoints, loop
 from kangaroo_jax.train.loop import _Run, train
+from kangaroo_jax.train.run_folder import LocalRun
 from tests.reports import Said
 
 from .runs import ROOT, assert_same, checkpoint, configured
@@ -95,7 +96,7 @@ def test_a_second_run_into_a_folder_is_refused_and_names_the_first(run, settings
     before = sorted(output.rglob("*"))
     (output / "run.lock").write_text("what a kill left\n")
     expected = rf"^output: {output} is being written by process {os.getpid()} on \S+; wait for its end, or name"
-    with run_folder.held(output), pytest.raises(InputError, match=expected):
+    with LocalRun(output).held(), pytest.raises(InputError, match=expected):
         train(configured(settings, output=str(output)))
     assert sorted(output.rglob("*")) == before
 
@@ -183,7 +184,7 @@ def test_damage_is_seen_and_the_checkpoint_before_is_used(run, tmp_path, damage)
     whole = checkpoint(output / "10")
     damage(output / "20")
     report = Said()
-    saved = checkpoints.newest(output, whole["adapter"], whole["optimizer"], lambda *_: None, report)
+    saved = checkpoints.newest(LocalRun(output), whole["adapter"], whole["optimizer"], lambda *_: None, report)
     assert re.fullmatch(rf"{output}/20\S*: damaged .*; set aside as damaged-20\n", report.text)
     assert saved.folder == output / "10"
     assert saved.step == 10
@@ -247,12 +248,12 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error_and_leaves_the_others_
     stored, output = checkpoint(run[0] / "10"), tmp_path / "run"
     parameters = {path: jnp.asarray(x) for path, x in stored["adapter"].items()}
 
-    def save(manager, step):
+    def save(writer, step):
         metadata = adapter_metadata(parameters, target, 3, {"step": step, "held_out": None}, "kangaroo")
-        checkpoints.save(manager, step, parameters, stored["optimizer"], metadata, {})
+        checkpoints.save(writer, step, parameters, stored["optimizer"], metadata, {})
 
-    with checkpoints.opened(output, keep=2) as manager:
-        save(manager, 10)
+    with checkpoints.opened(LocalRun(output), keep=2) as writer:
+        save(writer, 10)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     reason = r"[\d.]+ MB: File too large" if beforehand else ".*File too large.*"
     if not beforehand:
@@ -261,12 +262,12 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error_and_leaves_the_others_
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         expected = rf"^{output}: a checkpoint could not be written \({reason}\); make room, then .* step 10$"
-        with pytest.raises(MachineError, match=expected), checkpoints.opened(output, keep=2) as manager:
-            save(manager, 20)
+        with pytest.raises(MachineError, match=expected), checkpoints.opened(LocalRun(output), keep=2) as writer:
+            save(writer, 20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [x.name for x in output.iterdir()] == ["10"]
-    assert checkpoints.newest(output, parameters, stored["optimizer"], lambda *_: None).step == 10
+    assert checkpoints.newest(LocalRun(output), parameters, stored["optimizer"], lambda *_: None).step == 10
 
 
 @pytest.mark.long
@@ -305,12 +306,12 @@ def test_weights_that_are_not_finite_are_not_saved(settings, tmp_path, small_tar
 def test_the_best_is_kept_beside_the_newest_and_is_what_loads(run, target, tmp_path):
     stored = checkpoint(run[0] / "10")
     acceptance = {1: 0.2, 2: 0.5, 3: 0.3, 4: None, 5: 0.4}
-    with checkpoints.opened(tmp_path / "run", keep=2) as manager:
+    with checkpoints.opened(LocalRun(tmp_path / "run"), keep=2) as writer:
         for step, value in acceptance.items():
             parameters = {path: jnp.asarray(x) + step for path, x in stored["adapter"].items()}
             held_out = None if value is None else {"expected_acceptance": value}
             metadata = adapter_metadata(parameters, target, 3, {"step": step, "held_out": held_out}, "kangaroo")
-            checkpoints.save(manager, step, parameters, stored["optimizer"], metadata, {})
+            checkpoints.save(writer, step, parameters, stored["optimizer"], metadata, {})
     assert {x.name for x in (tmp_path / "run").iterdir()} == {"2", "4", "5"}
     best = named_leaves(load_adapter(tmp_path / "run", target).model)
     for path, x in stored["adapter"].items():

@@ -139,7 +139,6 @@ def test_conversations_are_trained_on_in_their_template(settings, small_target_f
         ("exit_layer", 8, r"exit_layer: expected 1 to 7 \(the target has 8 layers\), found 8"),
         ("adapter.num_layers", 6, "adapter.num_layers: expected at most 5, the target's layers from exit_layer 3 on"),
         ("sequence_length", 4096, "sequence_length: expected at most 512, the context of"),
-        ("data.cache", "gs://bucket/cache", r"data\.cache: expected a folder, found gs://bucket/cache"),
         ("data.files", "/missing/*.txt", r"/missing/\*.txt: no such file"),
         ("target", "/missing", "/missing: no such folder"),
     ],

@@ -76,7 +76,8 @@ EARLIER = {
         ("data.held_out", 0.6, "data.held_out: expected a share of at most 0.5, found 0.6"),
         ("data.template", "vicuna", r'data\.template: expected vicuna_v1.1 or llama-2 or llama-3 or "", found'),
         ("target", " ", r"target: empty; give one with --config\.target=\.\.\."),
-        ("output", "gs://bucket/run", "output: expected a folder, found gs://bucket/run; mount the bucket"),
+        ("output", "az://bucket/run", "output: expected a folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER, found az:"),
+        ("data.cache", "az://bucket/cache", "data.cache: expected a folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER"),
     ],
 )
 def test_values_out_of_range_are_named(name, value, expected):

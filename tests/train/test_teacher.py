@@ -22,6 +22,7 @@ from flax import nnx
 
 from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from kangaroo_jax.data.cache import CacheFolder
 from kangaroo_jax.data.input import Rows, device_part, load_rows
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kinds import KINDS
@@ -91,7 +92,7 @@ def calls(monkeypatch):
 
 
 def made(rows, target, folder, report=SILENT, *, everywhere=False):
-    cache = TeacherCache(rows, target, folder, everywhere=everywhere)
+    cache = TeacherCache(rows, target, CacheFolder(folder), everywhere=everywhere)
     cache.make(target, SETTINGS, report)
     return cache
 
@@ -168,6 +169,7 @@ import json, pathlib, sys, time
 from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.config import DataConfig
 from kangaroo_jax.data import input
+from kangaroo_jax.data.cache import CacheFolder
 from kangaroo_jax.train import teacher
 from kangaroo_jax.train.settings import make_mesh
 from tests.train.test_teacher import LENGTH, SETTINGS
@@ -185,7 +187,7 @@ def slow(self, ids):
     return read(self, ids)
 
 input.Rows.batch = slow
-teacher.TeacherCache(rows, target, pathlib.Path(sys.argv[4])).make(target, SETTINGS)
+teacher.TeacherCache(rows, target, CacheFolder(pathlib.Path(sys.argv[4]))).make(target, SETTINGS)
 """
 
 
@@ -200,7 +202,7 @@ def test_killed_in_the_middle_goes_on_from_the_parts_that_are_whole(
         said = process.stdout.readline()
         process.kill()
         assert said == "in the middle\n", process.stderr.read()
-    cache = TeacherCache(rows, small, tmp_path / "killed")
+    cache = TeacherCache(rows, small, CacheFolder(tmp_path / "killed"))
     before = {path: path.stat().st_mtime_ns for path in parts(cache)}
     assert len(before) == 1  # 12 rows were computed and written, of which 7 are a part
     assert len(list(cache.folder.glob("*.tmp"))) == 1
@@ -282,7 +284,7 @@ def test_bytes_that_changed_are_named_when_they_are_read(whole, copy, rows, smal
 
 @pytest.mark.parametrize("owners", [[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1], [2, 0, 0, 2]])
 def test_each_process_gets_whole_parts_and_each_row_is_computed_once(rows, small, tmp_path, owners):
-    cache = TeacherCache(rows, small, tmp_path)
+    cache = TeacherCache(rows, small, CacheFolder(tmp_path))
     todo = np.asarray([0, 1, 3, 4, 5])
     written = collections.defaultdict(list)
     for batch in cache._schedule(todo, np.asarray(owners)):
@@ -330,7 +332,7 @@ def test_a_full_disk_or_a_folder_that_is_none_is_one_line(rows, small, tmp_path,
         patch.setattr(teacher_module, "ArrayRecordWriter", Full)
         with pytest.raises(InputError, match=r"cannot be written \(No space left on device\); make room or name"):
             made(rows, small, tmp_path)
-    cache = TeacherCache(rows, small, tmp_path)
+    cache = TeacherCache(rows, small, CacheFolder(tmp_path))
     assert not parts(cache)
     assert not list(cache.folder.glob("*.tmp"))
 
@@ -338,24 +340,29 @@ def test_a_full_disk_or_a_folder_that_is_none_is_one_line(rows, small, tmp_path,
 def test_another_target_dtype_or_data_is_another_cache(data, rows, small, target, tmp_path):
     lower = jax.tree.map(lambda x: x.astype(jnp.bfloat16), small.model)
     caches = [
-        TeacherCache(rows, small, tmp_path),
-        TeacherCache(rows, small, tmp_path, everywhere=True),
-        TeacherCache(rows, target, tmp_path),
-        TeacherCache(rows, dataclasses.replace(small, model=lower), tmp_path),
-        TeacherCache(load_rows(data, small, LENGTH, seed=1)[0], small, tmp_path),
-        TeacherCache(load_rows(data, small, LENGTH // 2, seed=0)[0], small, tmp_path),
+        TeacherCache(rows, small, CacheFolder(tmp_path)),
+        TeacherCache(rows, small, CacheFolder(tmp_path), everywhere=True),
+        TeacherCache(rows, target, CacheFolder(tmp_path)),
+        TeacherCache(rows, dataclasses.replace(small, model=lower), CacheFolder(tmp_path)),
+        TeacherCache(load_rows(data, small, LENGTH, seed=1)[0], small, CacheFolder(tmp_path)),
+        TeacherCache(load_rows(data, small, LENGTH // 2, seed=0)[0], small, CacheFolder(tmp_path)),
     ]
     assert len({cache.folder for cache in caches}) == len(caches)
-    again = TeacherCache(load_rows(data, small, LENGTH, seed=0)[0], small, tmp_path)
+    again = TeacherCache(load_rows(data, small, LENGTH, seed=0)[0], small, CacheFolder(tmp_path))
     assert again.folder == caches[0].folder
 
 
 def test_a_cache_made_under_an_earlier_fingerprint_of_the_target_is_used(rows, small, tmp_path):
     before = dataclasses.replace(small, fingerprint="0123456789abcdef", earlier_fingerprints=())
     now = dataclasses.replace(small, earlier_fingerprints=("0123456789abcdef",))
-    assert TeacherCache(rows, now, tmp_path).folder == TeacherCache(rows, small, tmp_path).folder
-    TeacherCache(rows, before, tmp_path).folder.mkdir()
-    assert TeacherCache(rows, now, tmp_path).folder == TeacherCache(rows, before, tmp_path).folder
+    assert (
+        TeacherCache(rows, now, CacheFolder(tmp_path)).folder == TeacherCache(rows, small, CacheFolder(tmp_path)).folder
+    )
+    TeacherCache(rows, before, CacheFolder(tmp_path)).folder.mkdir()
+    assert (
+        TeacherCache(rows, now, CacheFolder(tmp_path)).folder
+        == TeacherCache(rows, before, CacheFolder(tmp_path)).folder
+    )
 
 
 @pytest.mark.long

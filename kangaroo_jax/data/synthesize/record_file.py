@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from kangaroo_jax import json_text, paths, resumable
+from kangaroo_jax.buckets import is_bucket
 from kangaroo_jax.data.records import Source
 from kangaroo_jax.errors import InputError
 
@@ -23,6 +24,8 @@ Record = dict[str, Any]
 
 def check_place(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
     """Where records are to go, if they can: raises `InputError` for a folder that is missing, and the like."""
+    if is_bucket(path):
+        raise InputError(f"{flag}={path}: is in a bucket; write to a disk, and copy the file when it is complete")
     output = paths.expanded(path)
     if not Source(output.name).holds_records:
         raise InputError(f"{flag}={path}: training would read it as one text; give it a name that ends in .jsonl")
