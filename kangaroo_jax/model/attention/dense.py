@@ -121,7 +121,9 @@ class DenseBackend:
             return with_layout_constraint(part, Layout(tuple(range(part.ndim))))
 
         if self.mesh is None or self.mesh.size == 1:
-            return fix(buffer)
+            # A function of its own: where a constraint gives a program's result, JAX leaves the order of all results to
+            # XLA, then takes no donated buffer for it, and reads others as if they were in order.
+            return jax.jit(fix)(buffer)
         where = self.partition(buffer.shape)  # a constraint on a split array would gather it
         return jax.shard_map(fix, mesh=self.mesh, in_specs=where, out_specs=where)(buffer)
 
