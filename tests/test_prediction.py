@@ -46,7 +46,7 @@ def test_a_device_reads_and_multiplies_its_part_of_what_is_split():
     cached = 2 * 3 * 1 * 128 * 8  # keys and values of 3 sequences, 1 of the 2 heads
     layer, read = (attention + mlp) // 2, 2 * ((attention + mlp) // 2 + norms + cached)
     adapter_read = 2 * (attention // 2 + norms + cached)
-    assert PartCounts.of_bytes(model, adapter, 1, cached) == PartCounts(
+    assert PartCounts.of_bytes(model, adapter, 1, [cached] * 2) == PartCounts(
         plain_step=2 * read + head,
         shallow=read,
         draft_step=read + adapter_read + head,
@@ -55,7 +55,7 @@ def test_a_device_reads_and_multiplies_its_part_of_what_is_split():
     )
     # Two queries share each key: 2 products of 2 operations each, for keys and for values.
     work, head_work = 3 * 2 * layer + 2 * 2 * cached, 3 * head
-    assert PartCounts.of_operations(model, adapter, 1, 3, cached) == PartCounts(
+    assert PartCounts.of_operations(model, adapter, 1, 3, [cached] * 2) == PartCounts(
         plain_step=2 * work + head_work,
         shallow=work,
         draft_step=work + 3 * attention + 2 * 2 * cached + head_work,

@@ -35,7 +35,7 @@ from kangaroo_jax.decode.verify import commit, verify
 from kangaroo_jax.engine.engine import resolve_exit_layer
 from kangaroo_jax.engine.part_costs import PartCounts
 from kangaroo_jax.engine.programs import compiler_options
-from kangaroo_jax.engine.shapes import capacity_class
+from kangaroo_jax.engine.shapes import capacity_class, rings
 from kangaroo_jax.model.attention.backend import choose_backend
 from kangaroo_jax.model.drafts.draft_model import Committed
 from kangaroo_jax.model.drafts.kangaroo import Adapter, DraftVocabulary
@@ -47,7 +47,8 @@ Turn = Callable[[TargetModel, Adapter | None, State], State]
 _TURNS = 32  # of a timed loop
 _REPEATS = 7
 _NO_LIMIT = 1 << 20  # new tokens
-_prefill = jax.jit(prefill, static_argnames=("exit_layer", "capacity", "backend", "sampled"))  # one for all parts
+# One for all parts.
+_prefill = jax.jit(prefill, static_argnames=("exit_layer", "capacity", "backend", "sampled", "rings"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Context:
             "capacity": self.capacity,
             "backend": choose_backend(None, devices),
             "sampled": False,
+            "rings": self.rings,
         }
         lengths, max_output = (np.full((batch,), n, np.int32) for n in (length, _NO_LIMIT))
         admission = Admission(max_output, np.full((batch, 1), -1, np.int32), Sampling.greedy(batch))
@@ -84,10 +86,17 @@ class Context:
         return lambda: _prefill(self.model, adapter, self.tokens, lengths, admission, **static)
 
     @property
+    def rings(self) -> tuple[int | None, ...]:
+        """As `Shapes.rings`, with the room beyond a window that the caches have beyond the context."""
+        return rings(self.model.config.attention_kinds, self.capacity - self.tokens.shape[1])
+
+    @property
     def bytes(self) -> PartCounts:
         """What each part reads."""
         config = self.model.config
-        cached = 2 * len(self.tokens) * config.num_key_value_heads * self.capacity * config.head_dim
+        position = 2 * len(self.tokens) * config.num_key_value_heads * config.head_dim
+        places = [min(ring or self.capacity, self.capacity) for ring in self.rings or (None,) * len(self.model.layers)]
+        cached = [position * count for count in places]
         return PartCounts.of_bytes(self.model, self.adapter, self.exit_layer, cached)
 
     def with_draft_vocabulary(self, size: int) -> Context:

@@ -52,15 +52,20 @@ def empty_prompts(
     backend: AttentionBackend,
     looks_up: bool = False,
     kept: int = 0,
+    rings: tuple[int | None, ...] = (),
 ) -> Prompts:
     """Caches of `rows` prompts with room for `capacity` positions each; also of their tokens, where rounds look up.
-    `kept`: positions that the draft model may not have seen (`RoundShape.kept`)."""
+    `kept`: positions that the draft model may not have seen (`RoundShape.kept`). `rings`: of the target's layers, as
+    for `KVCache.empty`; the draft model's are as the first."""
     config, dtype = target.config, target.compute_dtype
+    rings = rings or (None,) * config.num_hidden_layers
     shallow, deep = (
-        KVCache.empty(config, layers, rows, capacity, dtype, backend)
-        for layers in (exit_layer, config.num_hidden_layers - exit_layer)
+        KVCache.empty(config, len(part), rows, capacity, dtype, backend, part)
+        for part in (rings[:exit_layer], rings[exit_layer:])
     )
-    draft = None if draft_model is None else draft_model.init(rows, capacity, dtype, backend, max(1, kept))
+    draft = None
+    if draft_model is not None:
+        draft = draft_model.init(rows, capacity, dtype, backend, max(1, kept), rings[0])
     return Prompts(shallow, deep, draft, History.empty(rows, capacity) if looks_up else None)
 
 
@@ -75,9 +80,11 @@ def empty_slots(
     backend: AttentionBackend,
     looks_up: bool = False,
     kept: int = 0,
+    rings: tuple[int | None, ...] = (),
 ) -> DecodeState:
     """A state whose sequences all idle. `max_eos` is room for each one's EOS ids; the rest as for `empty_prompts`."""
     static = {"exit_layer": exit_layer, "capacity": capacity, "backend": backend, "looks_up": looks_up, "kept": kept}
+    static["rings"] = rings
     caches = empty_prompts(target, draft_model, batch, **static)
 
     def zeros() -> Int[Array, " batch"]:
@@ -189,11 +196,13 @@ def prefill(
     sampled: bool,
     looks_up: bool = False,
     kept: int = 0,
+    rings: tuple[int | None, ...] = (),
 ) -> DecodeState:
     """A batch of its own: prompts, each one piece (arguments as for `prefill_piece` and `first_tokens`), in caches with
     room for `capacity` positions."""
     rows = len(tokens)
     static = {"exit_layer": exit_layer, "capacity": capacity, "backend": backend, "looks_up": looks_up, "kept": kept}
+    static["rings"] = rings
     prompts = empty_prompts(target, draft_model, rows, **static)
     start = jnp.zeros((rows,), jnp.int32)
     prompts, last = prefill_piece(target, draft_model, prompts, tokens, start, lengths, exit_layer=exit_layer)
@@ -228,6 +237,7 @@ def prefill_and_admit(
     backend: AttentionBackend,
     sampled: bool,
     kept: int = 0,
+    rings: tuple[int | None, ...] = (),
 ) -> tuple[DecodeState, Int[Array, " rows"]]:
     """The last piece of each prompt, and its row of a running batch. With `state` donated, in place.
 
@@ -244,14 +254,15 @@ def prefill_and_admit(
       exit_layer: l, static.
       backend: of the caches, static.
       sampled: whether any of the prompts samples, static.
-      kept: as for `empty_prompts`, static; of `state`.
+      kept: as for `empty_prompts`, static; of `state`, as are the next.
+      rings: likewise.
 
     Returns:
       The state, and each prompt's first token; `NO_TOKEN` where the logits are not numbers.
     """
     rows, time = tokens.shape
     if prompts is None:
-        static = {"exit_layer": exit_layer, "capacity": time, "backend": backend, "kept": kept}
+        static = {"exit_layer": exit_layer, "capacity": time, "backend": backend, "kept": kept, "rings": rings}
         prompts = empty_prompts(target, draft_model, rows, **static, looks_up=state.history is not None)
     prompts, last = prefill_piece(target, draft_model, prompts, tokens, start, lengths, exit_layer=exit_layer)
     with jax.named_scope("admit"):

@@ -105,6 +105,13 @@ class RoundShape:
         # A draft model that catches up writes as many as it keeps.
         return max(growing, idling, self.widths[-1], self.kept if self.max_draft_len else 0)
 
+    @property
+    def beyond_window(self) -> int:
+        """How many positions a layer with a window has to hold besides it. A round begins at n, and its first query may
+        be of a position that the draft model has not seen, before n: this has to see its window, after all of the
+        round's positions are written."""
+        return self.positions + max(1, self.kept) - 1
+
 
 def run_rounds(
     target: TargetModel,

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from kangaroo_jax.config import TreeConfig
 from kangaroo_jax.decode.state import DecodeState, Draft, DraftTree
-from kangaroo_jax.model.cache import KVCache, draft_mask
+from kangaroo_jax.model.cache import DraftMask, KVCache
 from kangaroo_jax.model.drafts.draft_model import DraftModel
 from kangaroo_jax.model.target import TargetModel, shallow_apply
 
@@ -74,7 +74,7 @@ def draft_tree(
         # Through the shallow layers once more, all together: most of the tree's leaves have not been, and the others
         # lie where they were drafted. One pass, like the one that ends the draft of a single sequence.
         shallow = growth.shallow.replace(length=start + 1)
-        mask = draft_mask(start + 1, links.ancestors()[:, 1:, 1:], shallow.capacity)
+        mask = DraftMask.create(start + 1, links.ancestors()[:, 1:, 1:], shallow.capacity)
         hidden, shallow = shallow_apply(target, tokens, first + links.depths, shallow, exit_layer=exit_layer, mask=mask)
         return Draft(
             tokens=tokens,
@@ -171,7 +171,7 @@ def _grow(
     scores = jnp.take_along_axis(growth.scores[:, level - 1], frontier, axis=1)
     positions = jnp.broadcast_to((start + level)[:, None], tokens.shape)
     entries = start + 1 + (level - 1) * topk
-    mask = draft_mask(start + 1, growth.visible, growth.shallow.capacity)
+    mask = DraftMask.create(start + 1, growth.visible, growth.shallow.capacity)
     hidden, shallow = shallow_apply(
         target, tokens, positions, growth.shallow.replace(length=entries), exit_layer=exit_layer, mask=mask
     )

@@ -10,7 +10,7 @@ from kangaroo_jax.decode.decide import Costs, learn
 from kangaroo_jax.decode.pick import NO_TOKEN, Verdict, pick_verified
 from kangaroo_jax.decode.sampling import Sampling
 from kangaroo_jax.decode.state import Chunk, DecodeState, Draft, DraftRecord
-from kangaroo_jax.model.cache import KVCache, draft_mask
+from kangaroo_jax.model.cache import DraftMask, KVCache
 from kangaroo_jax.model.drafts.draft_model import Committed, DraftModel
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head
 
@@ -50,7 +50,7 @@ def verify(
             depths, mask = jnp.arange(width), None
         else:
             depths = jnp.pad(draft.tree.depths, ((0, 0), (1, 0)))[:, :width]
-            mask = draft_mask(length, draft.tree.ancestors()[:, :width, :width], cache.capacity)
+            mask = DraftMask.create(length, draft.tree.ancestors()[:, :width, :width], cache.capacity)
         positions, cache = length[:, None] + depths, cache.replace(length=length)
         normed, cache = deep_apply(target, hidden, positions, cache, exit_layer=exit_layer, mask=mask)
         verdict = pick_verified(lm_head(target, normed), draft, sampling, positions + 1)

@@ -62,6 +62,8 @@ class _Run:
     drafts: bool
     plan: Plan
     text: TextStream | None
+    committed: int = 0  # new tokens that the device is known to have committed, those behind a stop string too
+    stands: bool = False  # whether the device goes no further
     start: float = 0.0  # of its prefill, on the engine's clock
     first: float = 0.0  # when its first token was here
     reused: int = 0
@@ -106,6 +108,7 @@ class _Slot:
 
     run: _Run | None = None
     held: list[int] = dataclasses.field(default_factory=list)  # token ids whose keys and values are in its caches
+    filled: int = 0  # positions that may have been written there
 
 
 class Engine:
@@ -153,16 +156,18 @@ class Engine:
                 f"max_batch must be a multiple of the {target.mesh.shape['data']} devices along the mesh's data axis, "
                 f"found {config.max_batch}"
             )
+        self._rings = self.shapes.rings(target.config.attention_kinds)
         self._weights = (target.model, None if adapter is None else adapter.model)
         self._threshold = np.float32(draft.threshold if adapter is not None else 0.0)
         self._costs = costs_of_rounds(target, adapter, draft, self.shapes.round, config.max_batch, platform)
-        self._signature = signature(self._weights, self.shapes, self._backend, config.max_batch)
+        self._signature = signature(self._weights, self.shapes, self._rings, self._backend, config.max_batch)
         # What programs are made of that begin with caches.
         self._static = {
             "exit_layer": self.shapes.round.exit_layer,
             "backend": self._backend,
             "looks_up": self.shapes.round.lookup is not None,
             "kept": self.shapes.round.kept,
+            "rings": self._rings,
         }
         self._programs = ProgramStore(_MAX_PROGRAMS)
         self._state: DecodeState | None = None
@@ -312,10 +317,28 @@ class Engine:
     def _best_slot(self, run: _Run, free: Sequence[int]) -> tuple[int, int]:
         """The free slot that holds the longest beginning of a prompt, and how many tokens of it; without any, the one
         that holds the least."""
-        shared = {i: _shared(self._slots[i].held, run.ids) for i in free}
+        shared = {i: self._usable(self._slots[i], run) for i in free}
         best = max(free, key=lambda i: (shared[i], -len(self._slots[i].held)))
         # Below this, taking a row out of the batch costs more than it saves.
         return best, shared[best] if shared[best] >= min(PIECE, len(run.ids)) // 4 and shared[best] >= 16 else 0
+
+    def _usable(self, slot: _Slot, run: _Run) -> int:
+        """How many tokens of a prompt can be taken from a slot: those that both begin with, or none where the window of
+        the first one behind them reaches what a ring no longer holds."""
+        shared = _shared(slot.held, run.ids)
+        last = shared + max(0, -(-(len(run.ids) - shared) // PIECE) - 1) * PIECE
+        starts = ((shared, slot.filled), (self._last_start(run, last, self._capacity), max(last, slot.filled)))
+        lacks = any(
+            ring is not None and ring < self._capacity and max(0, start - kind.window + 1) < filled - ring
+            for kind, ring in zip(self.target.config.attention_kinds, self._rings, strict=bool(self._rings))
+            for start, filled in starts
+        )
+        return 0 if lacks else shared
+
+    def _last_start(self, run: _Run, done: int, capacity: int) -> int:
+        """Where a prompt's last piece begins, behind `done` tokens. The padded piece has to lie within the caches:
+        where it would not, it begins earlier and does some again."""
+        return min(done, max(0, capacity - self.shapes.prompt_width(len(run.ids) - done)))
 
     def _begin_long(self, run: _Run, slot: int, reused: int) -> None:
         """Begins a prompt that is not one fresh piece: it is long, or its slot holds its beginning."""
@@ -342,8 +365,7 @@ class Engine:
             self._long_prompt.prompts, _ = program(*inputs)
             self._long_prompt.done += PIECE
             return
-        # The padded piece has to lie within the caches: where it would not, it begins earlier and does some again.
-        done = min(done, max(0, capacity - self.shapes.prompt_width(rest)))
+        done = self._last_start(run, done, capacity)
         slot, self._long_prompt = self._long_prompt.slot, None
         self._prefill_last([run], [slot], prompts, [done], 1)
 
@@ -476,7 +498,7 @@ class Engine:
             self._state = program(self._state)
             for slot in self._slots:
                 # An idle row runs too, and writes behind what it holds.
-                if slot.run is None and len(slot.held) + 2 + self.shapes.round.positions > needed:
+                if slot.run is None and slot.filled > needed:
                     slot.held = []
         else:
             return
@@ -525,6 +547,7 @@ class Engine:
         if run.ended or not (tokens or failed):
             return []
         run.tokens += tokens
+        run.committed += len(tokens)
         run.accept_lengths += accept_lengths
         run.draft_lengths += draft_lengths
         run.lookup_lengths += lookup_lengths
@@ -537,6 +560,7 @@ class Engine:
             reason = "stop"
         elif len(run.tokens) >= run.max_new_tokens:
             reason = "length"
+        run.stands = reason is not None
         piece = ""
         if run.text is not None and (run.stop or run.stream or reason):
             piece = run.text.feed(run.tokens[run.text.num_tokens :], final=reason is not None)
@@ -586,6 +610,8 @@ class Engine:
         lack."""
         run = slot.run
         slot.run, slot.held = None, (run.ids + run.tokens)[: -1 - max(1, self.shapes.round.kept)] if run.tokens else []
+        ahead = 0 if run.stands else self.shapes.chunk_positions(run.chunks_ahead)
+        slot.filled = len(run.ids) + run.committed - 1 + ahead + self.shapes.round.positions
 
     # --- Programs and arrays.
 

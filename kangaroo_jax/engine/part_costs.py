@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,9 @@ class PartCounts:
     head: int
 
     @classmethod
-    def of_bytes(cls, model: TargetModel, adapter: Adapter | None, exit_layer: int, cached: int = 0) -> PartCounts:
+    def of_bytes(
+        cls, model: TargetModel, adapter: Adapter | None, exit_layer: int, cached: Sequence[int] = ()
+    ) -> PartCounts:
         """Bytes that each part has to read: weights, and the complete cache buffers of the layers it runs (attention
         reads the unused positions too).
 
@@ -41,13 +43,15 @@ class PartCounts:
           model: the target, or its shapes.
           adapter: or its shapes; None for a round that drafts nothing by it.
           exit_layer: number of shallow layers.
-          cached: numbers in one layer's buffers, keys and values together, on one device.
+          cached: of each layer of the target, numbers in its buffers, keys and values together, on one device; an
+            adapter's layers are as the first. Empty leaves caches out.
         """
-        return cls._of(model, adapter, exit_layer, lambda x: _size(x) * x.dtype.itemsize, cached * model.dtype.itemsize)
+        attention = [numbers * model.dtype.itemsize for numbers in cached]
+        return cls._of(model, adapter, exit_layer, lambda x: _size(x) * x.dtype.itemsize, attention)
 
     @classmethod
     def of_operations(
-        cls, model: TargetModel, adapter: Adapter | None, exit_layer: int, batch: int, cached: int
+        cls, model: TargetModel, adapter: Adapter | None, exit_layer: int, batch: int, cached: Sequence[int]
     ) -> PartCounts:
         """Floating-point operations of the matrix products for one position of each sequence.
 
@@ -61,22 +65,28 @@ class PartCounts:
         groups = model.config.num_attention_heads // model.config.num_key_value_heads
         matrix = lambda x: 2 * batch * _size(x) if x.ndim > 1 else 0  # noqa: E731
         # Each of a group's queries is multiplied with each key, and its weights with each value.
-        return cls._of(model, adapter, exit_layer, matrix, 2 * groups * cached)
+        return cls._of(model, adapter, exit_layer, matrix, [2 * groups * numbers for numbers in cached])
 
     @classmethod
     def _of(
-        cls, model: TargetModel, adapter: Adapter | None, exit_layer: int, count: Callable[[Any], int], attention: int
+        cls,
+        model: TargetModel,
+        adapter: Adapter | None,
+        exit_layer: int,
+        count: Callable[[Any], int],
+        attention: Sequence[int],
     ) -> PartCounts:
         def total(tree: Any) -> int:
             return sum(map(count, jax.tree.leaves(tree)))
 
-        layers = [total(layer) + attention for layer in model.layers]
+        attention = attention or [0] * len(model.layers)
+        layers = [total(layer) + more for layer, more in zip(model.layers, attention, strict=True)]
         head = total(model.embed_tokens if model.lm_head is None else model.lm_head)
         shallow, deep = sum(layers[:exit_layer]), sum(layers[exit_layer:])
         step = shallow
         if adapter is not None:
             # An adapter with a draft vocabulary has its own rows of the head, and reads those instead.
-            step += total(adapter) + len(adapter.layers) * attention
+            step += total(adapter) + len(adapter.layers) * attention[0]
             step += 0 if adapter.draft_vocabulary is not None else head
         return cls(shallow + deep + head, shallow, step, deep + head, head)
 

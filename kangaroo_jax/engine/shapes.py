@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from kangaroo_jax.decode.rounds import RoundShape, max_chunk_tokens
+from kangaroo_jax.model.config import AttentionKind
 
 # The device works alone until every sequence has this many new tokens; then the host streams and checks stop strings.
 CHUNK = 32
@@ -13,6 +15,7 @@ MAX_EOS = 16  # tokens that may end a sequence
 _PROMPT_STEP = 64
 _SMALLEST_CAPACITY = 128
 _AT_ONCE = 512  # positions that caches begin with where they may need them
+_RING_STEP = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,11 @@ class Shapes:
         capacity = min(positions, max(_AT_ONCE, 2 * filled))
         return capacity_class(max(capacity, _AT_ONCE) if self.accelerator else capacity)
 
+    def rings(self, kinds: Sequence[AttentionKind]) -> tuple[int | None, ...]:
+        """The most positions that the cache of each layer holds; None: all (`KVCache.empty`). Where no layer has a
+        window, empty."""
+        return rings(kinds, self.round.beyond_window)
+
     def prompt_width(self, length: int) -> int:
         """Tokens that a piece of a prompt is padded to: on a CPU, two sizes between powers of two, from 128 on."""
         if self.accelerator:
@@ -98,6 +106,16 @@ def capacity_class(positions: int) -> int:
     """The smallest capacity of caches that holds so many positions: a power of two, or one and a half times one."""
     power = _power_of_two(max(positions, _SMALLEST_CAPACITY))
     return power * 3 // 4 if positions <= power * 3 // 4 and power > _SMALLEST_CAPACITY else power
+
+
+def rings(kinds: Sequence[AttentionKind], beyond: int) -> tuple[int | None, ...]:
+    """`Shapes.rings`, where rounds need so many positions `beyond` a window. Windows are few and do not grow, so unlike
+    capacities they are not rounded up by halves: for a window of 4,096 that would be 2,048 positions for nothing."""
+    if all(kind.window is None for kind in kinds):
+        return ()
+    return tuple(
+        None if kind.window is None else -(-(kind.window + beyond) // _RING_STEP) * _RING_STEP for kind in kinds
+    )
 
 
 def _power_of_two(number: int) -> int:

@@ -28,18 +28,21 @@ INIT = nnx.initializers.normal(0.02)
 
 @flax.struct.dataclass
 class AttentionContext:
-    """What all layers of one forward pass share: computed once, from positions and the cache's lengths."""
+    """What all layers of one forward pass share: computed once, from positions and the cache's lengths.
+
+    Layers with the same window, and as many places in their buffers, see the same: such a pair is a view."""
 
     rotaries: tuple[Rotary, ...] = flax.struct.field(pytree_node=False)  # that any of the layers has
     angles: tuple[tuple[Float[Array, "batch time turned"], Float[Array, "batch time turned"]], ...]  # of each, cos, sin
-    windows: tuple[int | None, ...] = flax.struct.field(pytree_node=False)  # likewise
-    masks: tuple[Bool[Array, "batch time keys"], ...]  # of each, True where a query may look
+    # Window, and places of the buffer, None without a cache; that any of the layers has.
+    views: tuple[tuple[int | None, int | None], ...] = flax.struct.field(pytree_node=False)
+    masks: tuple[Bool[Array, "batch time keys"], ...]  # of each view, True where a query may look
+    # Of each view that is a ring while a prompt is prefilled, the places of ring and piece that the ring keeps.
+    kept: tuple[Int[Array, "batch places"] | None, ...]
     start: Int[Array, " batch"] | None  # position of the first new entry in the cache; None without a cache
     backend: AttentionBackend | None = flax.struct.field(pytree_node=False)  # None without a cache
-    in_prompt: Bool[Array, "batch time"] | None = None  # as the cache's `prompt_end` says
-
-    def mask(self, kind: AttentionKind) -> Bool[Array, "batch time keys"]:
-        return self.masks[self.windows.index(kind.window)]
+    capacity: int | None = flax.struct.field(pytree_node=False)  # the cache's; likewise
+    in_prompt: Bool[Array, "batch time"] | None = None  # whose values may be other than numbers in the cache
 
     def turn(self, x: Float[Array, "batch time heads head_dim"], kind: AttentionKind) -> Array:
         """`x` turned by its positions."""
@@ -113,14 +116,26 @@ class Attention(nnx.Module):
         turned = context.turn(turned.reshape(batch, time, -1, head_dim), self.kind)
         turned = turned.reshape(batch, time, kv_heads, rows - 1, head_dim)
         query, new_keys, new_values = turned[..., :-1, :], turned[..., -1, :], qkv[..., -1, :]
-        mask, how = context.mask(self.kind), {"scale": self.scale, "soft_cap": self.soft_cap}
+        backend, how = context.backend, {"scale": self.scale, "soft_cap": self.soft_cap}
+        places = None if keys is None else backend.capacity(values)
+        view = context.views.index((self.kind.window, places))
+        mask, kept = context.masks[view], context.kept[view]
         if keys is None:
             return self._project(attend(query, new_keys, new_values, mask, **how)), new_keys, new_values
         # See `KVCache`. A position whose value is not a number still gets what it would get with it: NaN.
         is_number = jnp.isfinite(new_values)
         cached = is_number if context.in_prompt is None else is_number | context.in_prompt[:, :, None, None]
-        keys, values = context.backend.write(keys, values, new_keys, jnp.where(cached, new_values, 0), context.start)
-        mixed = context.backend.attend(query, keys, values, mask, **how)
+        new_values = jnp.where(cached, new_values, 0)
+        if kept is None:
+            wraps = places < context.capacity
+            keys, values = backend.write(keys, values, new_keys, new_values, context.start, wraps=wraps)
+            mixed = backend.attend(query, keys, values, mask, **how)
+        else:
+            # A prompt's piece may be longer than the ring, and its first tokens see what its last ones overwrite.
+            both = backend.resize(keys, values, places + time)
+            both = backend.write(*both, new_keys, new_values, jnp.full((batch,), places))
+            mixed = backend.attend(query, *both, mask, **how)
+            keys, values = backend.take(*both, kept)
         return self._project(jnp.where(is_number[:, :, :, None], mixed, jnp.nan)), keys, values
 
     def _normed(self, norm: RMSNorm, x: Float[Array, "batch time kv_heads rows head_dim"]) -> Array:
@@ -184,11 +199,11 @@ def attention_context(
     kinds: Sequence[AttentionKind],
     positions: Int[Array, "batch time"],
     cache: kv_cache.KVCache | None,
-    mask: Bool[Array, "batch time keys"] | None,
+    mask: Bool[Array, "batch time time"] | kv_cache.DraftMask | None,
     dtype: jnp.dtype,
 ) -> AttentionContext:
-    """The shared part of a forward pass through layers with attention of these kinds. `mask` replaces the causal one
-    (over the cache's positions, or over the new ones without a cache)."""
+    """The shared part of a forward pass through layers with attention of these kinds, one each. `mask` replaces the
+    causal one: a `DraftMask` with a cache, and without one an array over the new positions."""
     batch, time = positions.shape
     rotaries = tuple(dict.fromkeys(kind.rotary for kind in kinds if kind.rotary is not None))
     angles = tuple(rotary_angles(rotary, positions, dtype) for rotary in rotaries)
@@ -197,16 +212,37 @@ def attention_context(
         angles = jax.lax.optimization_barrier(angles)
     start = None if cache is None else cache.length
     in_prompt = None
-    if cache is not None and cache.prompt_end is not None:
+    if cache is not None and cache.prompt_end is not None and not cache.numbers_only:
         offsets = jnp.arange(time)  # not `positions`, which may be others than the places in the cache
         in_prompt = start[:, None] + offsets < cache.prompt_end[:, None]
-    if mask is None:
-        first = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
-        mask = kv_cache.causal_mask(first, time, time if cache is None else cache.capacity)
-    windows = tuple(dict.fromkeys(kind.window for kind in kinds))
-    masks = tuple(mask if window is None else kv_cache.within_window(mask, window) for window in windows)
-    backend = None if cache is None else cache.backend
-    return AttentionContext(rotaries, angles, windows, masks, start, backend, in_prompt)
+    if cache is None:
+        mask = kv_cache.causal_mask(jnp.zeros((batch,), jnp.int32), time, time) if mask is None else mask
+        views = tuple(dict.fromkeys((kind.window, None) for kind in kinds))
+        masks = tuple(mask if window is None else kv_cache.within_window(mask, window) for window, _ in views)
+        return AttentionContext(rotaries, angles, views, masks, (None,) * len(views), None, None, None)
+    if len(cache.values) != len(kinds):
+        raise ValueError(f"the cache holds {len(cache.values)} layers, expected {len(kinds)}")
+    places = map(cache.backend.capacity, cache.values)
+    views = tuple(dict.fromkeys((kind.window, count) for kind, count in zip(kinds, places, strict=True)))
+    masks, kept = zip(*(_view(*view, time, cache, mask) for view in views), strict=True)
+    return AttentionContext(rotaries, angles, views, masks, kept, start, cache.backend, cache.capacity, in_prompt)
+
+
+def _view(
+    window: int | None, places: int, time: int, cache: kv_cache.KVCache, mask: kv_cache.DraftMask | None
+) -> tuple[Bool[Array, "batch time keys"], Int[Array, "batch places"] | None]:
+    """A view's mask, and what its ring keeps (`AttentionContext.kept`)."""
+    start, end = cache.length, cache.prompt_end
+    if places == cache.capacity or end is None:
+        needed = time if mask is None else mask.visible.shape[-1]
+        if places < cache.capacity and places < window + needed - 1:
+            raise ValueError(f"a ring of {places} positions lacks room for {needed} beside a window of {window}")
+        if mask is not None:
+            return mask.all_places if window is None else mask.windowed(places, window), None
+        if window is None:
+            return kv_cache.causal_mask(start, time, places), None
+        return kv_cache.windowed_mask(start, time, places, window), None
+    return kv_cache.piece_mask(start, time, places, window), kv_cache.places_after_piece(start, end, places)
 
 
 # Traced once for all layers that are alike; XLA inlines the calls. Tracing them one by one took most of the time that
@@ -235,8 +271,6 @@ def apply_layers(
             x, _, _ = _layer(layer, x, context, None, None)
         return x, None
     keys, values = list(cache.keys), list(cache.values)
-    if len(keys) != len(layers):
-        raise ValueError(f"the cache holds {len(keys)} layers, expected {len(layers)}")
     for i, layer in enumerate(layers):
         x, keys[i], values[i] = _layer(layer, x, context, keys[i], values[i])
     return x, cache.replace(keys=tuple(keys), values=tuple(values), length=cache.length + x.shape[1])

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kangaroo_jax.model.attention.scores import capped
-from kangaroo_jax.model.cache import KVCache
+from kangaroo_jax.model.cache import DraftMask, KVCache
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.families import family_of
 from kangaroo_jax.model.layers import INIT, RMSNorm, apply_layers, attention_context
@@ -74,7 +74,7 @@ def shallow_apply(
     cache: KVCache | None = None,
     *,
     exit_layer: int,
-    mask: Bool[Array, "batch time keys"] | None = None,
+    mask: Bool[Array, "batch time time"] | DraftMask | None = None,
 ) -> tuple[Float[Array, "batch time hidden"], KVCache | None]:
     """Embedding and layers [0, exit_layer): the shallow sub-network (paper, section 3.1).
 
@@ -85,7 +85,7 @@ def shallow_apply(
       cache: the shallow layers' cache; new entries go to its positions length .. length + time - 1. None attends over
         the given tokens alone.
       exit_layer: l, static.
-      mask: replaces the causal mask, True where a query may look.
+      mask: replaces the causal mask: what of the drafts a query may see, or without a cache True where it may look.
 
     Returns:
       The hidden state after layer exit_layer - 1, and the cache with the new entries counted in its length.
@@ -106,7 +106,7 @@ def deep_apply(
     cache: KVCache | None = None,
     *,
     exit_layer: int,
-    mask: Bool[Array, "batch time keys"] | None = None,
+    mask: Bool[Array, "batch time time"] | DraftMask | None = None,
 ) -> tuple[Float[Array, "batch time hidden"], KVCache | None]:
     """Layers [exit_layer, L) and the final norm, from `shallow_apply`'s hidden states.
 

@@ -85,7 +85,8 @@ def decoding(
     shapes = Shapes(shape, accelerator=machine.platform != "cpu")
     plan = shapes.plan(prompt_tokens, max_new_tokens)
     backend = choose_backend(mesh if mesh.size > 1 or machine.platform != "cpu" else None, machine.devices)
-    static = {"exit_layer": draft.exit_layer, "backend": backend}
+    rings = shapes.rings(config.attention_kinds)
+    static = {"exit_layer": draft.exit_layer, "backend": backend, "rings": rings}
     looks_up = draft.lookup is not None
     everywhere = NamedSharding(mesh, PartitionSpec())
 
@@ -145,15 +146,27 @@ def decoding(
         plain, alone = RoundShape.plain(platform=machine.platform), (models[0], None)
         empty = functools.partial(empty, exit_layer=plain.exit_layer, looks_up=False)
         baseline = rounds("plain rounds", alone, rows_of(jax.eval_shape(empty, *alone)), plain)
-        keys = state.shallow.keys[0]
-        cache = keys.sharding.shard_shape(keys.shape)
+        layers = [keys.sharding.shard_shape(keys.shape) for keys in state.shallow.keys + state.deep.keys]
+        cached, batch = [2 * math.prod(layer) for layer in layers], layers[0][0]
         counted = (*models, draft.exit_layer)
-        num_bytes = PartCounts.of_bytes(*counted, 2 * math.prod(cache))
-        operations = PartCounts.of_operations(*counted, cache[0], 2 * math.prod(cache))
+        num_bytes = PartCounts.of_bytes(*counted, cached)
+        operations = PartCounts.of_operations(*counted, batch, cached)
         pieces = -(-prompt_tokens // PIECE)
+
+        def attended(ring: int | None) -> int:
+            """Places that each token of the prompt attends to in a layer: in a ring's, also the piece behind it."""
+            if ring is None or ring >= plan.prompt_capacity:
+                return plan.prompt_capacity
+            return ring + (plan.width if prompts is None else PIECE)
+
         # Of the head, a prompt needs one row.
         multiplied = PartCounts.of_operations(
-            *counted, rows, 2 * rows * math.prod(cache[1:]) * plan.prompt_capacity // capacity
+            *counted,
+            rows,
+            [
+                rows * numbers // batch * attended(ring) // min(ring or capacity, capacity)
+                for numbers, ring in zip(cached, rings or (None,) * len(cached), strict=True)
+            ],
         )
         prefill = part(
             f"prefill of {rows} x {prompt_tokens}",

@@ -45,7 +45,8 @@ def test_operations_are_those_of_the_traced_parts(context):
     of the loop) and one more pass of the shallow layers; its first step processes two positions."""
     model, adapter = context.model, context.adapter
     batch, kv_heads, capacity = len(context.tokens), CONFIG.num_key_value_heads, context.capacity
-    found = PartCounts.of_operations(model, adapter, EXIT_LAYER, batch, 2 * batch * kv_heads * capacity * 8)
+    cached = [2 * batch * kv_heads * capacity * 8] * len(model.layers)
+    found = PartCounts.of_operations(model, adapter, EXIT_LAYER, batch, cached)
 
     def traced(part):
         return matmul_operations(jax.jit(part.turn).trace(model, adapter, part.start).jaxpr.jaxpr)

@@ -1,6 +1,7 @@
 """Every family: Kangaroo against plain decoding and against complete forward passes, and an adapter that is trained.
 
-The windows are shorter than the texts, so that drafts, trees and roll-backs cross their edges.
+The windows are shorter than the texts, so that drafts, trees and roll-backs cross their edges; and so are the rings
+that hold them, of as few positions as rounds need.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kangaroo_jax import DraftConfig, TreeConfig, generate, generate_plain
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter, adapter_from_parameters
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import DataConfig, OptimizerConfig, TrainConfig
+from kangaroo_jax.engine import shapes
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.drafts.kinds import KINDS
@@ -61,6 +63,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 6, "sliding_window_pattern": 3, "query_pre_attn_scalar": 8},
 }
 QUICK = "gemma3_text"  # windows, its own rotary in them, norms of all kinds
+
+
+@pytest.fixture(autouse=True)
+def smallest_rings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "_RING_STEP", 1)
 
 
 def families() -> list[Any]:

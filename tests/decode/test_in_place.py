@@ -2,12 +2,14 @@
 compiled, searched for copies of a buffer of the cache's shape, and for cosines. (How long a step takes at two cache
 sizes is measured by bench/, not here.)"""
 
+import dataclasses
 import functools
 import re
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from kangaroo_jax.config import LookupConfig, RoundCosts, TreeConfig
 from kangaroo_jax.decode.decide import Costs
@@ -15,15 +17,17 @@ from kangaroo_jax.decode.prefill import Admission, empty_slots, prefill_and_admi
 from kangaroo_jax.decode.rounds import RoundShape, run_rounds
 from kangaroo_jax.decode.sampling import Sampling
 from kangaroo_jax.model.attention.cpu import CpuBackend
+from kangaroo_jax.model.drafts.kangaroo import Adapter
+from kangaroo_jax.model.target import TargetModel
 from tests.decode.models import CONFIG, tiny_adapter, tiny_target
 
-CAPACITY = 1000
+CAPACITY, RING = 1000, 137
 _TREE = TreeConfig(3, 8)
 EOS = np.full(4, -1, np.int32)
 
 
-def compiled_text(shape, adapter, donate, batch=1, costs=None):
-    model = tiny_target().model
+def compiled_text(shape, adapter, donate, batch=1, costs=None, model=None, rings=()):
+    model = model or tiny_target().model
     empty = functools.partial(
         empty_slots,
         batch=batch,
@@ -33,6 +37,7 @@ def compiled_text(shape, adapter, donate, batch=1, costs=None):
         backend=CpuBackend(),
         looks_up=shape.lookup is not None,
         kept=shape.kept,
+        rings=rings,
     )
     state = jax.eval_shape(empty, model, adapter)
     rounds = functools.partial(run_rounds, shape=shape, sampled=False, tokens=32)
@@ -40,9 +45,9 @@ def compiled_text(shape, adapter, donate, batch=1, costs=None):
     return program.lower(model, adapter, state, np.ones(batch, bool), np.float32(0.5), 0, costs).compile().as_text()
 
 
-def cache_copies(text, batch=1):
+def cache_copies(text, batch=1, capacity=CAPACITY):
     rows, width = batch * CONFIG.num_key_value_heads, CONFIG.head_dim
-    shape = rf"f32\[{rows},(?:{width},{CAPACITY}|{CAPACITY},{width})\]"  # keys, values
+    shape = rf"f32\[{rows},(?:{width},{capacity}|{capacity},{width})\]"  # keys, values
     assert re.search(shape + r"\S* (dynamic-update-slice|fusion)\(", text), "the cache is not in the program"
     return re.findall(rf"= {shape}\S* copy\(", text)
 
@@ -82,6 +87,16 @@ def test_rounds_that_are_decided_do_not_copy_the_cache(batch, lookup):
     costs = Costs.of(RoundCosts(1, 0.1, ((1, 1.0),), 0.1), 0.7, batch, 6, lookup)
     text = compiled_text(shape, tiny_adapter(2).model, donate=True, batch=batch, costs=costs)
     assert cache_copies(text, batch) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("tree", "batch"), [(None, 1), (_TREE, 2)])
+def test_rounds_do_not_copy_rings(tree, batch):
+    config = dataclasses.replace(CONFIG, windows=(100, None, 100, None))
+    model, adapter = TargetModel(config, rngs=nnx.Rngs(0)), Adapter(config, rngs=nnx.Rngs(1))
+    shape, rings = RoundShape(2, 6, tree, (4, 7 if tree is None else 9)), (RING, None, RING, None)
+    text = compiled_text(shape, adapter, donate=True, batch=batch, model=model, rings=rings)
+    assert cache_copies(text, batch) == cache_copies(text, batch, RING) == []
 
 
 def test_plain_steps_do_not_copy_the_cache():

@@ -75,7 +75,7 @@ def test_a_value_that_overflows_is_noticed_where_it_may_matter(backend, prompt_e
         cache = KVCache.empty(CONFIG, 1, 1, 8, jnp.float16, backend)
         if prompt_end is not None:
             cache = cache.replace(prompt_end=jnp.asarray([prompt_end]))
-        context = attention_context(CONFIG.attention_kinds, jnp.arange(6)[None], cache, None, jnp.float16)
+        context = attention_context(CONFIG.attention_kinds[:1], jnp.arange(6)[None], cache, None, jnp.float16)
         return np.asarray(attention(jnp.asarray(x), context, cache.keys[0], cache.values[0])[0][0], np.float32)
 
     numbers = np.isfinite(output(x)).all(axis=-1).tolist()

@@ -16,7 +16,7 @@ from flax import nnx
 from kangaroo_jax.model.attention.backend import AttentionBackend
 from kangaroo_jax.model.attention.cpu import CpuBackend
 from kangaroo_jax.model.attention.dense import DenseBackend
-from kangaroo_jax.model.cache import KVCache, within_window
+from kangaroo_jax.model.cache import DraftMask, KVCache, within_window
 from kangaroo_jax.model.config import ModelConfig, RopeScaling
 from kangaroo_jax.model.families import read_config
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
@@ -72,7 +72,7 @@ def step(
 
 
 @jax.jit
-def masked(target: TargetModel, tokens: jax.Array, positions: jax.Array, cache: KVCache, mask: jax.Array) -> jax.Array:
+def masked(target: TargetModel, tokens: jax.Array, positions: jax.Array, cache: KVCache, mask: DraftMask) -> jax.Array:
     """Logits with all layers in one cache and a mask of our own."""
     layers = target.config.num_hidden_layers
     hidden, _ = shallow_apply(target, tokens, positions, cache, exit_layer=layers, mask=mask)
@@ -221,13 +221,12 @@ def test_an_explicit_mask_replaces_the_causal_one(
     prefix, first, second = tokens[:1, :5], tokens[:1, 5:7], (tokens[:1, 5:7] + 11) % 61
     shallow, _ = empty_caches(gqa_target, 1, 3, backend)
     _, shallow = shallow_apply(gqa_target, prefix, jnp.arange(5)[None], shallow, exit_layer=3)
-    mask = np.zeros((1, 4, CAPACITY), bool)
-    mask[:, :, :5] = True
-    mask[0, 0, [5]] = mask[0, 1, [5, 6]] = mask[0, 2, [7]] = True
-    mask[0, 3, [7, 8]] = True
+    visible = np.zeros((1, 4, 4), bool)
+    visible[0, 0, [0]] = visible[0, 1, [0, 1]] = visible[0, 2, [2]] = visible[0, 3, [2, 3]] = True
+    mask = DraftMask.create(jnp.asarray([5]), jnp.asarray(visible), CAPACITY)
     both = np.concatenate([first, second], axis=1)
     positions = jnp.array([[5, 6, 5, 6]])
-    logits = masked(gqa_target, both, positions, shallow, jnp.asarray(mask))[0]
+    logits = masked(gqa_target, both, positions, shallow, mask)[0]
     for branch, rows in ((first, slice(0, 2)), (second, slice(2, 4))):
         assert_close(logits[rows], whole(gqa_target, np.concatenate([prefix, branch], axis=1), 3)[0, 5:])
 

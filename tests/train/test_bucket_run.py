@@ -22,8 +22,8 @@ from kangaroo_jax.train.loop import train
 from tests.emulators import Fault
 from tests.reports import Said
 
-from .runs import LESS_OPTIMIZATION, ROOT, assert_same, checkpoint, configured
-from .test_faults import ENVIRONMENT, flags, started
+from .runs import ROOT, assert_same, checkpoint, configured
+from .test_faults import flags, started
 
 # train.py, killed when all of a step but its last object is in the bucket.
 _DIES = """
@@ -56,13 +56,10 @@ def tops(service, run):
 
 
 @pytest.mark.long
-def test_killed_in_the_middle_of_a_save_and_continued_equals_uninterrupted(
-    service, run, settings, target, tmp_path, monkeypatch
-):
+def test_killed_in_the_middle_of_a_save_and_continued_equals_uninterrupted(service, run, settings, target, tmp_path):
     name = "killed"
     output = service.location(name)
     command = flags(settings | {"output": output})
-    monkeypatch.setattr("tests.train.test_faults.ENVIRONMENT", ENVIRONMENT | service.environment)
     killed = started([sys.executable, "-c", _DIES, *command])
     _, err = killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL, err
@@ -93,10 +90,9 @@ def test_killed_in_the_middle_of_a_save_and_continued_equals_uninterrupted(
 
 
 @pytest.mark.long
-def test_outages_and_sigterm_on_the_way_change_nothing(aws, run, settings, tmp_path, monkeypatch):
+def test_outages_and_sigterm_on_the_way_change_nothing(aws, run, settings, tmp_path):
     output = aws.location("outages")
     command = flags(settings | {"output": output, "evaluate_every": 1, "evaluation_windows": 64})
-    monkeypatch.setattr("tests.train.test_faults.ENVIRONMENT", ENVIRONMENT | aws.environment)
     aws.faults += [Fault("(POST|PUT) .*", times=4, status=503), Fault("GET .*", times=2, status=503)]
     preempted = started([sys.executable, "train.py", *command])
     lines = iter(preempted.stdout.readline, "")
@@ -254,7 +250,7 @@ def test_one_of_two_processes_killed_and_then_both_again_equals_undisturbed(
         "evaluate_every": 1000,
     }
     environment = os.environ | gcs.environment | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
-    environment["XLA_FLAGS"] = f"{LESS_OPTIMIZATION} --xla_force_host_platform_device_count=2"
+    environment["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     undisturbed, disturbed = (flags(small | {"output": gcs.location(f"two/{x}")}) for x in ("one", "other"))
     codes, printed = both(undisturbed, environment)
     assert codes == [0, 0], printed

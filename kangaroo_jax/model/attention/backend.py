@@ -18,7 +18,8 @@ class AttentionBackend(Protocol):
     """How keys and values of one layer lie in memory, and how queries attend to them.
 
     Hashable, and static in compiled programs. `keys` and `values` are the backend's own layout; everything else is
-    [batch, time, kv_heads, ...]. Positions are places in the cache, counted from 0 for each sequence.
+    [batch, time, kv_heads, ...]. Positions are places in the cache, counted from 0 for each sequence. Where it `wraps`,
+    static, position p lies in place p mod the capacity.
     """
 
     def init_cache(
@@ -36,8 +37,11 @@ class AttentionBackend(Protocol):
         new_keys: Float[Array, "batch time kv_heads head_dim"],
         new_values: Float[Array, "batch time kv_heads head_dim"],
         start: Int[Array, " batch"],
+        *,
+        wraps: bool = False,
     ) -> tuple[Array, Array]:
-        """Writes positions start .. start + time - 1 of each sequence. The caller keeps them within the capacity."""
+        """Writes positions start .. start + time - 1 of each sequence. The caller keeps them within the capacity, or
+        `time` where it wraps."""
 
     def attend(
         self,
@@ -53,9 +57,19 @@ class AttentionBackend(Protocol):
         as `scores.capped` says."""
 
     def move(
-        self, keys: Array, values: Array, start: Int[Array, " batch"], sources: Int[Array, "batch moved"], region: int
+        self,
+        keys: Array,
+        values: Array,
+        start: Int[Array, " batch"],
+        sources: Int[Array, "batch moved"],
+        region: int,
+        *,
+        wraps: bool = False,
     ) -> tuple[Array, Array]:
         """Moves positions start + sources to start, start + 1, ... of each sequence; sources are below `region`."""
+
+    def take(self, keys: Array, values: Array, places: Int[Array, "batch taken"]) -> tuple[Array, Array]:
+        """What lies in `places` of each sequence, one after another."""
 
     def resize(self, keys: Array, values: Array, capacity: int) -> tuple[Array, Array]:
         """The same entries with room for `capacity` positions: more, or fewer."""

@@ -34,15 +34,26 @@ class CpuBackend:
         return values.shape[1]
 
     def write(
-        self, keys: Keys, values: Values, new_keys: Array, new_values: Array, start: Int[Array, " batch"]
+        self,
+        keys: Keys,
+        values: Values,
+        new_keys: Array,
+        new_values: Array,
+        start: Int[Array, " batch"],
+        *,
+        wraps: bool = False,
     ) -> tuple[Keys, Values]:
         batch, time, kv_heads, head_dim = new_keys.shape
         new_keys = new_keys.transpose(0, 2, 3, 1).reshape(batch * kv_heads, head_dim, time)
         new_values = new_values.transpose(0, 2, 1, 3).reshape(batch * kv_heads, time, head_dim)
         for i in range(batch):
             rows = slice(i * kv_heads, (i + 1) * kv_heads)
-            keys = jax.lax.dynamic_update_slice(keys, new_keys[rows], (rows.start, 0, start[i]))
-            values = jax.lax.dynamic_update_slice(values, new_values[rows], (rows.start, start[i], 0))
+            if wraps:
+                keys = _write_round(keys, new_keys[rows], rows.start, start[i], axis=2)
+                values = _write_round(values, new_values[rows], rows.start, start[i], axis=1)
+            else:
+                keys = jax.lax.dynamic_update_slice(keys, new_keys[rows], (rows.start, 0, start[i]))
+                values = jax.lax.dynamic_update_slice(values, new_values[rows], (rows.start, start[i], 0))
         return keys, values
 
     def attend(
@@ -67,9 +78,25 @@ class CpuBackend:
         return mixed.reshape(batch, kv_heads, groups, time, head_dim).transpose(0, 3, 1, 2, 4)
 
     def move(
-        self, keys: Keys, values: Values, start: Int[Array, " batch"], sources: Int[Array, "batch moved"], region: int
+        self,
+        keys: Keys,
+        values: Values,
+        start: Int[Array, " batch"],
+        sources: Int[Array, "batch moved"],
+        region: int,
+        *,
+        wraps: bool = False,
     ) -> tuple[Keys, Values]:
+        if wraps:
+            return _move_round(keys, start, sources, axis=2), _move_round(values, start, sources, axis=1)
         return _move(keys, start, sources, region, axis=2), _move(values, start, sources, region, axis=1)
+
+    def take(self, keys: Keys, values: Values, places: Int[Array, "batch taken"]) -> tuple[Keys, Values]:
+        places = jnp.repeat(places, len(keys) // len(places), axis=0)
+        return tuple(
+            jnp.take_along_axis(x, at, axis=axis)
+            for x, at, axis in ((keys, places[:, None], 2), (values, places[:, :, None], 1))
+        )
 
     def resize(self, keys: Keys, values: Values, capacity: int) -> tuple[Keys, Values]:
         more = (0, max(0, capacity - self.capacity(values)))
@@ -111,4 +138,39 @@ def _move(
         # have to copy the buffer.
         entries = jax.lax.optimization_barrier(jax.lax.dynamic_slice(buffer, place, shape))
         buffer = jax.lax.dynamic_update_slice(buffer, jnp.take(entries, sources[i], axis=axis), place)
+    return buffer
+
+
+def _write_round(buffer: Array, new: Array, row: int, start: Int[Array, ""], axis: int) -> Array:
+    """Writes `new` from row `row` and position `start` on, round the buffer's end: as two updates in place, of which
+    each leaves what the other writes."""
+    capacity, time = buffer.shape[axis], new.shape[axis]
+    first = start % capacity
+    place = [row, 0, 0]
+    if time == 1:
+        place[axis] = first
+        return jax.lax.dynamic_update_slice(buffer, new, place)
+    beyond = jnp.maximum(first - (capacity - time), 0)  # how many go to the buffer's beginning
+    offsets = jnp.arange(time)
+    new = jnp.take(new, (offsets - beyond) % time, axis=axis)
+    offsets = jnp.expand_dims(offsets, [other for other in range(3) if other != axis])
+    for place[axis], written in ((first - beyond, offsets >= beyond), (0, offsets < beyond)):
+        # As in `_move`.
+        old = jax.lax.optimization_barrier(jax.lax.dynamic_slice(buffer, place, new.shape))
+        buffer = jax.lax.dynamic_update_slice(buffer, jnp.where(written, new, old), place)
+    return buffer
+
+
+def _move_round(buffer: Array, start: Int[Array, " batch"], sources: Int[Array, "batch moved"], axis: int) -> Array:
+    """`_move` in a ring."""
+    batch = len(sources)
+    heads = buffer.shape[0] // batch
+    for i in range(batch):
+        rows = jnp.arange(i * heads, (i + 1) * heads)[:, None]
+        places = (start[i] + sources[i]) % buffer.shape[axis]
+        if axis == 1:
+            entries = buffer[rows, places]
+        else:
+            entries = buffer[rows[:, :, None], jnp.arange(buffer.shape[1])[:, None], places]
+        buffer = _write_round(buffer, jax.lax.optimization_barrier(entries), i * heads, start[i], axis)
     return buffer

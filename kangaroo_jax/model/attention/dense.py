@@ -38,11 +38,20 @@ class DenseBackend:
         return values.shape[2]
 
     def write(
-        self, keys: Entries, values: Entries, new_keys: Array, new_values: Array, start: Int[Array, " batch"]
+        self,
+        keys: Entries,
+        values: Entries,
+        new_keys: Array,
+        new_values: Array,
+        start: Int[Array, " batch"],
+        *,
+        wraps: bool = False,
     ) -> tuple[Entries, Entries]:
+        update = _update_round if wraps else _update
+
         def put(buffer: Array, new: Array) -> Array:
             new = new.transpose(0, 2, 1, 3).astype(buffer.dtype)
-            return self._in_order(self._placed(jax.vmap(_update)(buffer, new, start)))
+            return self._in_order(self._placed(jax.vmap(update)(buffer, new, start)))
 
         return put(keys, new_keys), put(values, new_values)
 
@@ -77,12 +86,19 @@ class DenseBackend:
         start: Int[Array, " batch"],
         sources: Int[Array, "batch moved"],
         region: int,
+        *,
+        wraps: bool = False,
     ) -> tuple[Entries, Entries]:
         def one(buffer: Array, start: Array, sources: Array) -> Array:
+            if wraps:
+                return _update_round(buffer, jnp.take(buffer, (start + sources) % buffer.shape[1], axis=1), start)
             entries = jax.lax.dynamic_slice_in_dim(buffer, start, region, axis=1)
             return _update(buffer, jnp.take(entries, sources, axis=1), start)
 
         return tuple(self._placed(jax.vmap(one)(x, start, sources)) for x in (keys, values))
+
+    def take(self, keys: Entries, values: Entries, places: Int[Array, "batch taken"]) -> tuple[Entries, Entries]:
+        return tuple(self._placed(jnp.take_along_axis(x, places[:, None, :, None], axis=2)) for x in (keys, values))
 
     def resize(self, keys: Entries, values: Entries, capacity: int) -> tuple[Entries, Entries]:
         more = ((0, 0), (0, 0), (0, max(0, capacity - self.capacity(values))), (0, 0))
@@ -121,7 +137,9 @@ class DenseBackend:
             return with_layout_constraint(part, Layout(tuple(range(part.ndim))))
 
         if self.mesh is None or self.mesh.size == 1:
-            return fix(buffer)
+            # A function of its own: where a constraint gives a program's result, JAX leaves the order of all results to
+            # XLA, then takes no donated buffer for it, and reads others as if they were in order.
+            return jax.jit(fix)(buffer)
         where = self.partition(buffer.shape)  # a constraint on a split array would gather it
         return jax.shard_map(fix, mesh=self.mesh, in_specs=where, out_specs=where)(buffer)
 
@@ -154,3 +172,12 @@ def _update(
     start: Int[Array, ""],
 ) -> Float[Array, "kv_heads capacity head_dim"]:
     return jax.lax.dynamic_update_slice(buffer, new, (0, start, 0))
+
+
+def _update_round(
+    buffer: Float[Array, "kv_heads capacity head_dim"],
+    new: Float[Array, "kv_heads time head_dim"],
+    start: Int[Array, ""],
+) -> Float[Array, "kv_heads capacity head_dim"]:
+    places = (start + jnp.arange(new.shape[1])) % buffer.shape[1]
+    return buffer.at[:, places].set(new, unique_indices=True)

@@ -6,9 +6,10 @@ from typing import Protocol
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from kangaroo_jax.model.attention.backend import AttentionBackend
+from kangaroo_jax.model.cache import DraftMask
 from kangaroo_jax.model.target import TargetModel
 
 
@@ -44,10 +45,18 @@ class DraftModel(Protocol):
 
     kind: str  # names it in checkpoints
 
-    def init(self, batch: int, capacity: int, dtype: jnp.dtype, backend: AttentionBackend, kept: int = 1) -> PyTree:
+    def init(
+        self,
+        batch: int,
+        capacity: int,
+        dtype: jnp.dtype,
+        backend: AttentionBackend,
+        kept: int = 1,
+        ring: int | None = None,
+    ) -> PyTree:
         """The state of `batch` sequences, with room for `capacity` positions each. `kept`, static: how many positions
         at a sequence's end it may not have seen, of which it keeps what `catch_up` needs. 1: the last, which `begin`
-        sees to."""
+        sees to. `ring`: the most positions that its layers hold, where the target's first layer has a window."""
 
     def after_prefill(
         self,
@@ -96,7 +105,7 @@ class DraftModel(Protocol):
         shallow: Float[Array, "batch time hidden"],
         start: Int[Array, " batch"],
         positions: Int[Array, "batch time"] | None = None,
-        mask: Bool[Array, "batch time capacity"] | None = None,
+        mask: DraftMask | None = None,
     ) -> tuple[PyTree, Float[Array, "batch time drafted"]]:
         """One more step, from drafted tokens. In a tree, `positions` says which position of the sequence each token
         has, and `mask` what it sees; `start` is then only where their entries go."""

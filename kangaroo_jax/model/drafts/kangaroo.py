@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kangaroo_jax.model.attention.backend import AttentionBackend
-from kangaroo_jax.model.cache import KVCache
+from kangaroo_jax.model.cache import DraftMask, KVCache
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.draft_model import Committed
 from kangaroo_jax.model.layers import (
@@ -110,9 +110,17 @@ class Adapter(nnx.Module):
         return vocab_size if self.draft_vocabulary is None else len(self.draft_vocabulary.token_ids[...])
 
     def init(
-        self, batch: int, capacity: int, dtype: jnp.dtype, backend: AttentionBackend, kept: int = 1
+        self,
+        batch: int,
+        capacity: int,
+        dtype: jnp.dtype,
+        backend: AttentionBackend,
+        kept: int = 1,
+        ring: int | None = None,
     ) -> AdapterState:
-        cache = KVCache.empty(self.config, len(self.layers), batch, capacity, dtype, backend)
+        layers = len(self.layers)
+        cache = KVCache.empty(self.config, layers, batch, capacity, dtype, backend, (ring,) * layers)
+        cache = cache.replace(numbers_only=True)
         return AdapterState(cache, jnp.zeros((batch, kept, self.config.hidden_size), dtype))
 
     def after_prefill(
@@ -126,12 +134,13 @@ class Adapter(nnx.Module):
     ) -> AdapterState:
         del tokens, deep
         positions = start[:, None] + jnp.arange(shallow.shape[1])
-        _, cache = adapter_apply(self, shallow, positions, state.cache.replace(length=start))
+        cache = state.cache.replace(length=start, prompt_end=start + lengths)
+        _, cache = adapter_apply(self, shallow, positions, cache)
         # Of a piece with fewer tokens than are kept, those before it are not needed: they have been seen.
         kept = state.last.shape[1]
         places = jnp.maximum(lengths[:, None] + jnp.arange(-kept, 0), 0)
         last = jnp.take_along_axis(shallow, places[:, :, None], axis=1)
-        return AdapterState(cache.replace(length=start + lengths - 1), last)
+        return AdapterState(cache.replace(length=start + lengths - 1, prompt_end=None), last)
 
     def catch_up(self, state: AdapterState, start: Int[Array, " batch"], behind: Int[Array, " batch"]) -> AdapterState:
         # The positions that are missing come first, so that nothing before them is written.
@@ -175,7 +184,7 @@ class Adapter(nnx.Module):
         shallow: Float[Array, "batch time hidden"],
         start: Int[Array, " batch"],
         positions: Int[Array, "batch time"] | None = None,
-        mask: Bool[Array, "batch time capacity"] | None = None,
+        mask: DraftMask | None = None,
     ) -> tuple[AdapterState, Float[Array, "batch time drafted"]]:
         del tokens
         if positions is None:
@@ -229,7 +238,7 @@ def adapter_apply(
     positions: Int[Array, "batch time"],
     cache: KVCache | None = None,
     *,
-    mask: Bool[Array, "batch time keys"] | None = None,
+    mask: Bool[Array, "batch time time"] | DraftMask | None = None,
 ) -> tuple[Float[Array, "batch time hidden"], KVCache | None]:
     """The adapter over the shallow hidden states of `time` positions.
 
@@ -249,11 +258,12 @@ def adapter_layers_apply(
     positions: Int[Array, "batch time"],
     cache: KVCache | None = None,
     *,
-    mask: Bool[Array, "batch time keys"] | None = None,
+    mask: Bool[Array, "batch time time"] | DraftMask | None = None,
 ) -> tuple[Float[Array, "batch time hidden"], KVCache | None]:
     """The part of `adapter_apply` that sees other positions: all but `adapter_output`."""
     with jax.named_scope("adapter"):
-        context = attention_context(adapter.config.attention_kinds[:1], positions, cache, mask, hidden.dtype)
+        kinds = adapter.config.attention_kinds[:1] * len(adapter.layers)
+        context = attention_context(kinds, positions, cache, mask, hidden.dtype)
         return apply_layers(adapter.layers, hidden, context, cache)
 
 

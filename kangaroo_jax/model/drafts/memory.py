@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kangaroo_jax.model.attention.backend import AttentionBackend
-from kangaroo_jax.model.cache import KVCache
+from kangaroo_jax.model.cache import DraftMask, KVCache
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.draft_model import Committed
 from kangaroo_jax.model.drafts.kangaroo import (
@@ -89,9 +89,15 @@ class MemoryAdapter(Adapter):
         self.memory = Memory(config, self.depths, rngs=rngs, dtype=dtype)
 
     def init(
-        self, batch: int, capacity: int, dtype: jnp.dtype, backend: AttentionBackend, kept: int = 1
+        self,
+        batch: int,
+        capacity: int,
+        dtype: jnp.dtype,
+        backend: AttentionBackend,
+        kept: int = 1,
+        ring: int | None = None,
     ) -> MemoryState:
-        state = super().init(batch, capacity, dtype, backend, kept)
+        state = super().init(batch, capacity, dtype, backend, kept, ring)
         newest, known = (jnp.zeros((batch, count, self.config.hidden_size), dtype) for count in (1, self.depths))
         return MemoryState(state, newest, known, jnp.zeros((batch,), jnp.int32))
 
@@ -145,7 +151,7 @@ class MemoryAdapter(Adapter):
         shallow: Float[Array, "batch time hidden"],
         start: Int[Array, " batch"],
         positions: Int[Array, "batch time"] | None = None,
-        mask: Bool[Array, "batch time capacity"] | None = None,
+        mask: DraftMask | None = None,
     ) -> tuple[MemoryState, Float[Array, "batch time drafted"]]:
         del tokens
         if positions is None:
@@ -186,7 +192,7 @@ def memory_apply(
     positions: Int[Array, "batch time"],
     cache: KVCache | None = None,
     *,
-    mask: Bool[Array, "batch time keys"] | None = None,
+    mask: Bool[Array, "batch time time"] | DraftMask | None = None,
 ) -> tuple[Float[Array, "batch time hidden"], KVCache | None]:
     """`adapter_apply` with `known`, what `Memory` makes of the newest known deep state, added after the attention."""
     mixed, cache = adapter_layers_apply(adapter, hidden, positions, cache, mask=mask)
