@@ -200,13 +200,14 @@ def prefill(
 ) -> DecodeState:
     """A batch of its own: prompts, each one piece (arguments as for `prefill_piece` and `first_tokens`), in caches with
     room for `capacity` positions."""
-    rows = len(tokens)
-    static = {"exit_layer": exit_layer, "capacity": capacity, "backend": backend, "looks_up": looks_up, "kept": kept}
-    static["rings"] = rings
-    prompts = empty_prompts(target, draft_model, rows, **static)
+    rows, time = tokens.shape
+    static = {"exit_layer": exit_layer, "backend": backend, "looks_up": looks_up, "kept": kept, "rings": rings}
+    # First as large as the prompts, so that nothing is done to the room behind them.
+    prompts = empty_prompts(target, draft_model, rows, capacity=time, **static)
     start = jnp.zeros((rows,), jnp.int32)
     prompts, last = prefill_piece(target, draft_model, prompts, tokens, start, lengths, exit_layer=exit_layer)
-    return first_tokens(target, prompts, last, admission, sampled=sampled, decides=kept > 0)
+    state = first_tokens(target, prompts, last, admission, sampled=sampled, decides=kept > 0)
+    return resize(state, capacity)
 
 
 def begin_batch(
