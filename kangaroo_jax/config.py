@@ -235,6 +235,8 @@ class EngineConfig:
     Attributes:
       max_batch: slots: sequences that are decoded together.
       max_length: most tokens of a prompt and its answer together; None means the target's context.
+      online: whether requests come while others run: rounds then come back to the host as soon as a sequence ends,
+        and more often while a slot is free, so that the next request does not wait for the others.
 
     Raises:
       InputError: for a value out of range.
@@ -242,6 +244,7 @@ class EngineConfig:
 
     max_batch: int = 8
     max_length: int | None = None
+    online: bool = False
 
     def __post_init__(self) -> None:
         check_count("max_batch", self.max_batch)

@@ -120,6 +120,7 @@ def run_rounds(
     running: Bool[Array, " batch"],
     threshold: Float[Array, ""],
     at_least: Int[Array, ""],
+    limit: Int[Array, ""],
     costs: Costs | None = None,
     *,
     shape: RoundShape,
@@ -127,7 +128,7 @@ def run_rounds(
     tokens: int,
     record: bool = False,
 ) -> tuple[DecodeState, Chunk]:
-    """Rounds until every sequence that goes on has `tokens` new tokens, one has twice as many, all have finished, or
+    """Rounds until every sequence that goes on has `limit` new tokens, one has twice as many, all have finished, or
     fewer than `at_least` go on.
 
     Args:
@@ -137,10 +138,11 @@ def run_rounds(
       running: sequences that are to go on; the others finish here.
       threshold: eta.
       at_least: sequences that must go on for another round; 0 runs on with any.
+      limit: at most `tokens`.
       costs: of rounds, where sequences decide how far to draft.
       shape: of a round, static.
       sampled: whether any sequence may sample, static: where none does, no random number is in the program.
-      tokens: static.
+      tokens: that there is room for, static.
       record: whether the chunk holds what was drafted, static: where nobody asks, it is not in the program.
     """
     state = state.replace(finished=state.finished | ~running)
@@ -151,8 +153,8 @@ def run_rounds(
     def goes_on(loop: tuple[DecodeState, Chunk]) -> Bool[Array, ""]:
         state, chunk = loop
         count = jnp.sum(~state.finished)
-        behind = jnp.any(~state.finished & (chunk.num_tokens < tokens))
-        return behind & (count >= at_least) & (jnp.max(chunk.num_tokens) < 2 * tokens)
+        behind = jnp.any(~state.finished & (chunk.num_tokens < limit))
+        return behind & (count >= at_least) & (jnp.max(chunk.num_tokens) < 2 * limit)
 
     return jax.lax.while_loop(
         goes_on,

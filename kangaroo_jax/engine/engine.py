@@ -37,7 +37,7 @@ from kangaroo_jax.engine.costs import costs_of_rounds
 from kangaroo_jax.engine.programs import SHARED, ProgramStore, compile_program, signature
 from kangaroo_jax.engine.prompts import answer_room, check_new_tokens, encode_prompt
 from kangaroo_jax.engine.requests import Answer, DraftedToken, Event, Finished, Request, Round, TextDelta
-from kangaroo_jax.engine.shapes import CHUNK, MAX_EOS, PIECE, Plan, Shapes, capacity_class
+from kangaroo_jax.engine.shapes import CHUNK, MAX_EOS, ONLINE_CHUNK, PIECE, Plan, Shapes, capacity_class
 from kangaroo_jax.engine.text import TextStream
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.attention.backend import choose_backend
@@ -448,8 +448,10 @@ class Engine:
         record = any(run.drafts for run in going_on)
         running = np.asarray([run is not None for run in runs])
         # A chunk ends with sequences whose places others can take.
-        at_least = np.int32(running.sum() + 1 - self.shapes.refill(self.config.max_batch) if self._waiting else 0)
-        inputs = (*self._weights, self._state, running, self._threshold, at_least, self._costs)
+        refills = self._waiting or self.config.online
+        at_least = np.int32(running.sum() + 1 - self.shapes.refill(self.config.max_batch) if refills else 0)
+        tokens = ONLINE_CHUNK if self.config.online and not running.all() else CHUNK
+        inputs = (*self._weights, self._state, running, self._threshold, at_least, np.int32(tokens), self._costs)
         program = self._program(
             "rounds",
             (self._capacity, sampled, record),
@@ -465,7 +467,7 @@ class Engine:
         self._state, chunk = program(*inputs)
         for run in going_on:
             run.chunks_ahead += 1
-            run.assured += 0 if at_least else self.shapes.least_tokens(len(going_on))
+            run.assured += 0 if at_least else self.shapes.least_tokens(tokens, len(going_on))
         self._launched.append(_Launched(runs, None, chunk))
         return True
 

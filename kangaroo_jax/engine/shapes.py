@@ -10,6 +10,7 @@ from kangaroo_jax.model.config import AttentionKind
 
 # The device works alone until every sequence has this many new tokens; then the host streams and checks stop strings.
 CHUNK = 32
+ONLINE_CHUNK = 8  # where a request that comes meanwhile finds a slot, and waits for the chunk's end
 PIECE = 512  # tokens of a prompt that are processed at a time
 MAX_EOS = 16  # tokens that may end a sequence
 _PROMPT_STEP = 64
@@ -92,10 +93,10 @@ class Shapes:
         a small batch; of a large one, in which sequences end all the time, as many as are worth an interruption."""
         return max(1, slots // 32)
 
-    def least_tokens(self, sequences: int) -> int:
-        """The fewest tokens that a chunk of rounds commits for each of so many sequences, where none ends. It ends
-        early where one is far ahead."""
-        return CHUNK if sequences == 1 else min(CHUNK, -(-2 * CHUNK // self.round.max_commit))
+    def least_tokens(self, tokens: int, sequences: int) -> int:
+        """The fewest tokens that a chunk of rounds that goes on for `tokens` commits for each of so many sequences,
+        where none ends. It ends early where one is far ahead."""
+        return tokens if sequences == 1 else min(tokens, -(-2 * tokens // self.round.max_commit))
 
     def chunk_positions(self, chunks: int) -> int:
         """The most positions that a sequence goes on by in so many chunks."""

@@ -136,7 +136,7 @@ def decoding(
             donate_argnums=2,
             out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
         )
-        inputs = (*models, state, array((batch_size,), jnp.bool_), array((), jnp.float32), array(()))
+        inputs = (*models, state, array((batch_size,), jnp.bool_), array((), jnp.float32), array(()), array(()))
         return compiled(name, run, inputs, machine, options)
 
     prediction = None

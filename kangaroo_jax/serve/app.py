@@ -67,7 +67,7 @@ class Server:
         self._target, self._adapter, self._config = target, adapter, config
         # More would not be computed right: the context is what the model was trained for.
         length = min(engine.max_length or target.config.context, target.config.context)
-        self._engine_config, self._draft = EngineConfig(engine.max_batch, length), draft
+        self._engine_config, self._draft = EngineConfig(engine.max_batch, length, online=True), draft
         self._make_engine(plain=False)  # refuses what cannot be, before anything listens
         self._metrics = Metrics()
         self._encoder = PromptEncoder(target, length)

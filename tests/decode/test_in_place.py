@@ -42,7 +42,7 @@ def compiled_text(shape, adapter, donate, batch=1, costs=None, model=None, rings
     state = jax.eval_shape(empty, model, adapter)
     rounds = functools.partial(run_rounds, shape=shape, sampled=False, tokens=32)
     program = jax.jit(rounds, donate_argnums=(2,) if donate else ())
-    return program.lower(model, adapter, state, np.ones(batch, bool), np.float32(0.5), 0, costs).compile().as_text()
+    return program.lower(model, adapter, state, np.ones(batch, bool), np.float32(0.5), 0, 32, costs).compile().as_text()
 
 
 def cache_copies(text, batch=1, capacity=CAPACITY):

@@ -135,7 +135,7 @@ def program(gamma, batch, widths, new, accepts, residual, tree, walk, lookup, ce
         )
         first = state.token
         _, chunk = run_rounds(
-            target, adapter, state, ~state.finished, eta, 0, costs, shape=shape, sampled=True, tokens=new
+            target, adapter, state, ~state.finished, eta, 0, new, costs, shape=shape, sampled=True, tokens=new
         )
         # A chunk ends with the first sequence that has so many tokens: rounds go on until all have.
         return jnp.concatenate([first[:, None], chunk.tokens[:, : new - 1]], axis=1), chunk

@@ -177,7 +177,7 @@ def test_caches_hold_what_prefill_of_the_committed_tokens_would_leave(backend):
 
     shape = RoundShape(2, 5, TreeConfig(4, 12), (13,))
     rounds = jax.jit(functools.partial(run_rounds, shape=shape, sampled=False, tokens=12))
-    state, chunk = rounds(model, adapter, start(prompts), np.ones(2, bool), np.float32(0.02), 0)
+    state, chunk = rounds(model, adapter, start(prompts), np.ones(2, bool), np.float32(0.02), 0, 12)
     assert (chunk.accept_lengths.max(1) > 1).all()  # something was moved
     committed = [
         [*prompt, int(first), *chunk.tokens[i, : chunk.num_tokens[i] - 1].tolist()]

@@ -156,6 +156,7 @@ class Rounds:
         draft = DraftConfig(2, 4, decide=DecideConfig())
         self.shape, self.backend = RoundShape.kangaroo(2, draft, VOCABULARY, "cpu"), backend
         self.model, self.adapter = tiny_target().model, tiny_adapter(2).model
+        self.tokens = tokens
         self.program = jax.jit(functools.partial(run_rounds, shape=self.shape, sampled=False, tokens=tokens))
 
     def start(self, sequences, kept):
@@ -167,7 +168,9 @@ class Rounds:
 
     def run(self, state, costs):
         costs = Costs.of(costs, 0.7, 1, 4, None)
-        state, chunk = self.program(self.model, self.adapter, state, np.ones(2, bool), np.float32(0), 0, costs)
+        state, chunk = self.program(
+            self.model, self.adapter, state, np.ones(2, bool), np.float32(0), 0, self.tokens, costs
+        )
         return state, [chunk.tokens[i, : chunk.num_tokens[i]].tolist() for i in range(2)], chunk
 
 

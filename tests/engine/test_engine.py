@@ -174,6 +174,25 @@ def test_no_chunk_is_launched_behind_an_answers_end(monkeypatch, limits):
     assert sum(chunks) == -(-(max(limits) - 1) // 32)
 
 
+@pytest.mark.parametrize(
+    ("online", "limits", "sizes"),
+    [
+        (False, [60], [1, 32, 27]),
+        (True, [60], [1, 8, 8, 8, 8, 8, 8, 8, 3]),  # a slot is free
+        (True, [60, 60], [1, 32, 27]),
+        (True, [60, 11], [1, 10, 8, 8, 8, 8, 8, 8, 1]),  # the neighbour's end ends the chunk
+    ],
+)
+def test_an_engine_whose_requests_come_meanwhile_returns_soon(online, limits, sizes):
+    """Tokens of the first request at each return to the host, in plain decoding."""
+    engine = Engine(lettered_target(), None, EngineConfig(2, online=online))
+    ids = [engine.add(Request(PROMPTS[0], most, eos_token_ids=(), stream=True)) for most in limits]
+    found = []
+    while engine.busy:
+        found += [len(event.tokens) for event in engine.step() if isinstance(event, TextDelta) and event.id == ids[0]]
+    assert found == sizes
+
+
 # --- What slots hold.
 
 

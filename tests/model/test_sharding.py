@@ -229,7 +229,7 @@ for data, model in meshes:
     rounds = functools.partial(run_rounds, shape=engine.shapes.round, sampled=False, tokens=32)
     gathered = 0
     if data * model > 1:
-        inputs = (*engine._weights, state, np.ones(4, bool), np.float32(0), 0)
+        inputs = (*engine._weights, state, np.ones(4, bool), np.float32(0), 0, 32)
         text = jax.jit(rounds).lower(*inputs).compile().as_text()
         gathered = sum(x.num_bytes for kind, x in program.collectives(text).items() if kind == "all-gather")
     shapes = [list(x.addressable_shards[0].data.shape) for x in parts]
