@@ -119,6 +119,28 @@ def test_outages_and_sigterm_on_the_way_change_nothing(aws, run, settings, tmp_p
 
 
 @pytest.mark.long
+def test_five_kills_three_preemptions_and_two_outages_change_nothing(gcs, run, settings, tmp_path):
+    output = gcs.location("bad-days")
+    command = flags(settings | {"output": output, "save_every": 2, "evaluate_every": 1, "evaluation_windows": 64})
+    ends = {"kill": -signal.SIGKILL, "preempt": 0, "outage": 1}
+    days = ["kill", "outage", "kill", "preempt", "kill", "preempt", "outage", "kill", "preempt", "kill"]
+    for step, day in zip(range(1, 20, 2), days, strict=True):
+        process = started([sys.executable, "train.py", *command])
+        lines = iter(process.stdout.readline, "")
+        assert any(line.startswith((f"step {step}:", f"step {step + 1}:")) for line in lines), day
+        if day == "outage":
+            gcs.faults[:] = [Fault("(POST|PUT) .*", status=503)]
+        else:
+            process.send_signal(signal.SIGKILL if day == "kill" else signal.SIGTERM)
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == ends[day], (day, err)
+        assert "Traceback" not in err, (day, err)
+        gcs.faults.clear()
+    assert train(configured(settings, output=output)) == run[1]
+    assert_same(run[0] / "20", fetched(gcs, "bad-days", 20, tmp_path))
+
+
+@pytest.mark.long
 def test_damage_is_seen_and_set_aside_and_the_step_before_is_used(service, run, tmp_path):
     service.put_folder(run[0], "damaged")
     stored = checkpoint(run[0] / "10")
