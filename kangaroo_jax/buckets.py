@@ -114,7 +114,7 @@ class Bucket:
         try:
             with self._ask(name, lambda client: client.open(self._key(name), "rb")) as file:
                 yield file
-        except Exception as error:
+        except Exception as error:  # also of the caller's own code, whose other errors are not ours to explain
             if type(error).__module__.partition(".")[0] not in _LIBRARIES and not isinstance(error, OSError):
                 raise
             raise self._explained(name, error) from None

@@ -218,7 +218,8 @@ def begin_batch(
     admission: Admission,
     **static: Any,
 ) -> tuple[DecodeState, Int[Array, " rows"]]:
-    """`prefill`, and each prompt's first token: by then the state may be another program's to overwrite."""
+    """`prefill`, and each prompt's first token as a result of its own: the next program may overwrite the state before
+    the host reads them. `static`: the keyword arguments of `prefill`."""
     state = prefill(target, draft_model, tokens, lengths, admission, **static)
     return state, state.token
 
