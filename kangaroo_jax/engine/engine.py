@@ -636,6 +636,7 @@ class Engine:
         key = (name, key, self._signature)
 
         def build() -> Callable[..., Any]:
+            jax.block_until_ready(args)  # a prefill that ran while this compiles would seem to take no time
             start = time.perf_counter()
             program = compile_program(function, donated, out_shardings, self._platform, *args, **static)
             self.compile_seconds += time.perf_counter() - start

@@ -25,6 +25,7 @@ from kangaroo_jax import (
     generate_plain,
 )
 from kangaroo_jax.engine import engine as engine_module
+from kangaroo_jax.engine.programs import ProgramStore
 from kangaroo_jax.engine.shapes import PIECE, Shapes, capacity_class
 from kangaroo_jax.model.attention.dense import DenseBackend
 from tests.decode.models import LETTERS, VOCABULARY, lettered_target, tiny_adapter, tiny_target
@@ -191,6 +192,23 @@ def test_an_engine_whose_requests_come_meanwhile_returns_soon(online, limits, si
     while engine.busy:
         found += [len(event.tokens) for event in engine.step() if isinstance(event, TextDelta) and event.id == ids[0]]
     assert found == sizes
+
+
+def test_nothing_runs_while_a_program_is_compiled(monkeypatch):
+    """Else what it takes would be hidden behind the compilation, which no time counts: a prefill, say."""
+    idle, compile_program = [], engine_module.compile_program
+
+    def compiled(*args, **static):
+        arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
+        idle.append(all(x.is_ready() for x in arrays))
+        return compile_program(*args, **static)
+
+    monkeypatch.setattr(engine_module, "compile_program", compiled)
+    monkeypatch.setattr(engine_module, "SHARED", ProgramStore(8))
+    engine = Engine(tiny_target(), tiny_adapter(1), EngineConfig(1))
+    engine.add(Request([1 + i % 40 for i in range(500)], 3, eos_token_ids=()))
+    run(engine)
+    assert len(idle) >= 2 and all(idle)
 
 
 # --- What slots hold.
