@@ -1,5 +1,5 @@
 """Records once which drafts the target accepts, and computes from that the rounds that any gamma and eta would give;
-for trees, with any budget.
+for trees, with any budget; with look-ups, of any length.
 
 Only this module and parts.py call the functions a round is made of.
 """
@@ -13,13 +13,15 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from kangaroo_jax import generate_plain
 from kangaroo_jax.bench import parts
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.config import LookupConfig
 from kangaroo_jax.decode.draft import draft_sequence
+from kangaroo_jax.decode.lookup import History, look_up
 from kangaroo_jax.decode.prefill import Admission, prefill
 from kangaroo_jax.decode.rounds import RoundShape
 from kangaroo_jax.decode.sampling import Sampling
@@ -35,6 +37,19 @@ NOT_IN_TREE = np.iinfo(np.int32).max  # greater than any budget
 
 
 @dataclasses.dataclass(frozen=True)
+class Found:
+    """What would be looked up at each position of one greedy answer.
+
+    Attributes:
+      found: whether the text's last tokens stand in it before.
+      agrees: number of leading tokens of what followed there that are the target's own, up to the longest look-up.
+    """
+
+    found: Bool[np.ndarray, " positions"]
+    agrees: Int[np.ndarray, " positions"]
+
+
+@dataclasses.dataclass(frozen=True)
 class Chains:
     """The drafts that would start at each position of one greedy answer, of the maximum length: low confidence stops
     none of them.
@@ -47,13 +62,27 @@ class Chains:
     confidence: Float[np.ndarray, "positions gamma"]
     agrees: Int[np.ndarray, " positions"]
 
-    def rounds(self, max_draft_len: int, threshold: float) -> list[tuple[int, int]]:
-        """(draft length, accept length) of each round that `generate` would run with these settings, exactly."""
+    def rounds(
+        self, max_draft_len: int, threshold: float, looked_up: Found | None = None, most: int = 0
+    ) -> list[tuple[int, int]]:
+        """(draft length, accept length) of each round that `generate` would run with these settings, exactly. A round
+        that looks up `most` tokens has draft length 0.
+
+        Args:
+          max_draft_len: gamma.
+          threshold: eta.
+          looked_up: from the same answer; None: nothing is looked up.
+          most: tokens of a look-up.
+        """
         rounds, position, count = [], 0, len(self.agrees)
         while position < count:
-            unsure = np.flatnonzero(self.confidence[position, :max_draft_len] < np.float32(threshold))
-            drafted = int(unsure[0]) + 1 if len(unsure) else max_draft_len
-            committed = min(min(int(self.agrees[position]), drafted) + 1, count - position)
+            if looked_up is not None and looked_up.found[position]:
+                drafted, accepted = 0, min(int(looked_up.agrees[position]), most)
+            else:
+                unsure = np.flatnonzero(self.confidence[position, :max_draft_len] < np.float32(threshold))
+                drafted = int(unsure[0]) + 1 if len(unsure) else max_draft_len
+                accepted = min(int(self.agrees[position]), drafted)
+            committed = min(accepted + 1, count - position)
             rounds.append((drafted, committed))
             position += committed
         return rounds
@@ -103,6 +132,32 @@ def record(
     drafts, confidence = _drafts(target, adapter, prompt, answer, max_draft_len, None)
     agrees = np.cumprod(drafts == _following(answer, max_draft_len), axis=1).sum(axis=1)
     return Chains(confidence, agrees)
+
+
+def record_found(
+    target: Target, prompt: Sequence[int], max_new_tokens: int, lookups: Sequence[LookupConfig]
+) -> dict[LookupConfig, Found]:
+    """What would be looked up at every position of the target's greedy answer to `prompt`, for each of `lookups`.
+
+    Args:
+      target: from `load_target`.
+      prompt: token ids.
+      max_new_tokens: length of the answer; EOS does not end it.
+      lookups: a longer look-up begins as a shorter one does, so of those that differ in the length alone the longest
+        serves for all.
+    """
+    answer = _greedy_answer(target, prompt, max_new_tokens)
+    capacity = parts.rounded_capacity(len(prompt) + len(answer))
+    text = np.zeros((capacity,), np.int32)
+    text[: len(prompt) + len(answer)] = [*prompt, *answer]
+    history = History(np.broadcast_to(text, (len(answer) - 1, capacity)))
+    recorded = {}
+    for lookup in lookups:
+        search = jax.jit(functools.partial(look_up, config=lookup))
+        tokens, count = map(np.asarray, search(history, answer[:-1], len(prompt) + np.arange(len(answer) - 1)))
+        agrees = np.cumprod(tokens == _following(answer, lookup.max_tokens), axis=1).sum(axis=1)
+        recorded[lookup] = Found(count > 0, agrees)
+    return recorded
 
 
 def record_trees(

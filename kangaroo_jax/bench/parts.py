@@ -24,8 +24,9 @@ from jaxtyping import Int
 from kangaroo_jax.bench.machine import seconds_per_call
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
-from kangaroo_jax.config import DraftConfig, TreeConfig
+from kangaroo_jax.config import DraftConfig, LookupConfig, TreeConfig
 from kangaroo_jax.decode.draft import draft_sequence
+from kangaroo_jax.decode.lookup import History
 from kangaroo_jax.decode.prefill import Admission, prefill
 from kangaroo_jax.decode.rounds import RoundShape, one_round
 from kangaroo_jax.decode.sampling import Sampling
@@ -204,6 +205,21 @@ def complete_round(context: Context, count: int, tree: TreeConfig | None = None)
     return Part(context.prefill()(), turn)
 
 
+def lookup_round(context: Context, count: int) -> Part[DecodeState]:
+    """A complete round that looks up `count` tokens, which are always found: the search, one pass of the shallow layers
+    over them, verification and commit."""
+    lookup = LookupConfig(count, min_ngram=1)
+
+    def turn(model: TargetModel, adapter: Adapter, state: DecodeState) -> DecodeState:
+        shape = RoundShape(context.exit_layer, 1, None, (count + 1,), lookup)
+        return _round(model, adapter, state, shape).replace(token=state.token)
+
+    start = context.prefill()()
+    # All tokens are alike, so the last one stands before wherever it is.
+    history = History.empty(len(context.tokens), context.capacity)
+    return Part(start.replace(token=jnp.zeros_like(start.token), history=history), turn)
+
+
 def tree_growth(context: Context, topk: int, levels: int) -> Part[DecodeState]:
     """Growing a tree to exactly `levels` levels, before a budget cuts it: one pass from the last committed token, and a
     draft step of `topk` tokens for each level after the first."""
@@ -247,7 +263,9 @@ def tree_verification(context: Context, tree: TreeConfig, levels: int) -> Part[t
             exit_layer=context.exit_layer,
             widths=(1 + tree.drafted(levels),),
         )
-        done, _ = commit(state, _empty_chunk(state, levels + 1), adapter, draft_of_turn, verdict, hidden, deep)
+        done, _ = commit(
+            state, Chunk.empty(state.finished, levels + 1, 1), adapter, draft_of_turn, verdict, hidden, deep
+        )
         return _set_back(done, state), drafted
 
     return Part((start, drafted), turn)
@@ -273,6 +291,11 @@ def round_seconds(context: Context, count: int, tree: TreeConfig | None = None) 
     return seconds_of(complete_round(context, count, tree), context)
 
 
+def lookup_seconds(context: Context, count: int) -> float:
+    """Seconds of one `lookup_round`."""
+    return seconds_of(lookup_round(context, count), context)
+
+
 def growth_seconds(context: Context, topk: int, levels: int) -> float:
     """Seconds of one `tree_growth`."""
     return seconds_of(tree_growth(context, topk, levels), context)
@@ -290,13 +313,9 @@ def prefill_seconds(context: Context) -> float:
 
 def _round(model: TargetModel, adapter: Adapter | None, state: DecodeState, shape: RoundShape) -> DecodeState:
     """A round that no low confidence cuts short; afterwards the lengths are as before."""
-    chunk = _empty_chunk(state, shape.max_commit)
+    chunk = Chunk.empty(state.finished, shape.max_commit, 1, looks_up=shape.lookup is not None)
     done, _ = one_round(model, adapter, state, chunk, jnp.float32(0), shape=shape, sampled=False)
     return _set_back(done, state)
-
-
-def _empty_chunk(state: DecodeState, room: int) -> Chunk:
-    return Chunk.empty(state.finished, room, 1)
 
 
 def _drafted_state(adapter: Adapter, state: DecodeState, carry: Any, hidden: jax.Array) -> Any:

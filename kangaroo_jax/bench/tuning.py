@@ -1,9 +1,9 @@
-"""Finds the fastest way to draft with an adapter on this machine: gamma and eta of a single sequence, or of a tree with
-its K and budget.
+"""Finds the fastest way to draft with an adapter on this machine: gamma and eta of a single sequence, alone or with
+look-ups, or of a tree with its K and budget.
 
 Measures what rounds cost and records what the target accepts on calibration prompts; from these predicts the speed of
-every gamma and eta, of a single sequence and of every tree. Predictions are corrected by the ratio of measured to
-predicted speed of one setting. The best few of both kinds are then measured by decoding with them.
+every gamma and eta, of a single sequence, with every look-up and of every tree. Predictions are corrected by the ratio
+of measured to predicted speed of one setting. The best few of each kind are then measured by decoding with them.
 
 What rounds of single sequences cost is also measured for batches: by these costs, sequences decide how far to draft.
 """
@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kangaroo_jax import DecideConfig, DraftConfig, TreeConfig
+from kangaroo_jax import DecideConfig, DraftConfig, LookupConfig, TreeConfig
 from kangaroo_jax.bench import parts
-from kangaroo_jax.bench.acceptance import Chains, Trees, record, record_trees
+from kangaroo_jax.bench.acceptance import Chains, Found, Trees, record, record_found, record_trees
 from kangaroo_jax.bench.progress import Progress, silent
 from kangaroo_jax.bench.tree_speed import time_settings
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
@@ -33,6 +33,11 @@ _THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(20))
 # A tree's threshold compares with the probability of complete paths, so low ones matter.
 _TREE_THRESHOLDS = (0.0, 0.01, 0.02, 0.03, *_THRESHOLDS[1:])
 _LEVELS = 6  # levels of the trees that are timed
+# Lengths of look-ups, whose verification is of such a width too; the fewest last tokens that have to be found, and the
+# most that are searched for; and with how many of the best single sequences they are considered.
+_LOOKUP_LENGTHS = (4, 8, 12)
+_NGRAMS = tuple((fewest, LookupConfig().max_ngram) for fewest in (1, 2, 3, 4))
+_WITH_LOOKUPS = 12
 # The setting whose measured speed corrects the predictions: the paper's eta, and drafts whose lengths vary.
 _REFERENCE = DraftConfig(None, 4, 0.6)
 
@@ -50,6 +55,7 @@ class Costs:
       tree_rounds: tree -> seconds of a complete round of `levels` levels.
       tree_verifications: width -> seconds of verifying and committing a tree of that width.
       levels: levels of the timed tree rounds.
+      lookup_rounds: tokens that are looked up -> seconds of a complete round of them.
     """
 
     plain_step: float
@@ -59,6 +65,7 @@ class Costs:
     tree_rounds: dict[TreeConfig, float] = dataclasses.field(default_factory=dict)
     tree_verifications: dict[int, float] = dataclasses.field(default_factory=dict)
     levels: int = _LEVELS
+    lookup_rounds: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def in_plain_steps(self, batch_size: int, shallow: float) -> RoundCosts:
         """What single sequences decide by how far to draft. `shallow`: share of a plain step of the shallow layers."""
@@ -68,8 +75,13 @@ class Costs:
         return RoundCosts(batch_size, step / self.plain_step, ((1, 1.0), *sorted(verified.items())), shallow)
 
     def round(self, steps: int, draft: DraftConfig) -> float:
-        """Seconds of a round of `draft` that takes `steps` draft steps: drafted tokens, or levels of a tree."""
+        """Seconds of a round of `draft` that takes `steps` draft steps: drafted tokens, or levels of a tree; 0: of one
+        that looks up."""
         tree = draft.tree
+        if steps == 0:
+            found = draft.lookup.max_tokens
+            width = next(w for w in parts.verification_widths(draft) if w > found)
+            return self.lookup_rounds[found] + self._verification(width) - self._verification(found + 1)
         drafted = steps if tree is None else tree.drafted(steps)
         width = next(w for w in parts.verification_widths(draft) if w > drafted)
         if tree is None:
@@ -81,17 +93,26 @@ class Costs:
             - (self.tree_verifications[timed] - self.tree_verifications[width])
         )
 
+    def _verification(self, width: int) -> float:
+        """Seconds of a round without its draft steps."""
+        return self.rounds[width - 1] - (width - 1) * self.draft_step
+
 
 def measure_costs(
-    context: parts.Context, tree_context: parts.Context, trees: Sequence[DraftConfig], progress: Progress = silent
+    context: parts.Context,
+    tree_context: parts.Context,
+    trees: Sequence[DraftConfig],
+    lookups: Sequence[int] = (),
+    progress: Progress = silent,
 ) -> Costs:
-    """Times the parts; one compiled program per draft length, two per K of `trees`, one per tree, and two per width of
-    their verification.
+    """Times the parts; one compiled program per draft length and length of a look-up, two per K of `trees`, one per
+    tree, and two per width of their verification.
 
     Args:
       context: with caches for single sequences.
       tree_context: with caches for all of `trees`.
       trees: settings that are considered.
+      lookups: numbers of tokens that are looked up.
       progress: shows how many parts are timed.
     """
     few, many = _DRAFT_LENGTHS[1], _DRAFT_LENGTHS[3]
@@ -113,6 +134,7 @@ def measure_costs(
     costs = Costs(parts.plain_step_seconds(context), draft_step, {})
     jobs: list[tuple[dict, object, Callable[[], float]]] = [
         *((costs.rounds, n, functools.partial(parts.round_seconds, context, n)) for n in _DRAFT_LENGTHS),
+        *((costs.lookup_rounds, n, functools.partial(parts.lookup_seconds, context, n)) for n in lookups),
         *((costs.tree_levels, topk, functools.partial(level, topk)) for topk in topks),
         *((costs.tree_rounds, t, functools.partial(parts.round_seconds, tree_context, _LEVELS, t)) for t in shapes),
         *((costs.tree_verifications, w, functools.partial(verification, w)) for w in sorted(widths)),
@@ -129,13 +151,19 @@ class Recording:
     Attributes:
       chains: drafts of single sequences.
       trees: K -> drafted trees.
+      found: (min_ngram, max_ngram) -> what would be looked up.
     """
 
     chains: Chains
     trees: dict[int, Trees]
+    found: dict[tuple[int, int], Found] = dataclasses.field(default_factory=dict)
 
     def rounds(self, draft: DraftConfig) -> list[tuple[int, int]]:
-        """(draft steps, accept length) of each round that `generate` would run with these settings."""
+        """(draft steps, accept length) of each round that `generate` would run with these settings; 0 draft steps in
+        those that look up."""
+        if draft.lookup is not None:
+            found = self.found[draft.lookup.min_ngram, draft.lookup.max_ngram]
+            return self.chains.rounds(draft.max_draft_len, draft.threshold, found, draft.lookup.max_tokens)
         if draft.tree is None:
             return self.chains.rounds(draft.max_draft_len, draft.threshold)
         return self.trees[draft.tree.topk].rounds(draft.max_draft_len, draft.threshold, draft.tree.budget)
@@ -159,16 +187,25 @@ def settings_of_trees(topks: Sequence[int], budgets: Sequence[int]) -> list[Draf
     ]
 
 
+def with_lookups(drafts: Sequence[DraftConfig]) -> list[DraftConfig]:
+    """The single sequences among these, with every look-up that is considered."""
+    lookups = [LookupConfig(most, *ngrams) for most in _LOOKUP_LENGTHS for ngrams in _NGRAMS]
+    return [dataclasses.replace(draft, lookup=x) for draft in drafts if draft.tree is None for x in lookups]
+
+
 def best_of(speeds: dict[DraftConfig, float], count: int) -> list[DraftConfig]:
-    """The `count` single sequences with the best predicted speeds, and the best setting of each of the `count` best
-    trees: predictions are less accurate between trees than between thresholds of one tree."""
+    """The `count` single sequences with the best predicted speeds, the best setting with each of the `count` best
+    look-ups that are predicted to be faster, and the best setting of each of the `count` best trees: predictions are
+    less accurate between trees than between thresholds of one tree."""
     ranked = sorted(speeds, key=lambda draft: -speeds[draft])
-    singles = [draft for draft in ranked if draft.tree is None]
-    trees = {}
+    singles = [draft for draft in ranked if draft.tree is None and draft.lookup is None]
+    lookups, trees = {}, {}
     for draft in ranked:
-        trees.setdefault(draft.tree, draft)
-    trees.pop(None, None)
-    return singles[:count] + list(trees.values())[:count]
+        if draft.lookup is not None and speeds[draft] > speeds[singles[0]]:
+            lookups.setdefault(draft.lookup, draft)
+        if draft.tree is not None:
+            trees.setdefault(draft.tree, draft)
+    return [*singles[:count], *list(lookups.values())[:count], *list(trees.values())[:count]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +215,8 @@ class Effort:
     Attributes:
       max_new_tokens: length of each answer.
       runs: timed runs of each setting, interleaved; the median counts.
-      confirm: settings to measure: this many of the best predicted single sequences, and the best of this many trees.
+      confirm: settings to measure: this many of the best predicted single sequences, the best with this many look-ups,
+        and the best of this many trees.
       batch_sizes: for which costs are measured; 1 is among them in any case.
     """
 
@@ -273,16 +311,21 @@ def tune(
         parts.Context(target.model, adapter.model, exit_layer, middle, parts.rounded_capacity(length + positions))
         for positions in (_DRAFT_LENGTHS[-1] + 1, tree_positions)
     )
-    costs = {1: measure_costs(context, tree_context, trees, progress)}
+    costs = {1: measure_costs(context, tree_context, trees, _LOOKUP_LENGTHS, progress)}
     for size in effort.batch_sizes:
         if size not in costs:
             tokens = np.resize(middle, (size, middle.shape[1]))
             batch = dataclasses.replace(context, tokens=tokens)
-            costs[size] = measure_costs(batch, batch, [], progress)
+            costs[size] = measure_costs(batch, batch, [], (), progress)
     (found,) = _measure(target, adapter, prompts, [_REFERENCE], effort, progress, "correcting")
     correction = found / predict(recordings, costs[1], _REFERENCE)
     singles = [DraftConfig(None, *setting) for setting in itertools.product(_DRAFT_LENGTHS, _THRESHOLDS)]
-    speeds = {draft: predict(recordings, costs[1], draft) * correction for draft in [*singles, *trees]}
+
+    def predicted(drafts: Sequence[DraftConfig]) -> dict[DraftConfig, float]:
+        return {draft: predict(recordings, costs[1], draft) * correction for draft in drafts}
+
+    speeds = predicted([*singles, *trees])
+    speeds |= predicted(with_lookups(best_of(speeds, _WITH_LOOKUPS)))
     drafts = best_of(speeds, effort.confirm)
     measured = _measure(target, adapter, prompts, drafts, effort, progress, "confirming")
     settings = []
@@ -308,9 +351,11 @@ def _record(
 ) -> Recording:
     topks = sorted({draft.tree.topk for draft in trees})
     deepest = max((draft.max_draft_len for draft in trees), default=1)
+    found = record_found(target, prompt, max_new_tokens, [LookupConfig(_LOOKUP_LENGTHS[-1], *x) for x in _NGRAMS])
     return Recording(
         record(target, adapter, prompt, max_new_tokens, _DRAFT_LENGTHS[-1]),
         record_trees(target, adapter, prompt, max_new_tokens, deepest, topks),
+        {(lookup.min_ngram, lookup.max_ngram): each for lookup, each in found.items()},
     )
 
 

@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kangaroo_jax.decode.sampling import DRAFT, TARGET, Sampling, accept_and_resample, probabilities, sample
+from kangaroo_jax.decode.sampling import (
+    DRAFT,
+    TARGET,
+    Sampling,
+    accept_and_resample,
+    likeliest,
+    probabilities,
+    sample,
+)
 from kangaroo_jax.decode.state import Draft, DraftTree
 
 NO_TOKEN = -1
@@ -50,21 +58,17 @@ def pick_token(
       purpose: `sampling.DRAFT` or `sampling.TARGET`.
     """
     if sampling is None:
-        tokens, probs = _likeliest(logits), None
+        tokens, probs = jnp.maximum(likeliest(logits), 0), None
     else:
         probs = probabilities(logits, sampling)
         tokens = sample(sampling.keys, positions, purpose, probs)
     return tokens if purpose == DRAFT else _if_numbers(logits, tokens), probs
 
 
-def _likeliest(logits: Float[Array, "*places vocab"]) -> Int[Array, "*places"]:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-
 def _are_numbers(logits: Float[Array, "*places vocab"]) -> Bool[Array, "*places"]:
-    """Whether the largest logit is a number: not NaN, which any NaN makes it, and not infinite."""
-    best = _likeliest(logits)[..., None]  # known already where tokens were chosen, so that this costs one number each
-    return jnp.isfinite(jnp.take_along_axis(logits, best, axis=-1)[..., 0])
+    """Whether all logits are numbers, and the largest is finite."""
+    # Both are known already where tokens were chosen.
+    return (likeliest(logits) >= 0) & jnp.isfinite(jnp.max(logits, axis=-1))
 
 
 def _if_numbers(logits: Float[Array, "*places vocab"], tokens: Int[Array, "*places"]) -> Int[Array, "*places"]:
@@ -98,7 +102,7 @@ def pick_verified(
         own = jnp.arange(logits.shape[1]) == accepted[:, None]
         tokens = jnp.where(own & ~has_token, NO_TOKEN, tokens)
     else:
-        tokens = _if_numbers(logits, _likeliest(logits))
+        tokens = _if_numbers(logits, likeliest(logits))
         agrees = (drafted == tokens[:, :-1]) & (jnp.arange(drafted.shape[1]) < draft.length[:, None])
         accepted = jnp.sum(jnp.cumprod(agrees, axis=1), axis=1, dtype=jnp.int32)
     return Verdict(jnp.pad(tokens, ((0, 0), (0, draft.tokens.shape[1] - drafted.shape[1]))), accepted, None)
@@ -110,7 +114,7 @@ def _choices(
     """The target's own next token at each place: what plain decoding would choose there, with the same random
     numbers; `NO_TOKEN` where the logits are none."""
     if sampling is None:
-        tokens = _likeliest(logits)
+        tokens = likeliest(logits)
     else:
         probs = probabilities(logits, sampling)
         tokens = jax.vmap(lambda p, place: sample(sampling.keys, place, TARGET, p), 1, 1)(probs, positions)

@@ -93,7 +93,7 @@ def probabilities(
     with jax.named_scope("shape"):
         shape = (-1, *[1] * (logits.ndim - 1))
         temperature, top_p, top_k = (x.reshape(shape) for x in (sampling.temperature, sampling.top_p, sampling.top_k))
-        best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
+        best = jax.nn.one_hot(likeliest(logits), logits.shape[-1], dtype=jnp.float32)
         # The maximum goes first: divided by a small temperature, logits overflow where their differences must not.
         logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1.0)
         logits = jnp.where(logits < top_k_floor(logits, top_k), -jnp.inf, logits)
@@ -101,6 +101,17 @@ def probabilities(
         probs = jnp.where(probs < nucleus_floor(probs, top_p), 0.0, probs)
         probs = jnp.where(top_p < 1, probs / jnp.sum(probs, axis=-1, keepdims=True), probs)
         return jnp.where(temperature > 0, probs, best)
+
+
+def likeliest(logits: Float[Array, "*places vocab"]) -> Int[Array, "*places"]:
+    """The first of the most probable tokens; -1 where a logit is NaN.
+
+    In two passes, which XLA for CPU computes with vectors; `jnp.argmax` it computes one value after the other, which
+    takes six times as long (docs/dev/performance.md). Its vectors' maximum may be any number where one is NaN."""
+    last = logits.shape[-1] - 1
+    best = logits == jnp.max(logits, axis=-1, keepdims=True)
+    index = jnp.where(best, jnp.arange(last + 1, dtype=jnp.int32), last)
+    return jnp.min(jnp.where(jnp.isnan(logits), -1, index), axis=-1)
 
 
 def top_k_floor(logits: Float[Array, "... vocab"], top_k: Int[Array, "... 1"]) -> Float[Array, "... 1"]:

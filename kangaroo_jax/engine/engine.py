@@ -179,6 +179,7 @@ class Engine:
         self._long_prompt: _LongPrompt | None = None
         self._next_id = 0
         self._has_sampled = False
+        self._newest: PyTree = None  # what was launched last; the next launch may take its memory
         self.compile_seconds = 0.0
 
     # --- Requests.
@@ -636,12 +637,20 @@ class Engine:
         key = (name, key, self._signature)
 
         def build() -> Callable[..., Any]:
+            # What ran while this compiles would seem to take no time: a prefill, say.
+            jax.block_until_ready(self._newest)
             start = time.perf_counter()
             program = compile_program(function, donated, out_shardings, self._platform, *args, **static)
             self.compile_seconds += time.perf_counter() - start
             return program
 
-        return self._programs.get(key, lambda: SHARED.get(key, build))
+        program = self._programs.get(key, lambda: SHARED.get(key, build))
+
+        def launch(*inputs: Any) -> Any:
+            self._newest = program(*inputs)
+            return self._newest
+
+        return launch
 
     def _running_state(self) -> DecodeState:
         """The running batch, of empty slots where nothing has run."""

@@ -2,7 +2,8 @@
 
 Reads a JSON list of words per line of standard input and answers each with a JSON list: exit code, standard output and
 standard error of the command. Words that are no flags: "without:NAME" hides a module from the command, "fake:times"
-replaces what measures the parts of a round by the times below, and "fake:decoding" what decodes by the outputs below.
+replaces what measures the parts of a round by the times below, "fake:decoding" what decodes by the outputs below, and
+"fake:found", after that, what is looked up by the target's own tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from absl.testing import flagsaver
 import kangaroo_jax.bench
 from kangaroo_jax import DraftConfig
 from kangaroo_jax.bench import machine, parts, tree_speed, tuning
-from kangaroo_jax.bench.acceptance import Chains, Trees
+from kangaroo_jax.bench.acceptance import Chains, Found, Trees
 from kangaroo_jax.cli.bench import main as bench
 
 # Seconds: a draft step takes 2 ms, a shallow pass 1 ms, a tree level 3 ms.
@@ -35,6 +36,7 @@ TIMES = {
         "draft_seconds": lambda context, count: (1 + 2 * count) * 1e-3,
         "verification_seconds": lambda context, width: (6 + width) * 1e-3,
         "round_seconds": lambda context, count, tree=None: (20 + count) * 1e-3,
+        "lookup_seconds": lambda context, count: (15 + count) * 1e-3,
         "growth_seconds": lambda context, topk, levels: 3 * levels * 1e-3,
         "tree_verification_seconds": lambda context, tree, levels: 12e-3,
         "prefill_seconds": lambda context: 4e-3,
@@ -53,21 +55,26 @@ def _decoded(seconds: float, accepted: list[int], drafted: list[int]) -> SimpleN
 
 
 def _drafting(target: object, adapter: object, prompts: list, count: int, draft: DraftConfig, **_: object):
-    return _decoded(0.4 if draft.tree is None else 0.2, [4, 4], [draft.max_draft_len] * 2)
+    alone = draft.tree is None and draft.lookup is None
+    return _decoded(0.4 if alone else 0.2, [4, 4], [draft.max_draft_len] * 2)
 
 
 # Every draft is accepted: rounds of four tokens. A tree is twice as fast as the single sequence, and that as plain
-# decoding.
+# decoding; so are look-ups, but nothing is found.
 DECODING = {
     tree_speed: {"generate_plain": lambda *_, **__: _decoded(0.8, [1] * 8, [0] * 8), "generate": _drafting},
     tuning: {
         "record": lambda *_: Chains(np.full((8, 12), 0.9, np.float32), np.full(8, 3)),
+        "record_found": lambda *inputs: {lookup: Found(np.zeros(8, bool), np.zeros(8, int)) for lookup in inputs[3]},
         "record_trees": lambda *inputs: {
             topk: Trees(np.full((8, 12), 0.9, np.float32), np.zeros((8, 12, 12), int)) for topk in inputs[5]
         },
     },
 }
-FAKES = {"fake:times": TIMES, "fake:decoding": DECODING}
+FOUND = {
+    tuning: {"record_found": lambda *inputs: {lookup: Found(np.ones(8, bool), np.full(8, 12)) for lookup in inputs[3]}}
+}
+FAKES = {"fake:times": TIMES, "fake:decoding": DECODING, "fake:found": FOUND}
 
 
 def flags_of_library() -> list[str]:
@@ -102,7 +109,7 @@ def run(line: list[str]) -> tuple[int, str, str]:
         stack.enter_context(mock.patch.object(sys, "argv", ["bench", *words]))
         for name in hidden:
             stack.enter_context(without(name))
-        for word in FAKES.keys() & set(line):
+        for word in filter(FAKES.__contains__, line):
             for module, functions in FAKES[word].items():
                 stack.enter_context(mock.patch.multiple(module, **functions))
         try:

@@ -3,8 +3,18 @@
 import numpy as np
 import pytest
 
-from kangaroo_jax import DraftConfig, TreeConfig, generate
-from kangaroo_jax.bench.acceptance import NOT_IN_TREE, Chains, Trees, path_of, places_of, record, record_trees
+from kangaroo_jax import DraftConfig, LookupConfig, TreeConfig, generate
+from kangaroo_jax.bench.acceptance import (
+    NOT_IN_TREE,
+    Chains,
+    Found,
+    Trees,
+    path_of,
+    places_of,
+    record,
+    record_found,
+    record_trees,
+)
 from tests.bench.models import CONFIG, EXIT_LAYER, small_adapter, small_target
 from tests.decode.models import tiny_adapter, tiny_target
 
@@ -55,6 +65,46 @@ def test_rounds_by_hand():
     assert chains.rounds(3, 0.5) == [(2, 2), (1, 1)]
     assert chains.rounds(3, 0.0) == [(3, 2), (3, 1)]
     assert chains.rounds(1, 0.5) == [(1, 2), (1, 1)]
+
+
+# --- Look-ups.
+
+NGRAMS = [(1, 1), (1, 4), (2, 4), (3, 4)]
+
+
+@pytest.fixture(scope="module")
+def found():
+    lookups = [LookupConfig(12, *ngrams) for ngrams in NGRAMS]
+    return record_found(small_target(), PROMPT, 60, lookups)
+
+
+@pytest.mark.parametrize(
+    ("most", "ngrams"), [(5, (1, 4)), *(pytest.param(k, x, marks=pytest.mark.long) for k in (2, 12) for x in NGRAMS)]
+)
+def test_rounds_with_look_ups_are_those_of_generate(chains, found, most, ngrams):
+    draft = DraftConfig(EXIT_LAYER, 3, 0.5, lookup=LookupConfig(most, *ngrams))
+    out = generate(small_target(), small_adapter(), [PROMPT], 60, draft, eos_token_ids=())
+    rounds = chains.rounds(3, 0.5, found[LookupConfig(12, *ngrams)], most)
+    drafted, committed = (list(lengths) for lengths in zip(*rounds, strict=True))
+    assert committed == out.accept_lengths[0]
+    assert drafted == out.draft_lengths[0]
+    assert [most * (steps == 0) for steps in drafted] == out.lookup_lengths[0]
+
+
+def test_look_ups_of_the_model_are_found_at_some_places_and_right_at_some(found):
+    # Else the test above could not tell one setting from another.
+    agrees = found[LookupConfig(12, 1, 4)]
+    assert 0 < agrees.found.sum() < len(agrees.found)
+    assert len(set(agrees.agrees[agrees.found])) > 2
+
+
+def test_rounds_with_look_ups_by_hand():
+    # The first position looks up two tokens, of which one is right; the third drafts; the last is the answer's end.
+    chains = Chains(np.asarray([[0.9, 0.9]] * 5, np.float32), np.asarray([2, 2, 1, 0, 0]))
+    looked_up = Found(np.asarray([True, True, False, False, True]), np.asarray([1, 2, 0, 0, 3]))
+    assert chains.rounds(2, 0.5, looked_up, 2) == [(0, 2), (2, 2), (0, 1)]
+    assert chains.rounds(2, 0.5, looked_up, 1) == [(0, 2), (2, 2), (0, 1)]
+    assert chains.rounds(2, 0.5) == [(2, 3), (2, 1), (2, 1)]
 
 
 # --- Trees.

@@ -229,28 +229,27 @@ def test_tune_writes_the_fastest_setting(commands, flags, saved, prompts, fakes)
     assert ("costs" in written) == ("tree_topk" not in written)
 
 
-@pytest.mark.parametrize("topk", ["", pytest.param("2", marks=pytest.mark.long)])
-def test_tune_leaves_look_ups_as_they_are_unless_a_tree_is_faster(commands, flags, saved, prompts, topk):
+@pytest.mark.parametrize("found", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_tune_writes_the_costs_of_rounds_and_look_ups_that_are_faster(commands, flags, saved, prompts, found):
     path = write_draft_settings(saved[1], DraftConfig(lookup=LookupConfig(7, 1, 3)))
-    shapes = [f"--tree_topk={topk}", "--tree_budget=8", "--confirm=1"]
-    code, out, err = commands.run("tune", *flags, prompts, *SHORT, *shapes, "fake:times", "fake:decoding")
+    fakes = ["fake:times", "fake:decoding", *["fake:found"] * found]
+    code, out, err = commands.run("tune", *flags, prompts, *SHORT, "--tree_topk=", "--confirm=1", *fakes)
     assert code == 0, err
     written = json.loads(path.read_text())
     path.unlink()
-    assert ("tree_topk" in written) == bool(topk)
-    assert [written.get(f"lookup_{name}") for name in ("tokens", "min_ngram", "max_ngram")] == (
-        [None] * 3 if topk else [7, 1, 3]
-    )
-    assert ("the settings of look-ups are removed" in out) == bool(topk)
+    # All eight tokens are looked up in one round of 20 ms, in place of two of 21 or more.
+    rows = [line.split() for line in out.splitlines() if line.startswith("single")]
+    assert len(rows) == (2 if found else 1)
+    assert written.get("lookup_tokens") == (8 if found else None)
+    assert ("no look-up is predicted to be faster" in out) != found
     # A plain step takes 8 ms, a draft step 2 ms and a round with n drafts 20 + n; so of every batch.
-    if not topk:
-        assert written["costs"].keys() == {"1", "8"}
-        for costs in written["costs"].values():
-            assert costs["draft_step"] == pytest.approx(0.25)
-            assert costs["verification"]["1"] == 1
-            assert costs["verification"]["3"] == pytest.approx((22 - 4) / 8)
-        assert written["acceptance"] == pytest.approx(3 / 4)  # of four drafted tokens, the last is refused
-        assert "batch 8: the best of a single sequence" in out
+    assert written["costs"].keys() == {"1", "8"}
+    for costs in written["costs"].values():
+        assert costs["draft_step"] == pytest.approx(0.25)
+        assert costs["verification"]["1"] == 1
+        assert costs["verification"]["3"] == pytest.approx((22 - 4) / 8)
+    assert written["acceptance"] == pytest.approx(3 / 4)  # of four drafted tokens, the last is refused
+    assert "batch 8: the best of a single sequence" in out
 
 
 @pytest.mark.long

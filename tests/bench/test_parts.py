@@ -71,6 +71,7 @@ WORK = {
     "draft of 5": (parts.draft_phase, (5,), 6, 0),
     "verification of 3": (parts.verification, (3,), 0, 3),
     "round of 5": (parts.complete_round, (5,), 6, 6),
+    "look-up of 5": (parts.lookup_round, (5,), 6, 6),
     "tree growth to 1 level": (parts.tree_growth, (3, 1), 1, 0),
     "tree growth to 4 levels": (parts.tree_growth, (3, 4), 1 + 3 * 3, 0),
     "verification of a tree": (parts.tree_verification, (TREE, 3), None, 1 + 7),
@@ -95,6 +96,13 @@ def test_a_turn_does_the_work_of_its_part_and_sets_the_lengths_back(context, nam
         assert getattr(after, cache).length.tolist() == getattr(before, cache).length.tolist()
     assert after.num_output.tolist() == before.num_output.tolist()
     assert after.finished.tolist() == before.finished.tolist()
+
+
+def test_each_turn_of_a_look_up_finds_its_tokens(context):
+    part = parts.lookup_round(context, 5)
+    turn = jax.jit(part.turn)
+    after = turn(context.model, context.adapter, turn(context.model, context.adapter, part.start))
+    assert after.token.tolist() == part.start.token.tolist()  # else the text's last token may not stand in it before
 
 
 @pytest.mark.long

@@ -8,7 +8,7 @@ import pytest
 
 from kangaroo_jax import DecideConfig, DraftConfig, InputError, LookupConfig, TreeConfig, load_adapter
 from kangaroo_jax.bench import parts, tuning
-from kangaroo_jax.bench.acceptance import NOT_IN_TREE, Chains, Trees
+from kangaroo_jax.bench.acceptance import NOT_IN_TREE, Chains, Found, Trees
 from kangaroo_jax.bench.tuning import Costs, Effort, Recording, best_of, measure_costs, predict, settings_of_trees
 from kangaroo_jax.checkpoint.adapter import read_draft_settings, save_adapter, write_draft_settings
 from kangaroo_jax.config import RoundCosts
@@ -36,6 +36,26 @@ def test_prediction_by_hand():
 def test_a_shorter_draft_in_the_same_width_costs_that_many_draft_steps_less():
     costs = Costs(plain_step=1.0, draft_step=0.5, rounds={1: 3.0, 2: 4.0, 4: 6.0, 6: 8.0})
     assert [costs.round(drafted, DraftConfig(None, 6)) for drafted in range(1, 7)] == [3.0, 4.0, 5.5, 6.0, 7.5, 8.0]
+
+
+def test_prediction_of_look_ups_by_hand():
+    # A look-up of 4 takes 7 seconds in the verification of 5 positions. Two of its tokens are right, then a draft of 2
+    # commits 2: 5 tokens in 7 + 5 seconds, which plain decoding needs 5 * 2 seconds for.
+    chains = Chains(np.full((5, 2), 0.9, np.float32), np.asarray([0, 0, 0, 1, 0]))
+    found = {(2, 4): Found(np.arange(5) == 0, np.asarray([2, 0, 0, 0, 0]))}
+    costs = Costs(2.0, 1.0, {1: 4.0, 2: 5.0, 4: 9.0, 12: 20.0}, lookup_rounds={4: 7.0})
+    draft = DraftConfig(None, 2, 0.5, lookup=LookupConfig(4, 2, 4))
+    assert Recording(chains, {}, found).rounds(draft) == [(0, 3), (2, 2)]
+    assert predict([Recording(chains, {}, found)], costs, draft) == pytest.approx(10 / 12)
+    # Where drafts may be longer, so may verifications be; this machine has one of 5 positions all the same.
+    assert costs.round(0, dataclasses.replace(draft, max_draft_len=12)) == 7.0
+
+
+def test_a_look_up_in_a_wider_verification_costs_what_that_takes_more(monkeypatch):
+    monkeypatch.setattr(parts, "verification_widths", lambda _: (2, 13))
+    costs = Costs(2.0, 1.0, {1: 4.0, 4: 9.0, 12: 20.0}, lookup_rounds={4: 7.0})
+    # Without draft steps, the verification of 5 takes 5 seconds and that of 13 takes 8.
+    assert costs.round(0, DraftConfig(None, 12, lookup=LookupConfig(4, 2, 4))) == 10.0
 
 
 def test_prediction_of_a_tree_by_hand():
@@ -89,11 +109,19 @@ def test_the_best_of_each_tree_is_measured_beside_single_sequences():
     }
     assert [speeds[draft] for draft in best_of(speeds, 2)] == [1.1, 1.05, 2.0, 0.5]
     assert [speeds[draft] for draft in best_of(speeds, 1)] == [1.1, 2.0]
+    # With look-ups, the best setting of each that is predicted to be faster.
+    short, long, slow = LookupConfig(4, 2), LookupConfig(8, 2), LookupConfig(12, 2)
+    speeds |= {DraftConfig(None, 6, eta, lookup=short): 1.2 + eta for eta in (0.1, 0.2)}
+    speeds |= {DraftConfig(None, 6, 0.1, lookup=long): 1.5, DraftConfig(None, 6, 0.1, lookup=slow): 1.09}
+    assert [speeds[draft] for draft in best_of(speeds, 1)] == [1.1, 1.5, 2.0]
+    assert [speeds[draft] for draft in best_of(speeds, 3)] == [1.1, 1.05, 1.0, 1.5, 1.4, 2.0, 0.5]
 
 
 def test_predictions_are_corrected_by_what_decoding_takes(monkeypatch):
     chains = Chains(np.full((20, 12), 0.9, np.float32), np.arange(20) % 7)
-    recording, costs = Recording(chains, {}), Costs(3.0, 0.5, {count: 3.0 + count for count in (1, 2, 4, 6, 8, 12)})
+    nothing = Found(np.zeros(20, bool), np.zeros(20, int))
+    recording = Recording(chains, {}, {(fewest, 4): nothing for fewest in (1, 2, 3, 4)})
+    costs = Costs(3.0, 0.5, {count: 3.0 + count for count in (1, 2, 4, 6, 8, 12)})
     monkeypatch.setattr(tuning, "_record", lambda *_: recording)
     monkeypatch.setattr(tuning, "measure_costs", lambda *_: costs)
     # Decoding takes twice as long as its rounds timed alone.

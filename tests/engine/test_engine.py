@@ -11,6 +11,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from kangaroo_jax import (
     DraftConfig,
@@ -24,10 +25,13 @@ from kangaroo_jax import (
     TreeConfig,
     generate_plain,
 )
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.engine import engine as engine_module
+from kangaroo_jax.engine.programs import ProgramStore
 from kangaroo_jax.engine.shapes import PIECE, Shapes, capacity_class
 from kangaroo_jax.model.attention.dense import DenseBackend
-from tests.decode.models import LETTERS, VOCABULARY, lettered_target, tiny_adapter, tiny_target
+from kangaroo_jax.model.target import TargetModel
+from tests.decode.models import CONFIG, LETTERS, VOCABULARY, lettered_target, tiny_adapter, tiny_target
 
 DRAFT = DraftConfig(2, 4, 0.1)
 TREE = DraftConfig(2, 3, 0.1, TreeConfig(3, 9))
@@ -191,6 +195,33 @@ def test_an_engine_whose_requests_come_meanwhile_returns_soon(online, limits, si
     while engine.busy:
         found += [len(event.tokens) for event in engine.step() if isinstance(event, TextDelta) and event.id == ids[0]]
     assert found == sizes
+
+
+@pytest.mark.parametrize("tokens", [500, 900])
+def test_nothing_runs_while_a_program_is_compiled(monkeypatch, tokens):
+    """Else what it takes would be hidden behind the compilation, which no time counts: a prefill, say, of one piece or
+    of two."""
+    idle, compile_program, launched = [], engine_module.compile_program, []
+
+    def compiled(*args, **static):
+        idle.append(all(x.is_ready() for x in launched if not x.is_deleted()))
+        program = compile_program(*args, **static)
+
+        def launch(*inputs):
+            results = program(*inputs)
+            launched.extend(x for x in jax.tree.leaves(results))
+            return results
+
+        return launch
+
+    monkeypatch.setattr(engine_module, "compile_program", compiled)
+    monkeypatch.setattr(engine_module, "SHARED", ProgramStore(8))
+    model = TargetModel(dataclasses.replace(CONFIG, max_position_embeddings=1024), rngs=nnx.Rngs(0))
+    target = Target(model=model, tokenizer=None, name="longer", fingerprint="tiny", eos_token_ids=())
+    engine = Engine(target, tiny_adapter(1), EngineConfig(1))
+    engine.add(Request([1 + i % 40 for i in range(tokens)], 3, eos_token_ids=()))
+    run(engine)
+    assert len(idle) >= (2 if tokens < PIECE else 4) and all(idle)
 
 
 # --- What slots hold.

@@ -252,6 +252,17 @@ def test_which_logits_are_numbers(temperature):
     assert all(0 <= token < 3 for token in drafted.tolist())
 
 
+def test_compiled_the_first_of_the_largest_logits_is_taken_and_a_nan_anywhere_is_seen():
+    """More logits than a vector holds, and no multiple of that; many are equal."""
+    rows, size = 200, 67
+    logits = np.random.default_rng(0).integers(-3, 3, (rows, size)).astype(np.float32)
+    logits[:size][np.eye(size, dtype=bool)] = np.nan
+    logits[size:100, 1:] = -np.inf
+    pick = jax.jit(lambda logits: pick_token(logits, None, jnp.arange(rows), TARGET)[0])
+    expected = [*[NO_TOKEN] * size, *np.argmax(logits[size:], axis=1).tolist()]
+    assert pick(jnp.asarray(logits)).tolist() == expected
+
+
 @pytest.mark.parametrize("temperature", [None, 0.0, 0.8])
 def test_no_draft_is_accepted_where_logits_are_not_numbers(temperature):
     """Whatever it is: also the one that a maximum over NaN would be."""

@@ -1,17 +1,16 @@
 """Finds the fastest way to draft with an adapter on this machine, and writes it beside the adapter, where decode.py
-finds it: gamma and eta of a single sequence, or of a tree with its K and budget.
+finds it: gamma and eta of a single sequence, alone or with look-ups, or of a tree with its K and budget.
 
     python -m kangaroo_jax.bench tune                                            the demo
     python -m kangaroo_jax.bench tune --model=... --adapter=... --prompts=prompts.jsonl
     python -m kangaroo_jax.bench tune --tree_topk=4,10 --tree_budget=16,32,64     other trees; --tree_topk= for none
 
 Measures what rounds cost and records what the target accepts on calibration prompts; from these predicts the speed of
-every gamma and eta, of a single sequence and of every tree. Predictions are corrected by the ratio of measured to
-predicted speed of one setting. Measures the best few of both kinds by decoding with them, and writes the fastest to
-`decode.json` in the adapter's folder. Unless that is a tree, with the costs of rounds at each of --batch_sizes, by
-which sequences then decide how far to draft; and says from which batch size on drafting does not pay. Look-ups are off
-meanwhile; their settings stay in `decode.json`, beside those of a single sequence. With several --adapter flags (of
-other exit layers, say) each gets its own, and the fastest is named.
+every gamma and eta, of a single sequence, with every look-up and of every tree. Predictions are corrected by the ratio
+of measured to predicted speed of one setting. Measures the best few of each kind by decoding with them, and writes the
+fastest to `decode.json` in the adapter's folder. Unless that is a tree, with the costs of rounds at each of
+--batch_sizes, by which sequences then decide how far to draft; and says from which batch size on drafting does not pay.
+With several --adapter flags (of other exit layers, say) each gets its own, and the fastest is named.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from kangaroo_jax.checkpoint.adapter import write_draft_settings
 from kangaroo_jax.cli.bench import shared_flags
 from kangaroo_jax.cli.bench.printing import TREE_COLUMNS, progress_bar, tree_columns
 from kangaroo_jax.cli.models import load_adapter_of, load_target_of
+from kangaroo_jax.config import DraftConfig
 
 _MODEL = shared_flags.define_model()
 _ADAPTER = flags.DEFINE_multi_string(
@@ -42,7 +42,8 @@ _MAX_NEW_TOKENS = shared_flags.define_max_new_tokens()
 _CONFIRM = flags.DEFINE_integer(
     "confirm",
     3,
-    "Settings to measure: this many of the best predicted single sequences, and the best of as many trees.",
+    "Settings to measure: this many of the best predicted single sequences, the best with as many look-ups, and the "
+    "best of as many trees.",
 )
 _TREES = shared_flags.define_trees(None, None, " Default of both: 2,3,4 and 8,12,16 on CPU, else 4,10 and 16,32,64.")
 _BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Batch sizes at which the costs of rounds are measured.")
@@ -77,12 +78,7 @@ def main() -> None:
         if _WRITE.value:
             draft = tuning.fastest.draft
             if draft.tree is None:
-                decide = tuning.decide(machine.name())
-                draft = dataclasses.replace(draft, lookup=adapter.draft.lookup, decide=decide)
-            elif adapter.draft.lookup is not None:
-                print(
-                    "the fastest is a tree, with which nothing can be looked up: the settings of look-ups are removed"
-                )
+                draft = dataclasses.replace(draft, decide=tuning.decide(machine.name()))
             print(f"wrote {write_draft_settings(adapter.name, draft)}")
     if len(best) > 1:
         path = max(best, key=lambda path: best[path].measured)
@@ -95,18 +91,26 @@ def _print(tuning: Tuning) -> None:
         "alone; the predictions below are multiplied by that"
     )
     print(
-        f"{TREE_COLUMNS}{'gamma':>7}{'eta':>6}{'accept length':>15}{'steps':>7}{'predicted':>11}{'measured':>10}"
-        f"{'off':>6}"
+        f"{TREE_COLUMNS}{'look-up':>9}{'gamma':>7}{'eta':>6}{'accept length':>15}{'steps':>7}{'predicted':>11}"
+        f"{'measured':>10}{'off':>6}"
     )
     for setting in tuning.settings:
         draft = setting.draft
         print(
-            f"{tree_columns(draft)}{draft.max_draft_len:7}{draft.threshold:6.2f}{setting.accept_length:15.2f}"
+            f"{tree_columns(draft)}{_lookup_column(draft):>9}{draft.max_draft_len:7}{draft.threshold:6.2f}{setting.accept_length:15.2f}"
             f"{setting.draft_steps:7.2f}{setting.predicted:11.2f}{setting.measured:10.2f}"
             f"{setting.predicted / setting.measured - 1:6.0%}"
         )
+    if any(setting.draft.lookup is not None for setting in tuning.settings):
+        print("look-up: tokens that are looked up, and how many last tokens have to be found")
+    else:
+        print("no look-up is predicted to be faster than the best single sequence")
     for size, (draft, speed) in tuning.batches.items():
         print(f"batch {size}: the best of a single sequence is predicted to be gamma {draft.max_draft_len}, ", end="")
         print(f"eta {draft.threshold}, {speed:.2f} times plain decoding")
     ends = min((size for size, (_, speed) in tuning.batches.items() if speed <= 1), default=None)
     print("drafting pays at each of these" if ends is None else f"drafting does not pay from batch {ends} on")
+
+
+def _lookup_column(draft: DraftConfig) -> str:
+    return "" if draft.lookup is None else f"{draft.lookup.max_tokens}, {draft.lookup.min_ngram}"
