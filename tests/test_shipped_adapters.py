@@ -31,7 +31,7 @@ def test_each_adapter_of_the_package_is_a_folder_that_is_found_by_its_target():
 
 def test_the_very_target_comes_before_one_of_the_same_shapes(shipped):
     target, folder = shipped
-    tuned = dataclasses.replace(target, fingerprint="v2:0", earlier_fingerprints=())
+    tuned = dataclasses.replace(target, fingerprint="v2:0", other_fingerprints=())
     assert adapters.find(tuned, [demo.ADAPTER, folder]) == folder  # the demo's is from before constants were recorded
     assert adapters.find(tuned, [demo.ADAPTER]) is None
     longer = folder.with_name("longer")
@@ -51,7 +51,7 @@ def test_what_is_found_is_said_in_one_line(shipped, monkeypatch, capsys):
     monkeypatch.setattr(adapters, "folders", lambda: [folder])
     assert load_adapter_of(target, None).exit_layer == 2
     assert capsys.readouterr().err == "note: adapter another, which comes with the package\n"
-    tuned = dataclasses.replace(target, name="tuned", fingerprint="v2:0", earlier_fingerprints=())
+    tuned = dataclasses.replace(target, name="tuned", fingerprint="v2:0", other_fingerprints=())
     load_adapter_of(tuned, str(folder))
     said = capsys.readouterr().err
     assert said.count("\n") == 1

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from kangaroo_jax.model.config import ModelConfig
+from kangaroo_jax.model.families import model_types_alike
 
 # Of each tensor: enough to tell fine-tuned weights apart, and read in no time.
 _VALUES = 64
@@ -58,12 +59,23 @@ def sample(rows: np.ndarray) -> np.ndarray:
 
 
 def fingerprints(config: ModelConfig, samples: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-    """A target's fingerprint, followed by those that earlier versions of this package gave it.
+    """A target's fingerprint, followed by others that it is known by: that which an earlier version of this package
+    gave it, and those that it has under other model_types that mean the same model (a Mistral without windows is a
+    Llama).
 
     Args:
       config: of the target.
       samples: tensor name -> `sample` of it, in the order of the model's parameters.
     """
+    found = list(_fingerprints(config, samples))
+    for model_type in model_types_alike(config):
+        if model_type != config.model_type:
+            found.append(_fingerprints(dataclasses.replace(config, model_type=model_type), samples)[0])
+    return tuple(found)
+
+
+def _fingerprints(config: ModelConfig, samples: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """Under its own model_type alone."""
     later = _later(config, _VERSION_2 + _WITHOUT_EFFECT)
     parts = [_json(constants(config))]
     for name in sorted(samples):
@@ -99,8 +111,12 @@ def constants(config: ModelConfig) -> dict[str, Any]:
 
 def same_constants(recorded: Mapping[str, Any], config: ModelConfig) -> bool:
     """Whether a target with the `constants` that were recorded differs from one with `config` in weights alone. Numbers
-    may differ as much as float32 rounds, in which some file formats store them."""
-    return _alike(dict(recorded), constants(config))
+    may differ as much as float32 rounds, in which some file formats store them; and model_types, where they mean the
+    same model."""
+    recorded = dict(recorded)
+    if recorded.get("model_type") in model_types_alike(config):
+        recorded["model_type"] = config.model_type
+    return _alike(recorded, constants(config))
 
 
 def _alike(a: Any, b: Any) -> bool:

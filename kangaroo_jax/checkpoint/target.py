@@ -50,7 +50,7 @@ class Target:
         and the tokenizer's.
       mesh: what the weights are split over; None where they are on one device.
       bytes_read: of weights, by this process, as the files' values are: blocks of a GGUF file after dequantising.
-      earlier_fingerprints: what earlier versions of this package recorded for the same weights.
+      other_fingerprints: that what was made for the same weights may have recorded (`fingerprint.fingerprints`).
     """
 
     model: TargetModel
@@ -60,7 +60,7 @@ class Target:
     eos_token_ids: tuple[int, ...]
     mesh: Mesh | None = None
     bytes_read: int = 0
-    earlier_fingerprints: tuple[str, ...] = ()
+    other_fingerprints: tuple[str, ...] = ()
 
     @property
     def config(self) -> ModelConfig:
@@ -68,11 +68,11 @@ class Target:
 
     def has_fingerprint(self, recorded: str) -> bool:
         """Whether what recorded this fingerprint was made for this target."""
-        return recorded == self.fingerprint or recorded in self.earlier_fingerprints
+        return recorded == self.fingerprint or recorded in self.other_fingerprints
 
     def has_checkpoint(self, recorded: str) -> bool:
         """Whether what recorded this fingerprint was made for the same checkpoint, with these weights or others."""
-        mine = map(fingerprint.of_checkpoint, (self.fingerprint, *self.earlier_fingerprints))
+        mine = map(fingerprint.of_checkpoint, (self.fingerprint, *self.other_fingerprints))
         return fingerprint.of_checkpoint(recorded) in mine
 
     @property
@@ -175,9 +175,9 @@ def _load(
             rows = read(full, (fingerprint.sample_index(stored.found[full][0]),))
             samples[name_here] = fingerprint.sample(rows)
     tokenizer = source.read_tokenizer()  # before the weights, which take long: what is wrong is said at once
-    current, *earlier = fingerprint.fingerprints(config, samples)
+    current, *others = fingerprint.fingerprints(config, samples)
     if weights == "int8":
-        current, *earlier = map(fingerprint.of_int8, (current, *earlier))
+        current, *others = map(fingerprint.of_int8, (current, *others))
     model = fill_module(abstract, read, dtype, tensor_name, stored.files, mesh=mesh, weights=weights)
     return Target(
         model=model,
@@ -187,7 +187,7 @@ def _load(
         eos_token_ids=end_tokens(source.eos_token_ids, tokenizer, config.vocab_size),
         mesh=mesh,
         bytes_read=bytes_read,
-        earlier_fingerprints=tuple(earlier),
+        other_fingerprints=tuple(others),
     )
 
 

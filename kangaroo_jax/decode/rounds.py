@@ -107,10 +107,10 @@ class RoundShape:
 
     @property
     def beyond_window(self) -> int:
-        """How many positions a layer with a window has to hold besides it. A round begins at n, and its first query may
-        be of a position that the draft model has not seen, before n: this has to see its window, after all of the
-        round's positions are written."""
-        return self.positions + max(1, self.kept) - 1
+        """How many positions a layer with a window has to hold besides it. The query of x_n sees its window after all
+        of its round's positions are written. And the next turn of a conversation goes on from where the draft model has
+        seen all, up to `kept` positions before the last one (`Engine._free`): its window has to be there still."""
+        return self.positions - 1 + max(1, self.kept)
 
 
 def run_rounds(

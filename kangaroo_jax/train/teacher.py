@@ -63,8 +63,8 @@ class TeacherCache:
         self._caches, self._stored_parts = folder, {}
         self._rows, self._everywhere, self._width = rows, everywhere, target.config.hidden_size
         self._counts = rows.lengths if everywhere else rows.counts
-        # A cache that an earlier version of this package made for the same target is as good.
-        for fingerprint in (*target.earlier_fingerprints, target.fingerprint):
+        # A cache that was made for the same target under another fingerprint is as good.
+        for fingerprint in (*target.other_fingerprints, target.fingerprint):
             self._about = {
                 "version": _VERSION,
                 "target": fingerprint,

@@ -210,7 +210,7 @@ def test_numbers_that_a_file_format_rounds_to_float32_are_the_same(saved):
         {"vocab_size": 62},
         {"intermediate_size": 65},
         {"num_key_value_heads": 3},
-        {"model_type": "mistral"},
+        {"model_type": "olmo2"},
         {"rope_theta": 20000.0},
         {"rms_norm_eps": 1e-5},
         {"tie_word_embeddings": True},

@@ -171,6 +171,26 @@ def test_logits_equal_those_of_transformers_both_ways(model_type: str, seed: int
     np.testing.assert_allclose(logits_of(read.eval(), tokens), expected, rtol=1e-5, atol=1e-5)
 
 
+@needs_torch
+@pytest.mark.parametrize("window", [LENGTH, LENGTH - 1])
+@pytest.mark.parametrize("model_type", ["mistral", "ministral", "phi3", "smollm3", "gemma2", "gemma3_text"])
+def test_windows_as_long_as_the_context_and_one_shorter(model_type: str, window: int, tmp_path: pathlib.Path) -> None:
+    """Of the context's last token alone does the shorter one hide something."""
+    from tests.fixtures.make_hf_logits import logits_of, make_model
+
+    settings = random_settings(model_type, 0) | {"sliding_window": window, "max_position_embeddings": LENGTH}
+    settings |= {"use_sliding_window": True, "no_rope_layers": [0] * settings["num_hidden_layers"]}
+    settings |= {"layer_types": [_SLIDING] * settings["num_hidden_layers"], "rope_parameters": {"rope_type": "default"}}
+    if model_type == "gemma3_text":
+        settings["rope_parameters"] = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in (_FULL, _SLIDING)}
+    model = make_model(model_type, settings, 0)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, LENGTH))
+    model.save_pretrained(tmp_path)
+    target = load_target(tmp_path, "float32")
+    assert bool(target.config.windows) == (window < LENGTH)
+    assert_same_logits(forward(target.model, tokens), logits_of(model.double(), tokens), 1e-4)
+
+
 _SHARDED = """
 import sys
 import numpy as np

@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from kangaroo_jax import demo
 from kangaroo_jax.checkpoint.adapter import load_adapter, read_metadata, save_adapter
-from kangaroo_jax.checkpoint.fingerprint import fingerprints
+from kangaroo_jax.checkpoint.fingerprint import constants, fingerprints, same_constants
 from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ModelConfig, RopeScaling
@@ -49,14 +49,14 @@ def test_the_demo_keeps_its_fingerprints_or_every_saved_adapter_is_refused() -> 
     """The first is recorded in adapters of today, the second in those from before fingerprints had a version. Where
     this fails, what is hashed has changed: put it back, or give the new digest a version of its own and keep these."""
     target = load_target(demo.MODEL, "float32")
-    assert (target.fingerprint, *target.earlier_fingerprints) == ("v2:49f3979cb506909b", "d008550125e251b5")
+    assert (target.fingerprint, *target.other_fingerprints)[:2] == ("v2:49f3979cb506909b", "d008550125e251b5")
 
 
 @pytest.mark.parametrize("variant", ["mha", "gqa"])
 def test_adapters_from_before_fingerprints_had_a_version_are_accepted(variant: str) -> None:
     folder = GOLDEN / f"tiny-{variant}-adapter-orbax"
     target = load_target(GOLDEN / f"tiny-{variant}", "float32")
-    assert read_metadata(folder)["target"]["fingerprint"] in target.earlier_fingerprints
+    assert read_metadata(folder)["target"]["fingerprint"] in target.other_fingerprints
     load_adapter(folder, target)
 
 
@@ -64,12 +64,12 @@ def test_follows_the_weights_whatever_dtype_they_are_loaded_in(tmp_path: pathlib
     folder = copy_of(GOLDEN / "tiny-gqa", tmp_path / "target")
     original = load_target(folder, "float32")
     again = load_target(folder, "bfloat16")
-    assert (again.fingerprint, again.earlier_fingerprints) == (original.fingerprint, original.earlier_fingerprints)
+    assert (again.fingerprint, again.other_fingerprints) == (original.fingerprint, original.other_fingerprints)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     tensors["model.layers.1.self_attn.q_proj.weight"] += 1e-3
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     other = load_target(folder, "float32")
-    assert not {other.fingerprint, *other.earlier_fingerprints} & {original.fingerprint, *original.earlier_fingerprints}
+    assert not {other.fingerprint, *other.other_fingerprints} & {original.fingerprint, *original.other_fingerprints}
 
 
 def test_an_adapter_outlives_an_edit_of_the_context_length_alone(tmp_path: pathlib.Path) -> None:
@@ -104,10 +104,30 @@ def test_what_no_logit_depends_on_does_not_count(changes: dict[str, object]) -> 
     assert fingerprints(config(**changes), SAMPLES)[0] == fingerprints(config(), SAMPLES)[0]
 
 
+def test_an_adapter_serves_the_same_model_under_another_model_type(tmp_path: pathlib.Path) -> None:
+    """A Mistral whose window no text is longer than is a Llama."""
+    same = {"model_type": "mistral", "sliding_window": 1024, "max_position_embeddings": 1024}
+    mistral = load_target(copy_of(demo.MODEL, tmp_path / "mistral", **same), "float32")
+    adapter = load_adapter(demo.ADAPTER, mistral)
+    assert adapter.other_target is None
+    save_adapter(tmp_path / "adapter", adapter.model, exit_layer=2, target=mistral)
+    assert load_adapter(tmp_path / "adapter", load_target(demo.MODEL, "float32")).other_target is None
+    windowed = load_target(copy_of(demo.MODEL, tmp_path / "windowed", **same | {"sliding_window": 1023}), "float32")
+    with pytest.raises(InputError, match="trained for another target"):
+        load_adapter(demo.ADAPTER, windowed)
+
+
+def test_a_model_type_that_means_the_same_model_is_no_other_shape() -> None:
+    recorded = constants(config(model_type="mistral"))
+    assert same_constants(recorded, config())
+    assert not same_constants(recorded, config(num_key_value_heads=3))
+    assert not same_constants(recorded | {"model_type": "olmo2"}, config())
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model_type": "mistral"},
+        {"model_type": "olmo2"},
         {"num_attention_heads": 4},
         {"num_key_value_heads": 3},
         {"rms_norm_eps": 1e-5},

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
 from collections.abc import Generator
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from kangaroo_jax import DecideConfig, DraftConfig, Engine, EngineConfig, LookupConfig, Request, TreeConfig
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
-from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.checkpoint.target import Target, save_target
 from kangaroo_jax.config import RoundCosts
 from kangaroo_jax.decode import rounds as rounds_module
 from kangaroo_jax.decode.rounds import RoundShape
@@ -160,10 +166,11 @@ def test_beginnings_that_a_slot_holds_are_used_again_or_not_and_tokens_stay_the_
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("ends", ["stop string", "limit"])
-def test_an_answer_that_the_device_went_beyond_is_not_gone_on_from(ends: str) -> None:
-    """A stop string is found in the text, after the device has decoded more: the ring lacks what is before its end."""
-    engine, other = (Engine(target(), adapter("kangaroo", 1), EngineConfig(1), DRAFTS["sequence"]) for _ in range(2))
+@pytest.mark.parametrize(("kind", "ends"), [("sequence", "stop string"), ("sequence", "limit"), ("decided", "limit")])
+def test_an_answer_that_the_device_went_beyond_is_not_gone_on_from(kind: str, ends: str) -> None:
+    """A stop string is found in the text, after the device has decoded more: the ring lacks what is before its end.
+    Where another answer is gone on from, it holds the window."""
+    engine, other = (Engine(target(), adapter("kangaroo", 1), EngineConfig(1), DRAFTS[kind]) for _ in range(2))
     prompt = np.random.default_rng(3).integers(0, VOCABULARY, 40).tolist()
     id = other.add(Request(prompt, 90, eos_token_ids=()))
     text = run(other)[0][id].text
@@ -174,11 +181,12 @@ def test_an_answer_that_the_device_went_beyond_is_not_gone_on_from(ends: str) ->
     assert len(answer.tokens) == length + 1
     longer = Request(prompt + answer.tokens + [7, 8, 9], 40, eos_token_ids=())
     found = []
-    for one in (engine, Engine(target(), adapter("kangaroo", 1), EngineConfig(1), DRAFTS["sequence"])):
+    for one in (engine, Engine(target(), adapter("kangaroo", 1), EngineConfig(1), DRAFTS[kind])):
         id = one.add(longer)
         found.append(run(one)[0][id])
     assert found[0].tokens == found[1].tokens
-    assert found[0].reused_tokens == (0 if ends == "stop string" else len(prompt) + length - 1)
+    unseen = max(1, engine.shapes.round.kept)  # by the draft model
+    assert found[0].reused_tokens == (0 if ends == "stop string" else len(prompt) + length - unseen)
 
 
 @pytest.mark.long
@@ -203,11 +211,74 @@ def test_caches_that_grow_into_rings_and_back(monkeypatch: pytest.MonkeyPatch) -
     assert {(128, 128), (192, 160), (384, 160), (384, 384)} <= sizes
 
 
+_ON_A_MESH = """
+import functools, json, re, sys
+import jax, numpy as np
+
+from kangaroo_jax import Engine, EngineConfig, Request, load_target
+from kangaroo_jax.decode import rounds
+from kangaroo_jax.engine import engine as engine_module, shapes
+from kangaroo_jax.model import sharding
+from tests.engine import test_rings
+from tests.engine.test_engine import run
+
+engine_module.PIECE = shapes.PIECE = 32
+shapes._RING_STEP, rounds._MAX_WIDTHS = 1, 2
+folder, kind, lengths, results = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), []
+rng = np.random.default_rng(0)
+prompts = [rng.integers(0, 4 if i % 2 else test_rings.VOCABULARY, length).tolist() for i, length in enumerate(lengths)]
+for data, model in ((1, 1), (2, 2)):
+    mesh = None if data * model == 1 else sharding.decoding_mesh(model, jax.devices(), data)
+    target = load_target(folder, "float32", mesh)
+    engine = Engine(target, test_rings.adapter("kangaroo", 1), EngineConfig(4), test_rings.DRAFTS[kind])
+    ids = [engine.add(Request(prompt, 50, eos_token_ids=())) for prompt in prompts]
+    answers = run(engine)[0]
+    state, ring = engine._state, engine._rings[0]
+    held = [cache.keys[-1].addressable_shards[0].data.shape for cache in (state.shallow, state.deep, state.draft.cache)]
+    answers = [test_rings.measured(answers[id]) for id in ids]
+    results.append({"answers": answers, "held": held, "ring": ring})
+program = functools.partial(rounds.run_rounds, shape=engine.shapes.round, sampled=False, tokens=32)
+inputs = (*engine._weights, state, np.ones(4, bool), np.float32(0), 0, 32)
+text = jax.jit(program).lower(*inputs).compile().as_text()
+gathered = re.findall(r"= (\\S+) all-gather\\(", text)
+print(json.dumps([*results, gathered]))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["sequence", "tree"])
+def test_rings_split_over_4_devices_give_the_tokens_of_one(kind: str, tmp_path: pathlib.Path) -> None:
+    """Sequences over two devices and heads over two; prompts shorter and longer than window, ring and piece."""
+    save_target(target().model, tmp_path, jnp.float32)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {os.environ['XLA_FLAGS']}",
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
+    }
+    lengths = [70, 1, WINDOW - 1, WINDOW + 1, 40]
+    done = subprocess.run(
+        [sys.executable, "-c", _ON_A_MESH, tmp_path, kind, json.dumps(lengths)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    one, four, gathered = json.loads(done.stdout.splitlines()[-1])
+    assert four["answers"] == one["answers"]
+    assert len({length for _, lengths, _, _ in one["answers"] for length in lengths}) > 2
+    ring = one["ring"]
+    assert one["held"] == [[8, 8, ring]] * 3  # the CPU's own layout: 4 sequences x 2 heads
+    assert four["held"] == [[2, 1, ring, 8]] * 3
+    assert gathered  # logits, to choose tokens from
+    assert not [shape for shape in gathered if f",{ring},8]" in shape]
+
+
 def test_rings_hold_the_window_and_what_rounds_write(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = [AttentionKind(None, window) for window in (4096, None, 1024)]
-    shapes = Shapes(RoundShape(2, 6, None, (7,)))  # 7 positions; its first query may be of the one before
+    shapes = Shapes(RoundShape(2, 6, None, (7,)))  # 7 positions, and the one before the last token
     assert shapes.rings(kinds) == (4096 + 7, None, 1024 + 7)
-    assert Shapes(dataclasses.replace(shapes.round, kept=25)).rings(kinds)[0] == 4096 + 25 + 24
+    assert Shapes(dataclasses.replace(shapes.round, kept=25)).rings(kinds)[0] == 4096 + 24 + 25
     monkeypatch.setattr(shapes_module, "_RING_STEP", 128)
     assert shapes.rings(kinds) == (4224, None, 1152)
     assert shapes.rings(kinds[1:2]) == ()

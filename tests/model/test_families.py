@@ -24,7 +24,7 @@ from kangaroo_jax.checkpoint.target import load_target, save_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import families, sharding
 from kangaroo_jax.model.config import RopeScaling
-from kangaroo_jax.model.families import all_families, read_config
+from kangaroo_jax.model.families import all_families, family_of, read_config
 from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 
@@ -198,6 +198,39 @@ def test_each_layers_attention_is_what_it_is_in_transformers(config: dict[str, o
         if kind.rotary is not None:
             assert kind.rotary.theta == rope["rope_theta"]
             assert (kind.rotary.scaling is None) == (rope["rope_type"] == "default")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf("mistral"),
+        hf("ministral", layer_types=["full_attention", "sliding_attention"]),
+        hf("qwen2", use_sliding_window=True, max_window_layers=1),
+        hf("qwen3", use_sliding_window=True, max_window_layers=0),
+        hf("smollm3", use_sliding_window=True, no_rope_layers=[0, 1]),
+        hf("phi3"),
+        hf("gemma2"),
+        hf("mistral", rope_scaling=LINEAR),
+    ],
+    ids=lambda config: f"{config['model_type']}{',linear' * ('rope_scaling' in config)}",
+)
+def test_a_window_that_no_text_is_longer_than_is_none(config: dict[str, object]) -> None:
+    context = 48 * (2 if "rope_scaling" in config else 1)
+    config |= {"max_position_embeddings": 48}
+    with_window, acting, without = (read_config(config | {"sliding_window": x}) for x in (context, context - 1, 10**6))
+    assert with_window.context == context
+    assert with_window.windows == ()
+    assert with_window == without
+    assert set(acting.windows) - {None} == {context - 1}
+    written = family_of(with_window).write_config(with_window)
+    assert read_config(written) == with_window
+
+
+def test_a_window_that_says_how_positions_turn_stays() -> None:
+    config = hf("gemma3_text", max_position_embeddings=48, sliding_window=48, sliding_window_pattern=2)
+    assert read_config(config).windows == (48, None)
+    one_rotary = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+    assert read_config(config | {"rope_parameters": one_rotary}).windows == ()
 
 
 def test_multipliers_and_caps_are_those_of_transformers() -> None:

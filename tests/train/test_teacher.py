@@ -353,8 +353,8 @@ def test_another_target_dtype_or_data_is_another_cache(data, rows, small, target
 
 
 def test_a_cache_made_under_an_earlier_fingerprint_of_the_target_is_used(rows, small, tmp_path):
-    before = dataclasses.replace(small, fingerprint="0123456789abcdef", earlier_fingerprints=())
-    now = dataclasses.replace(small, earlier_fingerprints=("0123456789abcdef",))
+    before = dataclasses.replace(small, fingerprint="0123456789abcdef", other_fingerprints=())
+    now = dataclasses.replace(small, other_fingerprints=("0123456789abcdef",))
     assert (
         TeacherCache(rows, now, CacheFolder(tmp_path)).folder == TeacherCache(rows, small, CacheFolder(tmp_path)).folder
     )

@@ -134,9 +134,7 @@ def _move(
         place[axis] = start[i]
         shape = [heads, *buffer.shape[1:]]
         shape[axis] = region
-        # Read before it is overwritten: the barrier keeps the reading out of the update's fusion, for which XLA would
-        # have to copy the buffer.
-        entries = jax.lax.optimization_barrier(jax.lax.dynamic_slice(buffer, place, shape))
+        entries = jax.lax.dynamic_slice(buffer, place, shape)
         buffer = jax.lax.dynamic_update_slice(buffer, jnp.take(entries, sources[i], axis=axis), place)
     return buffer
 
@@ -155,8 +153,7 @@ def _write_round(buffer: Array, new: Array, row: int, start: Int[Array, ""], axi
     new = jnp.take(new, (offsets - beyond) % time, axis=axis)
     offsets = jnp.expand_dims(offsets, [other for other in range(3) if other != axis])
     for place[axis], written in ((first - beyond, offsets >= beyond), (0, offsets < beyond)):
-        # As in `_move`.
-        old = jax.lax.optimization_barrier(jax.lax.dynamic_slice(buffer, place, new.shape))
+        old = jax.lax.dynamic_slice(buffer, place, new.shape)
         buffer = jax.lax.dynamic_update_slice(buffer, jnp.where(written, new, old), place)
     return buffer
 
@@ -172,5 +169,5 @@ def _move_round(buffer: Array, start: Int[Array, " batch"], sources: Int[Array, 
             entries = buffer[rows, places]
         else:
             entries = buffer[rows[:, :, None], jnp.arange(buffer.shape[1])[:, None], places]
-        buffer = _write_round(buffer, jax.lax.optimization_barrier(entries), i * heads, start[i], axis)
+        buffer = _write_round(buffer, entries, i * heads, start[i], axis)
     return buffer

@@ -59,6 +59,8 @@ class Family:
         regular expression), and the mesh axes of each dimension.
       fused: tensors in its files that are several joined along their first axis: the end of the name, without
         ".weight", and those of the single ones, in order.
+      same_as: the family whose targets compute the same from the same `ModelConfig`, where there is one; of several,
+        all name one.
     """
 
     model_type: str
@@ -68,6 +70,7 @@ class Family:
     tensor_name: Callable[[str], str] = standard_tensor_name
     partitions: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    same_as: str | None = None
 
 
 def all_families() -> tuple[Family, ...]:
@@ -118,6 +121,23 @@ def read_config(contents: Mapping[str, Any], source: str = "config.json") -> Mod
       InputError: naming `source`, the key, what was found and what is supported.
     """
     try:
-        return _family(contents.get("model_type")).read_config(contents)
+        return _without_idle_windows(_family(contents.get("model_type")).read_config(contents))
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
+
+
+def _without_idle_windows(config: ModelConfig) -> ModelConfig:
+    """Without windows that no text is longer than: a target with them is the same as one without, and has its
+    fingerprint. They stay where they also say how positions turn queries and keys, as in Gemma 3."""
+    if any(window is not None and window < config.context for window in config.windows):
+        return config
+    without = dataclasses.replace(config, windows=())
+    kinds = zip(config.attention_kinds, without.attention_kinds, strict=True)
+    return without if all(old.rotary == new.rotary for old, new in kinds) else config
+
+
+def model_types_alike(config: ModelConfig) -> tuple[str, ...]:
+    """The model_types with which `config` means the same model, its own among them."""
+    family = family_of(config)
+    kind = family.same_as or family.model_type
+    return tuple(other.model_type for other in all_families() if kind in (other.same_as, other.model_type))

@@ -18,4 +18,4 @@ def _read_config(contents: Mapping[str, Any]) -> ModelConfig:
     return mistral.FAMILY.read_config(contents)
 
 
-FAMILY = Family("ministral", _read_config, _write_config, mistral.FAMILY.decoder_layer)
+FAMILY = Family("ministral", _read_config, _write_config, mistral.FAMILY.decoder_layer, same_as="llama")

@@ -26,4 +26,4 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
     return shared_keys(config) | keys | {"architectures": ["MistralForCausalLM"]}
 
 
-FAMILY = Family("mistral", _read_config, _write_config, DecoderLayer)
+FAMILY = Family("mistral", _read_config, _write_config, DecoderLayer, same_as="llama")

@@ -42,4 +42,4 @@ def qwen_window_keys(config: ModelConfig) -> dict[str, Any]:
     return window_keys(config) | {"use_sliding_window": bool(config.windows)}
 
 
-FAMILY = Family("qwen2", _read_config, _write_config, DecoderLayer)
+FAMILY = Family("qwen2", _read_config, _write_config, DecoderLayer, same_as="llama")
