@@ -33,6 +33,7 @@ BATCH = P(("data", "fsdp"))
 # checkpoint's tensors, so that a process reads them in long runs.
 _TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r"embed_tokens|lm_head", (("model", "fsdp"), None)),  # [vocab, hidden]
+    (r"draft_vocabulary\.weight", (None, None)),  # [drafted, hidden]; rows taken from the head are on all devices
     (r"qkv_proj", (None, "model", None, "fsdp")),  # [hidden, kv_heads, q_per_kv + 2, head_dim]
     (r"qkv_bias", ("model", None, None)),
     (r"o_proj", ("model", "fsdp")),  # [heads * head_dim, hidden]

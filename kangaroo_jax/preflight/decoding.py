@@ -82,7 +82,7 @@ def decoding(
         programs.append(work.rounds())
     if machine.limits is not None and programs[-1].outputs is not None:
         prediction = decoding_prediction(
-            work.predictor(work.plain_rounds(), programs[-1]),
+            work.predictor(RoundWork.of(work.plain_rounds().body, programs[-1].body)),
             work.predicted_prefill(),
             width=work.shape.widths[-1],
             rows=1 if draft.tree is None else draft.tree.topk,
@@ -249,32 +249,33 @@ class Work:
         return compiled(name, run, inputs, self.machine, compiler_options(self.machine.platform))
 
     @functools.cached_property
-    def _cached(self) -> list[tuple[int, int]]:
-        """Of each layer of the target: numbers in its buffers on one device, keys and values together, and sequences
-        there."""
-        layers = [keys.sharding.shard_shape(keys.shape) for keys in self._state.shallow.keys + self._state.deep.keys]
-        return [(2 * math.prod(layer), layer[0]) for layer in layers]
+    def _cached(self) -> list[int]:
+        """Of each layer of the target: numbers in its buffers on one device, keys and values together."""
+        keys = self._state.shallow.keys + self._state.deep.keys
+        return [2 * math.prod(layer.sharding.shard_shape(layer.shape)) for layer in keys]
+
+    @property
+    def _batch(self) -> int:
+        """Sequences on one device."""
+        groups = self.mesh.shape["data"]
+        return self.batch_size // groups if self.batch_size % groups == 0 else self.batch_size
 
     @functools.cached_property
     def num_bytes(self) -> PartCounts:
         """That each part reads on one device."""
-        return PartCounts.of_bytes(*self.models, self.draft.exit_layer, [numbers for numbers, _ in self._cached])
+        return PartCounts.of_bytes(*self.models, self.draft.exit_layer, self._cached)
 
     def _operations(self, batch: int, cached: list[int]) -> PartCounts:
         return PartCounts.of_operations(*self.models, self.draft.exit_layer, batch, cached)
 
-    def predictor(self, plain: Program, rounds: Program) -> PartPredictor:
-        """Of the parts of a round. `plain`, `rounds`: compiled.
-
-        The machine's limits must be known.
-        """
-        operations = self._operations(self._cached[0][1], [numbers for numbers, _ in self._cached])
-        work = RoundWork.of(plain.body, rounds.body)
-        return PartPredictor(self.machine.limits, self.dtype, self.num_bytes, operations, work)
+    def predictor(self, launched: RoundWork | None) -> PartPredictor:
+        """Of the parts of a round. `launched`: by the compiled ones; the machine's limits must be known."""
+        operations = self._operations(self._batch, self._cached)
+        return PartPredictor(self.machine.limits, self.dtype, self.num_bytes, operations, launched)
 
     def predicted_prefill(self) -> Part:
         """All prompts that are prefilled together, in all their pieces. The machine's limits must be known."""
-        rows, (_, batch) = self._prompt_rows, self._cached[0]
+        rows, batch = self._prompt_rows, self._batch
         pieces = -(-self.prompt_tokens // PIECE)
 
         def attended(ring: int | None) -> int:
@@ -288,7 +289,7 @@ class Work:
             rows,
             [
                 rows * numbers // batch * attended(ring) // min(ring or self._capacity, self._capacity)
-                for (numbers, _), ring in zip(self._cached, self._rings or (None,) * len(self._cached), strict=True)
+                for numbers, ring in zip(self._cached, self._rings or (None,) * len(self._cached), strict=True)
             ],
         )
         return part(

@@ -129,8 +129,8 @@ class PartPredictor:
         name: str,
         num_bytes: int,
         operations: int,
-        launched: Launched = Launched(),
-        turns: int = 0,  # noqa: B008
+        launched: Launched,
+        turns: int = 0,
     ) -> Part:
         return part(name, num_bytes, operations, self.limits, self.dtype, launched, turns)
 
