@@ -19,7 +19,7 @@ from kangaroo_jax.model.target import TargetModel
 from kangaroo_jax.preflight import compiling
 from kangaroo_jax.preflight.decoding import decoding
 from kangaroo_jax.preflight.machines import Limits, find_machine
-from kangaroo_jax.preflight.prediction import RoundWork, decoding_prediction, part
+from kangaroo_jax.preflight.prediction import PartPredictor, RoundWork, decoding_prediction, part
 from kangaroo_jax.program import Body, Launched
 from tests.bench.models import CONFIG
 from tests.test_preflight import TARGET
@@ -78,14 +78,14 @@ def test_the_cost_of_a_round_follows_from_its_parts():
     work = RoundWork(*(Launched(n, 10 * n) for n in (16, 2, 4, 14)))
     prefill = part("prefill", 1, 1, LIMITS, "float32")
     settings = {"width": 4, "rows": 1, "max_draft_len": 3, "batch": 5}
-    found = decoding_prediction(LIMITS, "float32", *counted, work, prefill, **settings)
+    found = decoding_prediction(PartPredictor(LIMITS, "float32", *counted, work), prefill, **settings)
     assert found.times.plain_step == 1000 / 50 + 16 * 0.125
     drafted = 3 * (150 / 50 + 4 * 0.125 + 0.25)
     assert found.times.round_seconds(3) == pytest.approx(drafted + 100 / 50 + 2 * 0.125 + 950 / 50 + 14 * 0.125)
     assert found.cycles.round_cost(3) == pytest.approx((3 * 40 + 20 + 140) / 160)
     assert [x.name for x in found.parts][3:] == [*(f"verification of {n}" for n in (1, 4, 8, 16, 32)), "prefill"]
     assert {x.name: x.cycles for x in found.parts}["verification of 8"] == 0
-    without = decoding_prediction(LIMITS, "float32", *counted, None, prefill, **settings)
+    without = decoding_prediction(PartPredictor(LIMITS, "float32", *counted, None), prefill, **settings)
     assert (without.cycles, without.times.plain_step) == (None, 20)
 
 

@@ -131,10 +131,11 @@ def positions_per_round(adapter: Adapter, settings: DraftConfig) -> int:
     return RoundShape.kangaroo(1, settings, num_tokens, jax.default_backend()).positions
 
 
-def verification_widths(settings: DraftConfig) -> tuple[int, ...]:
-    """How many tokens a verification pass may hold, ascending: the last committed token and a round's drafts."""
+def verification_widths(settings: DraftConfig, platform: str | None = None) -> tuple[int, ...]:
+    """How many tokens a verification pass may hold, ascending: the last committed token and a round's drafts. On this
+    machine's devices, or on another `platform`."""
     topk = 0 if settings.tree is None else settings.tree.topk
-    return RoundShape.kangaroo(1, settings, topk, jax.default_backend()).widths
+    return RoundShape.kangaroo(1, settings, topk, platform or jax.default_backend()).widths
 
 
 @dataclasses.dataclass(frozen=True)

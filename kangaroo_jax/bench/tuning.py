@@ -28,11 +28,11 @@ from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.config import RoundCosts
 
 # The draft lengths whose verification pass is of a width that CPU programs have anyway.
-_DRAFT_LENGTHS = (1, 2, 4, 6, 8, 12)
+DRAFT_LENGTHS = (1, 2, 4, 6, 8, 12)
 _THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(20))
 # A tree's threshold compares with the probability of complete paths, so low ones matter.
 _TREE_THRESHOLDS = (0.0, 0.01, 0.02, 0.03, *_THRESHOLDS[1:])
-_LEVELS = 6  # levels of the trees that are timed
+LEVELS = 6  # levels of the trees that are timed
 # Lengths of look-ups, whose verification is of such a width too; the fewest last tokens that have to be found, and the
 # most that are searched for; and with how many of the best single sequences they are considered.
 _LOOKUP_LENGTHS = (4, 8, 12)
@@ -56,6 +56,7 @@ class Costs:
       tree_verifications: width -> seconds of verifying and committing a tree of that width.
       levels: levels of the timed tree rounds.
       lookup_rounds: tokens that are looked up -> seconds of a complete round of them.
+      platform: that rounds run on: which widths a verification may have depends on it. None is this machine's.
     """
 
     plain_step: float
@@ -64,8 +65,9 @@ class Costs:
     tree_levels: dict[int, float] = dataclasses.field(default_factory=dict)
     tree_rounds: dict[TreeConfig, float] = dataclasses.field(default_factory=dict)
     tree_verifications: dict[int, float] = dataclasses.field(default_factory=dict)
-    levels: int = _LEVELS
+    levels: int = LEVELS
     lookup_rounds: dict[int, float] = dataclasses.field(default_factory=dict)
+    platform: str | None = None
 
     def in_plain_steps(self, batch_size: int, shallow: float) -> RoundCosts:
         """What single sequences decide by how far to draft. `shallow`: share of a plain step of the shallow layers."""
@@ -80,10 +82,10 @@ class Costs:
         tree = draft.tree
         if steps == 0:
             found = draft.lookup.max_tokens
-            width = next(w for w in parts.verification_widths(draft) if w > found)
+            width = next(w for w in parts.verification_widths(draft, self.platform) if w > found)
             return self.lookup_rounds[found] + self._verification(width) - self._verification(found + 1)
         drafted = steps if tree is None else tree.drafted(steps)
-        width = next(w for w in parts.verification_widths(draft) if w > drafted)
+        width = next(w for w in parts.verification_widths(draft, self.platform) if w > drafted)
         if tree is None:
             return self.rounds[width - 1] - (width - 1 - drafted) * self.draft_step
         timed = 1 + tree.drafted(self.levels)
@@ -115,28 +117,28 @@ def measure_costs(
       lookups: numbers of tokens that are looked up.
       progress: shows how many parts are timed.
     """
-    few, many = _DRAFT_LENGTHS[1], _DRAFT_LENGTHS[3]
+    few, many = DRAFT_LENGTHS[1], DRAFT_LENGTHS[3]
     draft_step = (parts.draft_seconds(context, many) - parts.draft_seconds(context, few)) / (many - few)
     shapes = sorted({draft.tree for draft in trees}, key=dataclasses.astuple)
     topks = sorted({tree.topk for tree in shapes})
-    widths = {1 + tree.drafted(_LEVELS): tree.topk for tree in shapes}
+    widths = {1 + tree.drafted(LEVELS): tree.topk for tree in shapes}
     widths |= {width: draft.tree.topk for draft in trees for width in parts.verification_widths(draft)}
 
     def level(topk: int) -> float:
-        deep, shallow = (parts.growth_seconds(tree_context, topk, levels) for levels in (_LEVELS, 2))
-        return (deep - shallow) / (_LEVELS - 2)
+        deep, shallow = (parts.growth_seconds(tree_context, topk, levels) for levels in (LEVELS, 2))
+        return (deep - shallow) / (LEVELS - 2)
 
     def verification(width: int) -> float:
         topk = widths[width]
-        levels = max(_LEVELS, 1 + -(-(width - 1 - topk) // topk**2))  # enough levels for a tree to fill the width
+        levels = max(LEVELS, 1 + -(-(width - 1 - topk) // topk**2))  # enough levels for a tree to fill the width
         return parts.tree_verification_seconds(tree_context, TreeConfig(topk, width - 1), levels)
 
     costs = Costs(parts.plain_step_seconds(context), draft_step, {})
     jobs: list[tuple[dict, object, Callable[[], float]]] = [
-        *((costs.rounds, n, functools.partial(parts.round_seconds, context, n)) for n in _DRAFT_LENGTHS),
+        *((costs.rounds, n, functools.partial(parts.round_seconds, context, n)) for n in DRAFT_LENGTHS),
         *((costs.lookup_rounds, n, functools.partial(parts.lookup_seconds, context, n)) for n in lookups),
         *((costs.tree_levels, topk, functools.partial(level, topk)) for topk in topks),
-        *((costs.tree_rounds, t, functools.partial(parts.round_seconds, tree_context, _LEVELS, t)) for t in shapes),
+        *((costs.tree_rounds, t, functools.partial(parts.round_seconds, tree_context, LEVELS, t)) for t in shapes),
         *((costs.tree_verifications, w, functools.partial(verification, w)) for w in sorted(widths)),
     ]
     for seconds, key, measure in progress(jobs, "costs of rounds", "part"):
@@ -169,6 +171,32 @@ class Recording:
         return self.trees[draft.tree.topk].rounds(draft.max_draft_len, draft.threshold, draft.tree.budget)
 
 
+def record_all(
+    target: Target, adapter: TrainedAdapter, prompt: list[int], trees: Sequence[DraftConfig], max_new_tokens: int
+) -> Recording:
+    """What the target accepts on one prompt, of single sequences, look-ups and `trees`."""
+    topks = sorted({draft.tree.topk for draft in trees})
+    deepest = max((draft.max_draft_len for draft in trees), default=1)
+    found = record_found(target, prompt, max_new_tokens, [LookupConfig(_LOOKUP_LENGTHS[-1], *x) for x in _NGRAMS])
+    return Recording(
+        record(target, adapter, prompt, max_new_tokens, DRAFT_LENGTHS[-1]),
+        record_trees(target, adapter, prompt, max_new_tokens, deepest, topks),
+        {(lookup.min_ngram, lookup.max_ngram): each for lookup, each in found.items()},
+    )
+
+
+def mean_round(recordings: Sequence[Recording], draft: DraftConfig) -> tuple[float, float]:
+    """(draft steps, accept length) of a round in the mean."""
+    return tuple(np.mean([r for recording in recordings for r in recording.rounds(draft)], axis=0).tolist())
+
+
+def acceptance(recordings: Sequence[Recording], draft: DraftConfig) -> float:
+    """Share of the drafted tokens that are accepted, of those whose predecessors are, with a single sequence."""
+    rounds = [r for recording in recordings for r in recording.rounds(draft)]
+    accepted = sum(committed - 1 for _, committed in rounds)
+    return round(accepted / sum(min(steps, committed) for steps, committed in rounds), 3)
+
+
 def predict(recordings: Sequence[Recording], costs: Costs, draft: DraftConfig) -> float:
     """The predicted speed-up over plain decoding, prefill not counted, over all answers together."""
     rounds = collections.Counter(r for recording in recordings for r in recording.rounds(draft))
@@ -177,9 +205,14 @@ def predict(recordings: Sequence[Recording], costs: Costs, draft: DraftConfig) -
     return tokens * costs.plain_step / seconds
 
 
+def single_sequences() -> list[DraftConfig]:
+    """All settings that are considered for single sequences."""
+    return [DraftConfig(None, *setting) for setting in itertools.product(DRAFT_LENGTHS, _THRESHOLDS)]
+
+
 def settings_of_trees(topks: Sequence[int], budgets: Sequence[int]) -> list[DraftConfig]:
     """All settings that are considered for trees of these Ks and budgets: every depth that the budget can verify."""
-    shapes = itertools.product(topks, budgets, _DRAFT_LENGTHS, _TREE_THRESHOLDS)
+    shapes = itertools.product(topks, budgets, DRAFT_LENGTHS, _TREE_THRESHOLDS)
     return [
         DraftConfig(None, gamma, threshold, TreeConfig(topk, budget))
         for topk, budget, gamma, threshold in shapes
@@ -299,17 +332,17 @@ def tune(
       InputError: for a tree that is wider than what can be drafted, before the work begins.
     """
     longest = max(prompts, key=len)
-    timed = [DraftConfig(None, _LEVELS, tree=TreeConfig(d.tree.topk, max(d.tree.budget, _LEVELS))) for d in trees]
+    timed = [DraftConfig(None, LEVELS, tree=TreeConfig(d.tree.topk, max(d.tree.budget, LEVELS))) for d in trees]
     tree_positions = max((parts.positions_per_round(adapter.model, draft) for draft in [*trees, *timed]), default=0)
     recordings = [
-        _record(target, adapter, ids, trees, effort.max_new_tokens)
+        record_all(target, adapter, ids, trees, effort.max_new_tokens)
         for ids in progress(prompts, "recording acceptance", "prompt")
     ]
     length = len(longest) + effort.max_new_tokens
     middle = np.resize(np.asarray(longest, np.int32), (1, len(longest) + effort.max_new_tokens // 2))
     context, tree_context = (
         parts.Context(target.model, adapter.model, exit_layer, middle, parts.rounded_capacity(length + positions))
-        for positions in (_DRAFT_LENGTHS[-1] + 1, tree_positions)
+        for positions in (DRAFT_LENGTHS[-1] + 1, tree_positions)
     )
     costs = {1: measure_costs(context, tree_context, trees, _LOOKUP_LENGTHS, progress)}
     for size in effort.batch_sizes:
@@ -319,7 +352,7 @@ def tune(
             costs[size] = measure_costs(batch, batch, [], (), progress)
     (found,) = _measure(target, adapter, prompts, [_REFERENCE], effort, progress, "correcting")
     correction = found / predict(recordings, costs[1], _REFERENCE)
-    singles = [DraftConfig(None, *setting) for setting in itertools.product(_DRAFT_LENGTHS, _THRESHOLDS)]
+    singles = single_sequences()
 
     def predicted(drafts: Sequence[DraftConfig]) -> dict[DraftConfig, float]:
         return {draft: predict(recordings, costs[1], draft) * correction for draft in drafts}
@@ -330,33 +363,17 @@ def tune(
     measured = _measure(target, adapter, prompts, drafts, effort, progress, "confirming")
     settings = []
     for draft, speedup in zip(drafts, measured, strict=True):
-        rounds = [r for recording in recordings for r in recording.rounds(draft)]
-        steps, committed = np.mean(rounds, axis=0).tolist()
+        steps, committed = mean_round(recordings, draft)
         settings.append(TunedSetting(draft, committed, steps, speeds[draft], speedup))
     batches = {}
     for size in sorted(costs):
         of_size = {draft: predict(recordings, costs[size], draft) * correction for draft in singles}
         best = max(of_size, key=of_size.get)
         batches[size] = best, of_size[best]
-    judged = [r for recording in recordings for r in recording.rounds(batches[1][0])]
-    accepted = sum(committed - 1 for _, committed in judged) / sum(min(steps, committed) for steps, committed in judged)
     parts_read = context.bytes
     shallow = parts_read.shallow / parts_read.plain_step
     in_plain_steps = tuple(costs[size].in_plain_steps(size, shallow) for size in sorted(costs))
-    return Tuning(_REFERENCE, correction, settings, batches, in_plain_steps, round(accepted, 3))
-
-
-def _record(
-    target: Target, adapter: TrainedAdapter, prompt: list[int], trees: Sequence[DraftConfig], max_new_tokens: int
-) -> Recording:
-    topks = sorted({draft.tree.topk for draft in trees})
-    deepest = max((draft.max_draft_len for draft in trees), default=1)
-    found = record_found(target, prompt, max_new_tokens, [LookupConfig(_LOOKUP_LENGTHS[-1], *x) for x in _NGRAMS])
-    return Recording(
-        record(target, adapter, prompt, max_new_tokens, _DRAFT_LENGTHS[-1]),
-        record_trees(target, adapter, prompt, max_new_tokens, deepest, topks),
-        {(lookup.min_ngram, lookup.max_ngram): each for lookup, each in found.items()},
-    )
+    return Tuning(_REFERENCE, correction, settings, batches, in_plain_steps, acceptance(recordings, batches[1][0]))
 
 
 def _measure(

@@ -297,6 +297,8 @@ def read_draft_settings(folder: pathlib.Path) -> DraftConfig:
             tree = TreeConfig(settings.pop("tree_topk"), settings.pop("tree_budget"))
         if settings.keys() & set(_LOOKUP_SETTINGS):
             lookup = LookupConfig(*map(settings.pop, _LOOKUP_SETTINGS))
+        if tree is not None:
+            settings.pop("machine", None)  # for the reader of the file
         if settings.keys() & set(_COSTS):
             decide = _read_costs(*map(settings.pop, _COSTS))
         gamma, eta = settings.pop("max_draft_len"), settings.pop("threshold")
@@ -371,11 +373,15 @@ def write_draft_vocabulary(folder: str | pathlib.Path, token_ids: Sequence[int] 
     return _write_companion(folder, DRAFT_VOCABULARY, content.getvalue())
 
 
-def write_draft_settings(folder: str | pathlib.Path, draft: DraftConfig) -> pathlib.Path | str:
-    """Writes decode.json into an adapter's folder, whole or not at all; returns its path."""
+def write_draft_settings(
+    folder: str | pathlib.Path, draft: DraftConfig, machine: str | None = None
+) -> pathlib.Path | str:
+    """Writes decode.json into an adapter's folder, whole or not at all; returns its path. `machine`: that a tree's
+    settings are for; to decide how far to draft, `draft` says it."""
     settings = {"max_draft_len": draft.max_draft_len, "threshold": draft.threshold}
     if draft.tree is not None:
         settings |= {"tree_topk": draft.tree.topk, "tree_budget": draft.tree.budget}
+        settings |= {} if machine is None else {"machine": machine}
     if draft.lookup is not None:
         settings |= dict(zip(_LOOKUP_SETTINGS, dataclasses.astuple(draft.lookup), strict=True))
     if draft.decide is not None:

@@ -17,7 +17,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kangaroo_jax.model import cache as kv_cache
+from kangaroo_jax.model import sharding
 from kangaroo_jax.model.attention.backend import AttentionBackend
+from kangaroo_jax.model.attention.dense import DenseBackend
 from kangaroo_jax.model.attention.uncached import attend
 from kangaroo_jax.model.config import AttentionKind, ModelConfig, Rotary
 from kangaroo_jax.model.ops import dot
@@ -255,6 +257,8 @@ def _layer(
     keys: Array | None,
     values: Array | None,
 ) -> tuple[Float[Array, "batch time hidden"], Array, Array]:
+    if isinstance(context.backend, DenseBackend) and context.backend.alone:
+        layer = sharding.in_order(layer, context.backend.platform)
     return layer(x, context, keys, values)
 
 

@@ -16,13 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.experimental.layout import Format, Layout
+from jax.experimental.layout import Format, Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.families import all_families
+from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.quantized import parameter_of
 
 AXES = ("data", "fsdp", "model")
@@ -33,6 +34,7 @@ BATCH = P(("data", "fsdp"))
 # checkpoint's tensors, so that a process reads them in long runs.
 _TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r"embed_tokens|lm_head", (("model", "fsdp"), None)),  # [vocab, hidden]
+    (r"draft_vocabulary\.weight", (None, None)),  # [drafted, hidden]; rows taken from the head are on all devices
     (r"qkv_proj", (None, "model", None, "fsdp")),  # [hidden, kv_heads, q_per_kv + 2, head_dim]
     (r"qkv_bias", ("model", None, None)),
     (r"o_proj", ("model", "fsdp")),  # [heads * head_dim, hidden]
@@ -162,6 +164,26 @@ def placement(path: str, shape: Sequence[int], where: Sharding) -> Sharding | Fo
     platform = next(iter(where.device_set)).platform
     order = _ORDERS[platform](path, where.shard_shape(tuple(shape))) if platform in _ORDERS else None
     return where if order is None else Format(Layout(order), where)
+
+
+def in_order(tree: PyTree, platform: str | None) -> PyTree:
+    """Inside jit, on one device: weights whose axes are stated to be in memory as `placement` has them. Left to choose,
+    XLA for TPU takes another order for products with one row in the loop of draft steps, and copies the shallow layers'
+    weights at the start of each chunk of rounds. Of split weights a statement makes it copy more.
+
+    Args:
+      tree: weights, of one layer or more.
+      platform: of the device; None where it is not known.
+    """
+    if platform not in _ORDERS:
+        return tree
+
+    def stated(path: str, x: jax.Array) -> jax.Array:
+        order = _ORDERS[platform](path, x.shape)
+        return x if order is None else with_layout_constraint(x, Layout(order))
+
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, map(stated, parameter_paths(tree), leaves))
 
 
 def arranged(path: str, array: jax.Array) -> jax.Array:

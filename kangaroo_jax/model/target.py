@@ -91,12 +91,26 @@ def shallow_apply(
       The hidden state after layer exit_layer - 1, and the cache with the new entries counted in its length.
     """
     with jax.named_scope("shallow"):
-        hidden = rows(target.embed_tokens[...], tokens, target.compute_dtype)
+        hidden = _embedded(target, tokens, cache)
         if target.config.embedding_multiplier != 1:
             hidden = hidden * jnp.asarray(target.config.embedding_multiplier, hidden.dtype)
         kinds = target.config.attention_kinds[:exit_layer]
         context = attention_context(kinds, positions, cache, mask, hidden.dtype)
         return apply_layers(target.layers[:exit_layer], hidden, context, cache)
+
+
+def _embedded(
+    target: TargetModel, tokens: Int[Array, "batch time"], cache: KVCache | None
+) -> Float[Array, "batch time hidden"]:
+    """The embedding's rows for `tokens`."""
+    mesh = None if cache is None else getattr(cache.backend, "mesh", None)
+    if tokens.size == 1 and mesh is not None and mesh.shape["model"] > 1:
+        # XLA for GPU turns a lookup of one row into a slice, for which it gathers the split table, 262 MB for a 7B
+        # model. For two rows each device looks up what it has, and the sum is sent. The barrier hides that both are the
+        # same.
+        both = jax.lax.optimization_barrier(jnp.concatenate([tokens, tokens]))
+        return rows(target.embed_tokens[...], both, target.compute_dtype)[:1]
+    return rows(target.embed_tokens[...], tokens, target.compute_dtype)
 
 
 def deep_apply(

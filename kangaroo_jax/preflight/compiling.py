@@ -51,6 +51,12 @@ def abstract_target(config: ModelConfig, dtype: str, mesh: Mesh, weights: str = 
     return abstract(model, mesh)
 
 
+def in_dtype(tree: PyTree, dtype: jnp.dtype) -> PyTree:
+    """Weights as shapes, floats in `dtype`: as loading gives them for a target of that dtype."""
+    kind = lambda x: dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype  # noqa: E731
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, kind(x)), tree)
+
+
 def numbers(dtype: str, weights: str) -> str:
     """What is computed in, and stored as, in words."""
     return dtype if weights == "float" else f"{dtype}, {weights} weights"

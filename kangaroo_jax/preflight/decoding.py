@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from kangaroo_jax.checkpoint.adapter import check_exit_layer
@@ -25,10 +25,12 @@ from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.attention.backend import choose_backend
 from kangaroo_jax.model.cache import batch_shardings
+from kangaroo_jax.model.config import ModelConfig
+from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.drafts.kinds import abstract_adapter
-from kangaroo_jax.preflight.compiling import abstract, abstract_target, compiled, numbers
+from kangaroo_jax.preflight.compiling import abstract, abstract_target, compiled, in_dtype, numbers
 from kangaroo_jax.preflight.machines import Machine
-from kangaroo_jax.preflight.prediction import RoundWork, decoding_prediction, part
+from kangaroo_jax.preflight.prediction import Part, PartPredictor, RoundWork, decoding_prediction, part
 from kangaroo_jax.preflight.report import Program, Report
 
 
@@ -73,116 +75,16 @@ def decoding(
         )
     mesh = sharding.decoding_mesh(model_parallel, machine.devices, data_parallel)
     sharding.check_batch_size(batch_size, mesh)
-    models = (
-        abstract_target(config, dtype, mesh, weights),
-        abstract(abstract_adapter(config, jnp.dtype(dtype)), mesh),
-    )
-    # Where sequences decide how far to draft, rounds need as much, or less.
-    shape = RoundShape.kangaroo(
-        draft.exit_layer, dataclasses.replace(draft, decide=None), config.vocab_size, machine.platform
-    )
-    shape = dataclasses.replace(shape, widths=shape.widths[-1:])  # a round runs one; narrower ones need less
-    shapes = Shapes(shape, accelerator=machine.platform != "cpu")
-    plan = shapes.plan(prompt_tokens, max_new_tokens)
-    backend = choose_backend(mesh if mesh.size > 1 or machine.platform != "cpu" else None, machine.devices)
-    rings = shapes.rings(config.attention_kinds)
-    static = {"exit_layer": draft.exit_layer, "backend": backend, "rings": rings}
-    looks_up = draft.lookup is not None
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def array(dimensions: tuple[int, ...], kind: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(dimensions, kind, sharding=everywhere)
-
-    def rows_of(tree: PyTree) -> PyTree:
-        """A batch, where the engine has it; a single row of a mesh's data axis is on all its devices."""
-
-        def place(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
-            splits = "data" in where.spec and x.shape[0] % mesh.shape["data"] == 0
-            where = where if splits or "data" not in where.spec else everywhere
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-        where = batch_shardings(tree, mesh) if mesh.size > 1 else jax.tree.map(lambda _: everywhere, tree)
-        return jax.tree.map(place, tree, where)
-
-    # Caches as large as the answer's end needs; prompts are prefilled in caches of their own beside them.
-    capacity = capacity_class(max(plan.positions, plan.prompt_capacity))
-    empty = functools.partial(
-        empty_slots, batch=batch_size, max_eos=MAX_EOS, capacity=capacity, looks_up=looks_up, **static
-    )
-    state = rows_of(jax.eval_shape(empty, *models))
-    # Prompts of several pieces are prefilled one at a time, shorter ones together.
-    rows, prompts = 1, None
-    if prompt_tokens <= PIECE:
-        _, rows = shapes.group(batch_size, batch_size)
-    else:
-        prompts = functools.partial(empty_prompts, rows=1, capacity=plan.prompt_capacity, looks_up=looks_up, **static)
-        prompts = rows_of(jax.eval_shape(prompts, *models))
-    admission = Admission(array((rows,)), array((rows, MAX_EOS)), jax.eval_shape(lambda: Sampling.greedy(rows)))
-    admission = jax.tree.map(lambda x: array(x.shape, x.dtype), admission)
-    first = jax.jit(
-        functools.partial(prefill_and_admit, sampled=False, **static),
-        donate_argnums=2,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), everywhere),
-    )
-    each = array((rows,))
-    inputs = (*models, state, prompts, array((rows, plan.width)), each, each, each, admission)
-    name = "prefill" if prompts is None else "prefill, its last piece"
-    options = compiler_options(machine.platform)
-    programs = [compiled(name, first, inputs, machine, options)]
-
-    def rounds(name: str, models: PyTree, state: PyTree, shape: RoundShape) -> Program:
-        run = jax.jit(
-            functools.partial(run_rounds, shape=shape, sampled=False, tokens=CHUNK),
-            donate_argnums=2,
-            out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
-        )
-        inputs = (*models, state, array((batch_size,), jnp.bool_), array((), jnp.float32), array(()), array(()))
-        return compiled(name, run, inputs, machine, options)
-
+    work = Work(config, None, dtype, draft, prompt_tokens, max_new_tokens, machine, mesh, batch_size, weights)
+    programs = [work.prefill()]
     prediction = None
     if programs[0].outputs is not None:
-        programs.append(rounds("rounds (operations and communication of one)", models, state, shape))
+        programs.append(work.rounds())
     if machine.limits is not None and programs[-1].outputs is not None:
-        plain, alone = RoundShape.plain(platform=machine.platform), (models[0], None)
-        empty = functools.partial(empty, exit_layer=plain.exit_layer, looks_up=False)
-        baseline = rounds("plain rounds", alone, rows_of(jax.eval_shape(empty, *alone)), plain)
-        layers = [keys.sharding.shard_shape(keys.shape) for keys in state.shallow.keys + state.deep.keys]
-        cached, batch = [2 * math.prod(layer) for layer in layers], layers[0][0]
-        counted = (*models, draft.exit_layer)
-        num_bytes = PartCounts.of_bytes(*counted, cached)
-        operations = PartCounts.of_operations(*counted, batch, cached)
-        pieces = -(-prompt_tokens // PIECE)
-
-        def attended(ring: int | None) -> int:
-            """Places that each token of the prompt attends to in a layer: in a ring's, also the piece behind it."""
-            if ring is None or ring >= plan.prompt_capacity:
-                return plan.prompt_capacity
-            return ring + (plan.width if prompts is None else PIECE)
-
-        # Of the head, a prompt needs one row.
-        multiplied = PartCounts.of_operations(
-            *counted,
-            rows,
-            [
-                rows * numbers // batch * attended(ring) // min(ring or capacity, capacity)
-                for numbers, ring in zip(cached, rings or (None,) * len(cached), strict=True)
-            ],
-        )
-        prefill = part(
-            f"prefill of {rows} x {prompt_tokens}",
-            pieces * (num_bytes.plain_step - num_bytes.head) + num_bytes.head,
-            prompt_tokens * (multiplied.plain_step - multiplied.head) + multiplied.head,
-            machine.limits,
-            dtype,
-        )
         prediction = decoding_prediction(
-            machine.limits,
-            dtype,
-            num_bytes,
-            operations,
-            RoundWork.of(baseline.body, programs[-1].body),
-            prefill,
-            width=shape.widths[-1],
+            work.predictor(RoundWork.of(work.plain_rounds().body, programs[-1].body)),
+            work.predicted_prefill(),
+            width=work.shape.widths[-1],
             rows=1 if draft.tree is None else draft.tree.topk,
             max_draft_len=draft.max_draft_len,
             batch=batch_size,
@@ -197,3 +99,203 @@ def decoding(
         programs,
         prediction,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Decoding a batch on a machine, as shapes: its programs, and what their parts read and multiply.
+
+    Attributes:
+      config: of the target.
+      adapter: the draft model or its shapes, in any dtype; None is the paper's, without a draft vocabulary.
+      dtype: of weights and caches.
+      draft: how to draft; names its exit layer.
+      prompt_tokens: of each prompt.
+      max_new_tokens: of each answer.
+      machine: to compile for.
+      mesh: of its devices.
+      batch_size: sequences decoded together.
+      weights: as `load_target`.
+    """
+
+    config: ModelConfig
+    adapter: Adapter | None
+    dtype: str
+    draft: DraftConfig
+    prompt_tokens: int
+    max_new_tokens: int
+    machine: Machine
+    mesh: Mesh
+    batch_size: int = 1
+    weights: str = "float"
+
+    @functools.cached_property
+    def models(self) -> tuple[Any, Adapter]:
+        """Target and draft model."""
+        dtype = jnp.dtype(self.dtype)
+        adapter = abstract_adapter(self.config, dtype) if self.adapter is None else in_dtype(self.adapter, dtype)
+        return abstract_target(self.config, self.dtype, self.mesh, self.weights), abstract(adapter, self.mesh)
+
+    @functools.cached_property
+    def shape(self) -> RoundShape:
+        """Of a round. Where sequences decide how far to draft, rounds need as much, or less."""
+        draft = dataclasses.replace(self.draft, decide=None)
+        num_tokens = self.models[1].num_tokens(self.config.vocab_size)
+        shape = RoundShape.kangaroo(draft.exit_layer, draft, num_tokens, self.machine.platform)
+        return dataclasses.replace(shape, widths=shape.widths[-1:])  # a round runs one; narrower ones need less
+
+    @functools.cached_property
+    def _shapes(self) -> Shapes:
+        return Shapes(self.shape, accelerator=self.machine.platform != "cpu")
+
+    @functools.cached_property
+    def _plan(self) -> Any:
+        return self._shapes.plan(self.prompt_tokens, self.max_new_tokens)
+
+    @property
+    def _capacity(self) -> int:
+        # Caches as large as the answer's end needs; prompts are prefilled in caches of their own beside them.
+        return capacity_class(max(self._plan.positions, self._plan.prompt_capacity))
+
+    @functools.cached_property
+    def _rings(self) -> tuple[int | None, ...]:
+        return self._shapes.rings(self.config.attention_kinds)
+
+    @property
+    def _static(self) -> dict[str, Any]:
+        alone = self.mesh.size == 1 and self.machine.platform == "cpu"
+        backend = choose_backend(None if alone else self.mesh, self.machine.devices)
+        return {"exit_layer": self.draft.exit_layer, "backend": backend, "rings": self._rings}
+
+    @property
+    def _everywhere(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def _array(self, dimensions: tuple[int, ...], kind: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dimensions, kind, sharding=self._everywhere)
+
+    def _rows_of(self, tree: PyTree) -> PyTree:
+        """A batch, where the engine has it; a single row of a mesh's data axis is on all its devices."""
+        mesh, everywhere = self.mesh, self._everywhere
+
+        def place(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+            splits = "data" in where.spec and x.shape[0] % mesh.shape["data"] == 0
+            where = where if splits or "data" not in where.spec else everywhere
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+        where = batch_shardings(tree, mesh) if mesh.size > 1 else jax.tree.map(lambda _: everywhere, tree)
+        return jax.tree.map(place, tree, where)
+
+    def _empty(self, models: PyTree, **static: Any) -> PyTree:
+        """Slots as the engine has them."""
+        static = self._static | {"looks_up": self._looks_up} | static
+        empty = functools.partial(
+            empty_slots, batch=self.batch_size, max_eos=MAX_EOS, capacity=self._capacity, **static
+        )
+        return self._rows_of(jax.eval_shape(empty, *models))
+
+    @property
+    def _looks_up(self) -> bool:
+        return self.draft.lookup is not None
+
+    @functools.cached_property
+    def _state(self) -> PyTree:
+        return self._empty(self.models)
+
+    @property
+    def _prompt_rows(self) -> int:
+        """Prompts that are prefilled together: those of several pieces one at a time."""
+        return self._shapes.group(self.batch_size, self.batch_size)[1] if self.prompt_tokens <= PIECE else 1
+
+    def prefill(self) -> Program:
+        """Prompts prefilled and admitted to their slots; of a long one, its last piece."""
+        static, rows, state, prompts = self._static, self._prompt_rows, self._state, None
+        if self.prompt_tokens > PIECE:
+            static_of_prompts = static | {"capacity": self._plan.prompt_capacity, "looks_up": self._looks_up}
+            prompts = self._rows_of(
+                jax.eval_shape(functools.partial(empty_prompts, rows=1, **static_of_prompts), *self.models)
+            )
+        array, each = self._array, self._array((rows,))
+        admission = Admission(each, array((rows, MAX_EOS)), jax.eval_shape(lambda: Sampling.greedy(rows)))
+        admission = jax.tree.map(lambda x: array(x.shape, x.dtype), admission)
+        first = jax.jit(
+            functools.partial(prefill_and_admit, sampled=False, **static),
+            donate_argnums=2,
+            out_shardings=(jax.tree.map(lambda x: x.sharding, state), self._everywhere),
+        )
+        inputs = (*self.models, state, prompts, array((rows, self._plan.width)), each, each, each, admission)
+        name = "prefill" if prompts is None else "prefill, its last piece"
+        return compiled(name, first, inputs, self.machine, compiler_options(self.machine.platform))
+
+    def rounds(self) -> Program:
+        """Rounds with drafts."""
+        name = "rounds (operations and communication of one)"
+        return self._rounds(name, self.models, self._state, self.shape)
+
+    def plain_rounds(self) -> Program:
+        """Rounds of plain decoding."""
+        plain, alone = RoundShape.plain(platform=self.machine.platform), (self.models[0], None)
+        state = self._empty(alone, exit_layer=plain.exit_layer, looks_up=False)
+        return self._rounds("plain rounds", alone, state, plain)
+
+    def _rounds(self, name: str, models: PyTree, state: PyTree, shape: RoundShape) -> Program:
+        run = jax.jit(
+            functools.partial(run_rounds, shape=shape, sampled=False, tokens=CHUNK),
+            donate_argnums=2,
+            out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+        )
+        array = self._array
+        inputs = (*models, state, array((self.batch_size,), jnp.bool_), array((), jnp.float32), array(()), array(()))
+        return compiled(name, run, inputs, self.machine, compiler_options(self.machine.platform))
+
+    @functools.cached_property
+    def _cached(self) -> list[int]:
+        """Of each layer of the target: numbers in its buffers on one device, keys and values together."""
+        keys = self._state.shallow.keys + self._state.deep.keys
+        return [2 * math.prod(layer.sharding.shard_shape(layer.shape)) for layer in keys]
+
+    @property
+    def _batch(self) -> int:
+        """Sequences on one device."""
+        groups = self.mesh.shape["data"]
+        return self.batch_size // groups if self.batch_size % groups == 0 else self.batch_size
+
+    @functools.cached_property
+    def num_bytes(self) -> PartCounts:
+        """That each part reads on one device."""
+        return PartCounts.of_bytes(*self.models, self.draft.exit_layer, self._cached)
+
+    def _operations(self, batch: int, cached: list[int]) -> PartCounts:
+        return PartCounts.of_operations(*self.models, self.draft.exit_layer, batch, cached)
+
+    def predictor(self, launched: RoundWork | None) -> PartPredictor:
+        """Of the parts of a round. `launched`: by the compiled ones; the machine's limits must be known."""
+        operations = self._operations(self._batch, self._cached)
+        return PartPredictor(self.machine.limits, self.dtype, self.num_bytes, operations, launched)
+
+    def predicted_prefill(self) -> Part:
+        """All prompts that are prefilled together, in all their pieces. The machine's limits must be known."""
+        rows, batch = self._prompt_rows, self._batch
+        pieces = -(-self.prompt_tokens // PIECE)
+
+        def attended(ring: int | None) -> int:
+            """Places that each token of the prompt attends to in a layer: in a ring's, also the piece behind it."""
+            if ring is None or ring >= self._plan.prompt_capacity:
+                return self._plan.prompt_capacity
+            return ring + (self._plan.width if self.prompt_tokens <= PIECE else PIECE)
+
+        # Of the head, a prompt needs one row.
+        multiplied = self._operations(
+            rows,
+            [
+                rows * numbers // batch * attended(ring) // min(ring or self._capacity, self._capacity)
+                for numbers, ring in zip(self._cached, self._rings or (None,) * len(self._cached), strict=True)
+            ],
+        )
+        return part(
+            f"prefill of {rows} x {self.prompt_tokens}",
+            pieces * (self.num_bytes.plain_step - self.num_bytes.head) + self.num_bytes.head,
+            self.prompt_tokens * (multiplied.plain_step - multiplied.head) + multiplied.head,
+            self.machine.limits,
+            self.dtype,
+        )

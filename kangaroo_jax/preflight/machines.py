@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from kangaroo_jax.errors import InputError, MachineError, one_line
 from kangaroo_jax.preflight.gpus import GPUS, Gpu, target_config
 
-_LOCAL = "local"
+LOCAL = "local"
 _GIB = 2**30
 _TPUS = ("v5e", "v5p", "v6e", "tpu7x")
 _PER_HOST = 8  # GPUs
@@ -95,7 +95,7 @@ def find_machine(name: str) -> Machine:
       MachineError: for a TPU or GPU whose compiler is not installed, or does not load.
     """
     kind, colon, shape = name.partition(":")
-    if name == _LOCAL:
+    if name == LOCAL:
         return _local()
     if kind in GPUS and (not colon or re.fullmatch(r"[1-9]\d*", shape)):
         return _gpus(name, GPUS[kind], int(shape or 1))
@@ -113,7 +113,7 @@ def _local() -> Machine:
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
     if limit is None and devices[0].platform == "cpu":  # the host's memory, shared by its devices
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
-    return Machine(_LOCAL, devices, limit)
+    return Machine(LOCAL, devices, limit)
 
 
 def _tpus(name: str, chips: list[int]) -> Machine:

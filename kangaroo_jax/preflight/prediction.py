@@ -106,48 +106,81 @@ class RoundWork:
         return cls(step.all, before - one, one, turn.all - before)
 
 
+@dataclasses.dataclass(frozen=True)
+class PartPredictor:
+    """Predicts the parts of decoding a batch on one device.
+
+    Attributes:
+      limits: of the device.
+      dtype: of the products.
+      num_bytes: that the parts read.
+      operations: of the parts for one position of each sequence.
+      work: what the compiled parts launch; None where that is not known.
+    """
+
+    limits: Limits
+    dtype: str
+    num_bytes: PartCounts
+    operations: PartCounts
+    work: RoundWork | None
+
+    def _part(
+        self,
+        name: str,
+        num_bytes: int,
+        operations: int,
+        launched: Launched,
+        turns: int = 0,
+    ) -> Part:
+        return part(name, num_bytes, operations, self.limits, self.dtype, launched, turns)
+
+    @property
+    def _work(self) -> RoundWork:
+        return self.work or RoundWork(*[Launched()] * 4)
+
+    def plain_step(self) -> Part:
+        """A round of plain decoding."""
+        counts = self.num_bytes.plain_step, self.operations.plain_step
+        return self._part("plain step", *counts, self._work.plain_step)
+
+    def shallow(self, rows: int = 1) -> Part:
+        """A shallow pass over `rows` tokens of each sequence: the one that ends a draft phase."""
+        return self._part("shallow pass", self.num_bytes.shallow, rows * self.operations.shallow, self._work.shallow)
+
+    def draft_step(self, rows: int = 1) -> Part:
+        """One more drafted token, or a level of a tree that drafts on from `rows` tokens of each sequence."""
+        name = "draft step" if rows == 1 else f"level of {rows} tokens"
+        counts = self.num_bytes.draft_step, rows * self.operations.draft_step
+        return self._part(name, *counts, self._work.draft_step, 1)
+
+    def verification(self, width: int, *, compiled: bool) -> Part:
+        """A verification of `width` positions. `compiled`: of the width that was compiled. Another width is another
+        program: as many kernels, most likely, but not as many cycles."""
+        launched = self._work.verification
+        launched = launched if compiled else Launched(launched.kernels)
+        counts = self.num_bytes.verification, width * self.operations.verification
+        return self._part(f"verification of {width}", *counts, launched)
+
+
 def decoding_prediction(
-    limits: Limits,
-    dtype: str,
-    num_bytes: PartCounts,
-    operations: PartCounts,
-    work: RoundWork | None,
-    prefill: Part,
-    *,
-    width: int,
-    rows: int,
-    max_draft_len: int,
-    batch: int,
+    predictor: PartPredictor, prefill: Part, *, width: int, rows: int, max_draft_len: int, batch: int
 ) -> Prediction:
     """How fast decoding would be.
 
     Args:
-      limits: of one device.
-      dtype: of the products.
-      num_bytes: that the parts read on one device.
-      operations: of the parts for one position of each sequence, on one device.
-      work: what the compiled parts launch.
+      predictor: of the parts.
       prefill: predicted with `part`.
-      width: positions that a verification holds.
+      width: positions that the compiled verification holds.
       rows: tokens of each sequence that a draft step takes: more than 1 in a tree.
       max_draft_len: gamma.
       batch: sequences over all devices.
     """
-    launched = work or RoundWork(*[Launched()] * 4)
-    plain = part("plain step", num_bytes.plain_step, operations.plain_step, limits, dtype, launched.plain_step)
-    shallow = part("shallow pass", num_bytes.shallow, operations.shallow, limits, dtype, launched.shallow)
-    name = "draft step" if rows == 1 else f"level of {rows} tokens"
-    step = part(name, num_bytes.draft_step, rows * operations.draft_step, limits, dtype, launched.draft_step, 1)
-    verifications = {}
-    for size in sorted({*_WIDTHS, width}):
-        # Another width is another program: as many kernels, most likely, but not as many cycles.
-        of_width = launched.verification if size == width else Launched(launched.verification.kernels)
-        name, counts = f"verification of {size}", (num_bytes.verification, size * operations.verification)
-        verifications[size] = part(name, *counts, limits, dtype, of_width)
-    verification = verifications[width]
+    plain, shallow, step = predictor.plain_step(), predictor.shallow(), predictor.draft_step(rows)
+    verifications = [predictor.verification(n, compiled=n == width) for n in sorted({*_WIDTHS, width})]
+    verification = predictor.verification(width, compiled=True)
     times = PartTimes(plain.seconds, shallow.seconds, step.seconds, None, {width: verification.seconds})
     cycles = None
     if plain.cycles:
         cycles = PartTimes(plain.cycles, shallow.cycles, step.cycles, None, {width: verification.cycles})
-    parts = [plain, shallow, step, *verifications.values(), prefill]
-    return Prediction(limits, dtype, parts, times, cycles, max_draft_len, batch)
+    parts = [plain, shallow, step, *verifications, prefill]
+    return Prediction(predictor.limits, predictor.dtype, parts, times, cycles, max_draft_len, batch)

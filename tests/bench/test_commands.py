@@ -30,6 +30,8 @@ MISTAKES = [
     (["tune", "--prompts=/no/such/file"], "/no/such/file: cannot be read"),
     (["tune", "--prompts={bad}"], "bad.jsonl:2: expected an object with a text"),
     (["tune", "--adapter=/no/such/folder"], "/no/such/folder: no such adapter checkpoint"),
+    (["tune", "--machine=v9"], "preflight v9: expected local, GPUs (h100, h200, a100-80, b200;"),
+    (["tune", "--machine=local"], "--machine=local: what rounds cost on this machine is measured; leave the flag out"),
     (["tree", "--threshold=low"], "--threshold: expected numbers separated by commas, found 'low'"),
     (["tree", "--topk=2"], "Unknown command line flag 'topk'"),
     (["adapters", "--prompts=0"], "--prompts: expected at least 1, found 0"),

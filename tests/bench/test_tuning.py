@@ -122,7 +122,7 @@ def test_predictions_are_corrected_by_what_decoding_takes(monkeypatch):
     nothing = Found(np.zeros(20, bool), np.zeros(20, int))
     recording = Recording(chains, {}, {(fewest, 4): nothing for fewest in (1, 2, 3, 4)})
     costs = Costs(3.0, 0.5, {count: 3.0 + count for count in (1, 2, 4, 6, 8, 12)})
-    monkeypatch.setattr(tuning, "_record", lambda *_: recording)
+    monkeypatch.setattr(tuning, "record_all", lambda *_: recording)
     monkeypatch.setattr(tuning, "measure_costs", lambda *_: costs)
     # Decoding takes twice as long as its rounds timed alone.
     monkeypatch.setattr(
@@ -145,6 +145,9 @@ def test_written_settings_are_those_an_adapter_is_loaded_with(tmp_path):
     assert load_adapter(folder, small_target()).draft == DraftConfig(None, 9, 0.25)
     tree = DraftConfig(None, 5, 0.1, TreeConfig(3, 12))
     write_draft_settings(folder, tree)
+    assert load_adapter(folder, small_target()).draft == tree
+    write_draft_settings(folder, tree, "a machine")
+    assert json.loads((folder / "decode.json").read_text())["machine"] == "a machine"
     assert load_adapter(folder, small_target()).draft == tree
     lookup = DraftConfig(None, 5, 0.1, lookup=LookupConfig(7, 1, 3))
     write_draft_settings(folder, lookup)

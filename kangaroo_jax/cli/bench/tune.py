@@ -4,6 +4,7 @@ finds it: gamma and eta of a single sequence, alone or with look-ups, or of a tr
     python -m kangaroo_jax.bench tune                                            the demo
     python -m kangaroo_jax.bench tune --model=... --adapter=... --prompts=prompts.jsonl
     python -m kangaroo_jax.bench tune --tree_topk=4,10 --tree_budget=16,32,64     other trees; --tree_topk= for none
+    python -m kangaroo_jax.bench tune --machine=v5e:1x1          for a machine that is not here
 
 Measures what rounds cost and records what the target accepts on calibration prompts; from these predicts the speed of
 every gamma and eta, of a single sequence, with every look-up and of every tree. Predictions are corrected by the ratio
@@ -11,6 +12,9 @@ of measured to predicted speed of one setting. Measures the best few of each kin
 fastest to `decode.json` in the adapter's folder. Unless that is a tree, with the costs of rounds at each of
 --batch_sizes, by which sequences then decide how far to draft; and says from which batch size on drafting does not pay.
 With several --adapter flags (of other exit layers, say) each gets its own, and the fastest is named.
+
+With --machine, what the target accepts is recorded here, and what rounds cost is predicted for that machine
+(docs/preflight.md), without look-ups; nothing is measured, and nothing written without --write.
 """
 
 from __future__ import annotations
@@ -23,9 +27,11 @@ from absl import flags
 from kangaroo_jax import compilation_cache
 from kangaroo_jax.bench import machine, parts
 from kangaroo_jax.bench.benchmark_prompts import held_out_prompts, prompts_of_file
+from kangaroo_jax.bench.predicted_tuning import There
 from kangaroo_jax.bench.tuning import Effort, Tuning, settings_of_trees, tune
 from kangaroo_jax.checkpoint.adapter import write_draft_settings
 from kangaroo_jax.cli.bench import shared_flags
+from kangaroo_jax.cli.bench.predicted_tune import find_machine, print_tuning
 from kangaroo_jax.cli.bench.printing import TREE_COLUMNS, progress_bar, tree_columns
 from kangaroo_jax.cli.models import load_adapter_of, load_target_of
 from kangaroo_jax.config import DraftConfig
@@ -43,18 +49,25 @@ _CONFIRM = flags.DEFINE_integer(
     "confirm",
     3,
     "Settings to measure: this many of the best predicted single sequences, the best with as many look-ups, and the "
-    "best of as many trees.",
+    "best of as many trees. With --machine, to show.",
 )
 _TREES = shared_flags.define_trees(None, None, " Default of both: 2,3,4 and 8,12,16 on CPU, else 4,10 and 16,32,64.")
 _BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Batch sizes at which the costs of rounds are measured.")
 _RUNS = shared_flags.define_runs()
-_WRITE = flags.DEFINE_bool("write", True, "Write decode.json.")
+_WRITE = flags.DEFINE_bool("write", None, "Write decode.json. Default: where costs are measured, not predicted.")
+_MACHINE = flags.DEFINE_string(
+    "machine",
+    None,
+    "Predict for this machine, which need not be attached: one TPU, such as v5e:1x1, or one GPU, such as h100. Needs "
+    "its compiler (docs/preflight.md). Default: measure on this one.",
+)
 
 
 def main() -> None:
     shared_flags.check_positive(_MAX_NEW_TOKENS, _CONFIRM, _RUNS)
     sizes = tuple(shared_flags.counts(_BATCH_SIZES))
-    on_cpu = jax.default_backend() == "cpu"
+    there = None if _MACHINE.value is None else find_machine(_MACHINE.value)
+    on_cpu = there is None and jax.default_backend() == "cpu"
     topks, budgets = _TREES.shapes(*(((2, 3, 4), (8, 12, 16)) if on_cpu else ((4, 10), (16, 32, 64))))
     # The first ten held-out modules are for the other benchmarks.
     texts = prompts_of_file(_PROMPTS.value) if _PROMPTS.value else None
@@ -64,9 +77,16 @@ def main() -> None:
     dtype = str(target.model.dtype)
     adapters = [load_adapter_of(target, path) for path in _ADAPTER.value or [None]]
     prompts = shared_flags.encoded_prompts(target, texts, _MAX_NEW_TOKENS.value)
+    trees = settings_of_trees(topks, budgets)
     print(machine.describe())
     print(f"{len(prompts)} calibration prompts, {_MAX_NEW_TOKENS.value} new tokens, {dtype}, greedy")
-    trees = settings_of_trees(topks, budgets)
+    if there is not None:
+        # As decode.py loads it there.
+        dtype_there = _DTYPE.value or ("float32" if _MODEL.value is None else "bfloat16")
+        place = There(there, dtype_there, max(map(len, prompts)), _MAX_NEW_TOKENS.value)
+        for adapter in adapters:
+            print_tuning(place, target, adapter, prompts, trees, _CONFIRM.value, sizes, write=bool(_WRITE.value))
+        return
     effort = Effort(_MAX_NEW_TOKENS.value, _RUNS.value, _CONFIRM.value, sizes)
     best = {}
     for adapter in adapters:
@@ -75,7 +95,7 @@ def main() -> None:
         tuning = tune(target, adapter, exit_layer, prompts, trees, effort, progress_bar)
         _print(tuning)
         best[adapter.name] = tuning.fastest
-        if _WRITE.value:
+        if _WRITE.value is not False:
             draft = tuning.fastest.draft
             if draft.tree is None:
                 draft = dataclasses.replace(draft, decide=tuning.decide(machine.name()))
@@ -97,8 +117,8 @@ def _print(tuning: Tuning) -> None:
     for setting in tuning.settings:
         draft = setting.draft
         print(
-            f"{tree_columns(draft)}{_lookup_column(draft):>9}{draft.max_draft_len:7}{draft.threshold:6.2f}{setting.accept_length:15.2f}"
-            f"{setting.draft_steps:7.2f}{setting.predicted:11.2f}{setting.measured:10.2f}"
+            f"{tree_columns(draft)}{_lookup_column(draft):>9}{draft.max_draft_len:7}{draft.threshold:6.2f}"
+            f"{setting.accept_length:15.2f}{setting.draft_steps:7.2f}{setting.predicted:11.2f}{setting.measured:10.2f}"
             f"{setting.predicted / setting.measured - 1:6.0%}"
         )
     if any(setting.draft.lookup is not None for setting in tuning.settings):

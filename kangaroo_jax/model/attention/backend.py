@@ -96,6 +96,7 @@ class AttentionBackend(Protocol):
 
 def choose_backend(mesh: Mesh | None, devices: Sequence[jax.Device]) -> AttentionBackend:
     """The backend for a target on `devices`: `CpuBackend` on one CPU device, else `DenseBackend`."""
-    if mesh is None and all(device.platform == "cpu" for device in devices):
+    platforms = {device.platform for device in devices}
+    if mesh is None and platforms == {"cpu"}:
         return CpuBackend()
-    return DenseBackend(mesh)
+    return DenseBackend(mesh, *platforms)

@@ -24,9 +24,16 @@ class DenseBackend:
 
     Attributes:
       mesh: that the target is split over; None on one device.
+      platform: of the devices, for example "tpu"; None where it does not matter.
     """
 
     mesh: Mesh | None = None
+    platform: str | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is one device."""
+        return self.mesh is None or self.mesh.size == 1
 
     def init_cache(
         self, batch: int, kv_heads: int, capacity: int, head_dim: int, dtype: jnp.dtype
@@ -136,7 +143,7 @@ class DenseBackend:
         def fix(part: Entries) -> Entries:
             return with_layout_constraint(part, Layout(tuple(range(part.ndim))))
 
-        if self.mesh is None or self.mesh.size == 1:
+        if self.alone:
             # A function of its own: where a constraint gives a program's result, JAX leaves the order of all results to
             # XLA, then takes no donated buffer for it, and reads others as if they were in order.
             return jax.jit(fix)(buffer)

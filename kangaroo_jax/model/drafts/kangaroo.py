@@ -107,7 +107,7 @@ class Adapter(nnx.Module):
         return index if self.draft_vocabulary is None else self.draft_vocabulary.token_ids[...][index]
 
     def num_tokens(self, vocab_size: int) -> int:
-        return vocab_size if self.draft_vocabulary is None else len(self.draft_vocabulary.token_ids[...])
+        return vocab_size if self.draft_vocabulary is None else self.draft_vocabulary.token_ids.shape[0]
 
     def init(
         self,

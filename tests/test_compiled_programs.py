@@ -1,0 +1,82 @@
+"""What compilers for accelerators make of decoding's programs: nothing is copied or gathered that need not be. Each is
+skipped where its compiler is not installed."""
+
+import dataclasses
+import functools
+import importlib.util
+import re
+
+import pytest
+
+from kangaroo_jax import DraftConfig, program
+from kangaroo_jax.checkpoint.known_models import model_config
+from kangaroo_jax.model import sharding
+from kangaroo_jax.preflight.decoding import Work
+from kangaroo_jax.preflight.machines import find_machine
+from tests.test_preflight import TARGET
+
+pytestmark = pytest.mark.long
+_MODULES = {"v5e": "libtpu", "h100": "jax_cuda13_plugin"}
+# A TPU's lanes divide a head and the MLP's width, as in large models: else what goes into a program has another order
+# of axes. Two devices share the vocabulary and the heads.
+CONFIG = dataclasses.replace(model_config(str(TARGET)), head_dim=128, intermediate_size=384, vocab_size=512)
+CACHE, MLP = "1,2,256,128", "128,2,384"
+
+
+@functools.cache
+def compiled(machine, model_parallel=1):
+    """Texts and reports of rounds with drafts and of plain ones, in bfloat16."""
+    module = _MODULES[machine.partition(":")[0]]
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed")
+    found = find_machine(machine)
+    mesh = sharding.decoding_mesh(model_parallel, found.devices)
+    work = Work(CONFIG, None, "bfloat16", DraftConfig(2, 2), 64, 32, found, mesh)
+    texts, body = {}, program.body
+    with pytest.MonkeyPatch.context() as patch:
+        reports = {}
+        for run in (work.rounds, work.plain_rounds):
+            patch.setattr(program, "body", lambda text: texts.update({run.__name__: text}) or body(text))  # noqa: B023
+            reports[run.__name__] = run()
+    return texts, reports
+
+
+def copies(text, shape):
+    """Instructions that copy an array of this shape to another order of axes, of a parameter or a loop's state.
+    (A copy between a TPU's memories keeps the order.)"""
+    order = rf"\w+\[{shape}\]\{{([\d,]+)"
+    found = []
+    for line in text.splitlines():
+        match = re.search(rf"= {order}\S* (?:copy|transpose)\(%?([\w.\-]+)\)", line)
+        if match is None:
+            continue
+        source = re.search(rf"^\s*%?{re.escape(match.group(2))} = {order}", text, re.MULTILINE)
+        if source is None or source.group(1) != match.group(1):
+            found.append(line.strip()[:120])
+    return found
+
+
+@pytest.mark.parametrize("machine", ["v5e:1x1", "h100"])
+@pytest.mark.parametrize("name", ["rounds", "plain_rounds"])
+def test_no_cache_is_copied_in_a_loop_or_at_its_edges(machine, name):
+    texts, _ = compiled(machine)
+    assert re.search(rf"\w+\[{CACHE}\]", texts[name])
+    assert copies(texts[name], CACHE) == []
+
+
+@pytest.mark.parametrize("name", ["rounds", "plain_rounds"])
+def test_no_weight_of_the_shallow_layers_is_copied_to_another_order(name):
+    texts, _ = compiled("v5e:1x1")
+    assert re.search(rf"bf16\[{MLP}\]", texts[name])
+    outside = re.sub(r"^%?[\w.\-]*fus[\w.\-]* \(.*?^\}", "", texts[name], flags=re.MULTILINE | re.DOTALL)
+    assert copies(outside, MLP) == []
+
+
+@pytest.mark.parametrize("machine", ["v5e:2x2", "h100:2"])
+def test_with_tensor_parallelism_no_weight_is_gathered(machine):
+    """Gathered are a few numbers of each device: the best logit and its token."""
+    _, reports = compiled(machine, 2)
+    for report in reports.values():
+        assert report.collectives["all-reduce"].count > 0
+        gathered = report.collectives.get("all-gather")
+        assert gathered is None or gathered.num_bytes <= 8 * CONFIG.vocab_size  # plain rounds may gather logits
