@@ -52,7 +52,7 @@ def test_prediction_of_look_ups_by_hand():
 
 
 def test_a_look_up_in_a_wider_verification_costs_what_that_takes_more(monkeypatch):
-    monkeypatch.setattr(parts, "verification_widths", lambda _: (2, 13))
+    monkeypatch.setattr(parts, "verification_widths", lambda *_: (2, 13))
     costs = Costs(2.0, 1.0, {1: 4.0, 4: 9.0, 12: 20.0}, lookup_rounds={4: 7.0})
     # Without draft steps, the verification of 5 takes 5 seconds and that of 13 takes 8.
     assert costs.round(0, DraftConfig(None, 12, lookup=LookupConfig(4, 2, 4))) == 10.0
