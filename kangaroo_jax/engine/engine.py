@@ -267,10 +267,12 @@ class Engine:
     def step(self) -> list[Event]:
         """Goes on by one chunk of rounds, and returns what is known of earlier ones; an empty list where nothing is.
 
-        The next chunk is launched before the last one's tokens are read, so that the device does not wait for text.
+        The next chunk is launched before the last one's tokens are read, so that the device does not wait for text. Not
+        where a request that comes meanwhile would find a slot: it would wait for both.
         """
         self._admit()
-        launched = self._launch_rounds()
+        may_come = self.config.online and any(slot.run is None for slot in self._slots)
+        launched = not (may_come and self._launched) and self._launch_rounds()
         events: list[Event] = []
         while self._launched and (len(self._launched) > 1 or not launched):
             launched = self._launched.popleft()

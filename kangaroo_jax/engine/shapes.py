@@ -10,7 +10,7 @@ from kangaroo_jax.model.config import AttentionKind
 
 # The device works alone until every sequence has this many new tokens; then the host streams and checks stop strings.
 CHUNK = 32
-ONLINE_CHUNK = 8  # where a request that comes meanwhile finds a slot, and waits for the chunk's end
+ONLINE_CHUNK = 1  # one round: where a request that comes meanwhile finds a slot, and waits for the chunk's end
 PIECE = 512  # tokens of a prompt that are processed at a time
 MAX_EOS = 16  # tokens that may end a sequence
 _PROMPT_STEP = 64

@@ -182,9 +182,9 @@ def test_no_chunk_is_launched_behind_an_answers_end(monkeypatch, limits):
     ("online", "limits", "sizes"),
     [
         (False, [60], [1, 32, 27]),
-        (True, [60], [1, 8, 8, 8, 8, 8, 8, 8, 3]),  # a slot is free
+        (True, [60], [1] * 60),  # a slot is free
         (True, [60, 60], [1, 32, 27]),
-        (True, [60, 11], [1, 10, 8, 8, 8, 8, 8, 8, 1]),  # the neighbour's end ends the chunk
+        (True, [60, 11], [1, 10, *[1] * 49]),  # the neighbour's end ends the chunk
     ],
 )
 def test_an_engine_whose_requests_come_meanwhile_returns_soon(online, limits, sizes):
@@ -195,6 +195,25 @@ def test_an_engine_whose_requests_come_meanwhile_returns_soon(online, limits, si
     while engine.busy:
         found += [len(event.tokens) for event in engine.step() if isinstance(event, TextDelta) and event.id == ids[0]]
     assert found == sizes
+
+
+def test_a_request_that_comes_during_a_round_waits_for_no_other(monkeypatch):
+    """It comes while the host waits for a round's tokens, and its own first token is the next that the device makes."""
+    engine, read, late = Engine(lettered_target(), None, EngineConfig(2, online=True)), Engine._read, []
+    engine.add(Request(PROMPTS[0], 60, eos_token_ids=(), stream=True))
+    for _ in range(6):
+        engine.step()
+
+    def read_meanwhile(engine, launched):
+        if not late:
+            late.append(engine.add(Request(PROMPTS[1], 20, eos_token_ids=(), stream=True)))
+        return read(engine, launched)
+
+    monkeypatch.setattr(Engine, "_read", read_meanwhile)
+    order = []
+    while not late or late[0] not in order:
+        order += [event.id for event in engine.step() for _ in event.tokens]
+    assert order == [0, late[0]]
 
 
 @pytest.mark.parametrize("tokens", [500, 900])
