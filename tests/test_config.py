@@ -87,6 +87,7 @@ NO_LOOK_UPS = "--lookup_min_ngram and --lookup_max_ngram change nothing without 
         ({"lookup_tokens": 4, "lookup_min_ngram": 5}, "lookup_max_ngram must be at least lookup_min_ngram", (4, 5, 5)),
         ({"lookup_max_ngram": 2}, NO_LOOK_UPS, "lookup_max_ngram must be at least lookup_min_ngram (3), found 2"),
         ({"tree": True, "lookup_tokens": 0}, None, None),
+        ({"tree": True}, None, None),
     ],
 )
 def test_look_ups_that_are_given_go_before_what_is_written(given, over_single, over_lookup) -> None:
@@ -102,7 +103,7 @@ def test_look_ups_that_are_given_go_before_what_is_written(given, over_single, o
 
 def test_a_tree_and_look_ups_are_refused_wherever_they_come_from() -> None:
     message = "trees and look-ups exclude each other; leave one out (--notree, or --lookup_tokens=0)"
-    for given, written in (({"tree": True}, LOOKUP), ({"lookup_tokens": 5}, TREE)):
+    for given, written in (({"tree": True, "lookup_tokens": 5}, LOOKUP), ({"lookup_tokens": 5}, TREE)):
         with pytest.raises(InputError, match=re.escape(message)):
             DraftOverrides(**given).over(written)
     with pytest.raises(InputError, match=re.escape(message)):

@@ -77,7 +77,9 @@ class DraftOverrides:
         if not wants_tree and self._shape():
             raise InputError("--tree_topk and --tree_budget change nothing without --tree; give it")
         tree = dataclasses.replace(written.tree or TreeConfig(), **self._shape()) if wants_tree else None
-        looks_up = written.lookup is not None if self.lookup_tokens is None else self.lookup_tokens != 0
+        looks_up = written.lookup is not None and not self.tree
+        if self.lookup_tokens is not None:
+            looks_up = self.lookup_tokens != 0
         if not looks_up and self._ngrams():
             raise InputError(
                 "--lookup_min_ngram and --lookup_max_ngram change nothing without --lookup_tokens; give it"

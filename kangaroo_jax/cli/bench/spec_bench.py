@@ -56,6 +56,8 @@ def main() -> None:
     adapter = load_adapter_of(target, _ADAPTER.value)
     if {"threshold", "tree"} & given.keys():  # these go before deciding how far to draft
         given["decide"] = None
+    if "tree" in given:  # and before look-ups
+        given["lookup"] = None
     draft = dataclasses.replace(adapter.draft, **given)
     draft = dataclasses.replace(draft, exit_layer=parts.exit_layer_of(target, adapter, draft))
     if target.tokenizer is None:
