@@ -24,21 +24,33 @@ from kangaroo_jax.config import LookupConfig, RoundCosts
 _CONFIDENCES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95)
 _BUCKETS = len(_CONFIDENCES) + 1
 DRAFTED, LOOKED_UP = range(2)  # the kinds of drafts, in this order where arrays have both
-_RECENT = 0.9  # what a kind's earlier rounds count for after each further one
-_RECENT_TOKENS = 0.9  # the same for tokens by confidence
-# What is left of these when a kind is tried again after a pause: less than the one round that is then known.
+# What a kind's earlier rounds count for after each further one. A round brings one token or several by chance: with a
+# shorter memory, a few rounds without luck end drafts that pay.
+_RECENT = 0.985
+_PRIOR = 0.95  # the same for what is expected before a sequence has tried a kind; a probe that fails ends that
+# A kind's earlier rounds are taken to have brought so many tokens more than plain steps at most: after so many lost
+# ones it is given up, however much it once brought.
+_AHEAD = 4.0
+_RECENT_TOKENS = 0.97  # the same for tokens by confidence
+# What is left of these when a kind is tried again after a pause: less than the one round that is then known. Where that
+# one pays, the kind begins as if it had not been tried.
 _STALE, _STALE_TOKENS = 0.05, 0.25
 _PSEUDO_TOKENS = 2.0  # how many tokens' worth a confidence counts, as an estimate of acceptance
 # In plain steps: what first tries may lose of a batch together, the least of each, and how much evidence may stand for
 # them at most.
 _FIRST_LOSS, _LEAST_LOSS, _MOST_TRUST = 1.0, 0.3, 8.0
+# Of looked-up tokens: the chance that one is accepted before a sequence has tried any; how much more their first tries
+# may lose, as those that are right bring more; and the share of a look-up that stands behind one that stood completely,
+# as text that is copied goes on.
+_FOUND, _FOUND_LOSS, _COPIED = 0.7, 1.5, 0.8
+_USUAL_SHARE, _RECENT_SHARE = 0.15, 0.97  # of rounds in which something is found, and how long that is remembered
 # A probe is a round of a kind that has not paid lately. At most one round in so many may be lost to probes; and any
 # sequence's probe makes a round of the complete batch longer.
 _ONE_LOST_IN = 128
 _SHORTEST_PAUSE = 8
 # Pauses begin shorter than that, and double while probes do not pay: so many times where few sequences pay for each
 # other's, and else so many.
-_DOUBLED_ALONE, _DOUBLED, _FEW = 3, 1, 2
+_DOUBLED_ALONE, _DOUBLED, _FEW = 2, 1, 2
 
 
 @flax.struct.dataclass
@@ -48,6 +60,11 @@ class Costs:
     rounds: Float[Array, " tokens"]  # of a round that verifies so many tokens, and drafts none; the first is unused
     draft_step: Float[Array, ""]
     shallow: Float[Array, ""]  # share of a round that the shallow layers take
+    found: Float[Array, ""]  # of a round that looks up
+    copied: Float[Array, ""]  # tokens that one brings behind one that stood completely
+    slots: Int[Array, ""]
+    # A round with drafts costs no less than one with so many: more sequences than a few wait for the longest draft.
+    full: Int[Array, ""]
     acceptance: Float[Array, ""]  # of a drafted token, before anything is known
     prior_tokens: Float[Array, " kinds"]  # what a kind of draft is taken to have brought
     prior_steps: Float[Array, " kinds"]  # and cost, before a sequence has tried it
@@ -74,20 +91,32 @@ class Costs:
             slope = (steps[-1] - steps[-2]) / (widths[-1] - widths[-2])
             rounds += np.maximum(np.arange(len(rounds)) - widths[-1], 0) * max(slope, 0.0)
         committed = np.cumsum(acceptance ** np.arange(len(rounds)))  # tokens, with so many drafts
-        drafted = [(committed[k], rounds[k + 1] + k * costs.draft_step) for k in range(1, max_draft_len + 1)]
+        full = max_draft_len if slots > _FEW else 0
+        lengths = range(max(1, full), max_draft_len + 1)
+        drafted = [(committed[k], rounds[k + 1] + k * costs.draft_step) for k in lengths]
         found = rounds[looked_up + 1] + costs.shallow * (rounds[looked_up + 1] - rounds[1])
-        kinds = [max(drafted, key=lambda kind: kind[0] / kind[1], default=(1.0, 1.0)), (committed[looked_up], found)]
+        kinds = [
+            max(drafted, key=lambda kind: kind[0] / kind[1], default=(1.0, 1.0)),
+            (np.sum(_FOUND ** np.arange(looked_up + 1)), found),
+        ]
         # So that first tries are given up after about the same loss, whether a round costs little more than a plain
         # step or much. Where nothing is expected of a kind, one round that brings something is to count for more.
         gains = [tokens * rounds[1] / steps - 1 for tokens, steps in kinds]
         may_lose = max(_LEAST_LOSS, _FIRST_LOSS / slots)
-        weights = [min(_MOST_TRUST, may_lose / max(1e-3, gain)) if gain > 0 else 1.0 for gain in gains]
+        weights = [
+            min(_MOST_TRUST, may_lose * more / max(1e-3, gain)) if gain > 0 else 1.0
+            for gain, more in zip(gains, (1.0, _FOUND_LOSS), strict=True)
+        ]
         losses = (rounds[min(2, len(rounds) - 1)] + costs.draft_step - rounds[1], found - rounds[1])
         pauses = [min(1 << 20, max(_SHORTEST_PAUSE, math.ceil(_ONE_LOST_IN * slots * loss))) for loss in losses]
         return cls(
             rounds=np.asarray(rounds, np.float32),
             draft_step=np.float32(costs.draft_step),
             shallow=np.float32(costs.shallow),
+            found=np.float32(found),
+            copied=np.float32(_COPIED * (looked_up + 1)),
+            slots=np.int32(slots),
+            full=np.int32(full),
             acceptance=np.float32(acceptance),
             prior_tokens=np.asarray([w * x[0] / x[1] for w, x in zip(weights, kinds, strict=True)], np.float32),
             prior_steps=np.asarray(weights, np.float32),
@@ -107,6 +136,9 @@ class Pace:
     tries: Int[Array, "batch kinds"]  # rounds of a kind
     since: Int[Array, "batch kinds"]  # rounds since the last one of a kind
     level: Int[Array, "batch kinds"]  # how often the pause has doubled
+    rounds: Int[Array, " batch"]  # in which it looked for something to look up,
+    share: Float[Array, " batch"]  # and the share of them that found something; older ones count less
+    copying: Bool[Array, " batch"]  # whether the last round looked up, and all of that stood
     behind: Int[Array, " batch"]  # positions below n that the draft model may not have seen
 
     @classmethod
@@ -115,7 +147,13 @@ class Pace:
             return jnp.zeros((batch, *shape), dtype)
 
         buckets, kinds = [(jnp.float32, _BUCKETS)] * 2, [(jnp.float32, 2)] * 2 + [(jnp.int32, 2)] * 3
-        return cls(*(zeros(*each) for each in (*buckets, *kinds)), zeros(jnp.int32))
+        rest = [(jnp.int32,), (jnp.float32,), (jnp.bool_,), (jnp.int32,)]
+        return cls(*(zeros(*each) for each in (*buckets, *kinds, *rest)))
+
+    def looked(self, found: Bool[Array, " batch"], going_on: Bool[Array, " batch"]) -> Pace:
+        """After a search for something to look up."""
+        share = _RECENT_SHARE * self.share + (1 - _RECENT_SHARE) * found
+        return self.replace(share=jnp.where(going_on, share, self.share), rounds=self.rounds + going_on)
 
 
 @flax.struct.dataclass
@@ -134,16 +172,18 @@ def decide(
     one that has not, to find out whether it does again.
 
     Args:
-      pace: of each sequence.
+      pace: of each sequence, after `looked` where anything is looked up.
       costs: of rounds.
       found: whether there is something to look up.
       going_on: sequences that have a next round.
       may_draft: whether there is a draft model, static.
     """
-    rates = _rates(pace, costs)
-    drafting, looking_up = rates[:, DRAFTED], rates[:, LOOKED_UP]
+    drafting, looking_up = _rates(pace, costs)[:, DRAFTED], _rate_of_found(pace, costs)
     due, plain = _due(pace, costs), 1 / costs.rounds[1]
-    looks_up = found & (due[:, LOOKED_UP] | (looking_up > jnp.maximum(plain, drafting if may_draft else plain)))
+    # What repeats itself in a text shows at its first look-up. Where a batch pays for it, it has to be expected.
+    first = (pace.tries[:, LOOKED_UP] == 0) & (costs.slots <= _FEW)
+    best = jnp.maximum(plain, drafting) if may_draft else plain
+    looks_up = found & (first | due[:, LOOKED_UP] | (looking_up > best))
     drafts = ~looks_up & (due[:, DRAFTED] | (drafting > plain)) if may_draft else jnp.zeros_like(looks_up)
     return Choice(drafts & going_on, looks_up & going_on, jnp.maximum(plain, drafting))
 
@@ -203,11 +243,15 @@ def learn(
     looked_up = jnp.zeros_like(ran) if looked_up is None else looked_up & ran
     drafted = ran & ~looked_up & (length > 0)
     used = jnp.stack([drafted, looked_up], axis=1)
-    verified = costs.rounds[length + 1]
-    extra = jnp.stack([length * costs.draft_step, costs.shallow * (verified - costs.rounds[1])], axis=1)
+    charged = jnp.where(drafted, jnp.maximum(length, costs.full), length)
+    verified = costs.rounds[charged + 1]
+    extra = jnp.stack([charged * costs.draft_step, costs.shallow * (verified - costs.rounds[1])], axis=1)
     cost, tokens = verified[:, None] + extra, (accepted + 1.0)[:, None]
     due, paid = _due(pace, costs), tokens * costs.rounds[1] > cost
-    recent = jnp.where(due, _STALE, _RECENT)
+    again = used & due & paid
+    recent = jnp.where(again, 0.0, jnp.where(due, _STALE, _RECENT))
+    brought, took = recent * pace.tokens + tokens, recent * pace.steps + cost
+    kept = jnp.minimum(1.0, _AHEAD / jnp.maximum(brought * costs.rounds[1] - took, _AHEAD))
 
     # A token is judged if all before it stand.
     index = jnp.arange(confidence.shape[1])
@@ -218,19 +262,35 @@ def learn(
     return Pace(
         accepted=left * pace.accepted + jnp.sum(stood, axis=1),
         seen=left * pace.seen + jnp.sum(bucket, axis=1),
-        tokens=jnp.where(used, recent * pace.tokens + tokens, pace.tokens),
-        steps=jnp.where(used, recent * pace.steps + cost, pace.steps),
-        tries=pace.tries + used,
+        tokens=jnp.where(used, kept * brought, pace.tokens),
+        steps=jnp.where(used, kept * took, pace.steps),
+        tries=jnp.where(again, 0, pace.tries + used),
         since=jnp.where(used, 0, pace.since + ran[:, None]),
         level=jnp.where(used & paid, 0, jnp.minimum(pace.level + (used & due), costs.doubled)),
+        rounds=pace.rounds,
+        share=pace.share,
+        copying=jnp.where(ran, looked_up & (accepted == length), pace.copying),
         # The draft model may not have seen the last drafted token; and nothing of what it did not draft.
         behind=jnp.where(drafted, 1, pace.behind + count),
     )
 
 
 def _rates(pace: Pace, costs: Costs) -> Float[Array, "batch kinds"]:
-    prior = _RECENT**pace.tries
+    prior = jnp.where(pace.level > 0, 0.0, _PRIOR**pace.tries)
     return (pace.tokens + prior * costs.prior_tokens) / (pace.steps + prior * costs.prior_steps)
+
+
+def _rate_of_found(pace: Pace, costs: Costs) -> Float[Array, " batch"]:
+    """Tokens per plain step of a look-up.
+
+    In a batch, sequences find something at different times, and each look-up makes the round longer for all. Where all
+    find as often as this one, the rounds that are longer are those in which any does; each look-up pays for its part.
+    """
+    tokens = _rates(pace, costs)[:, LOOKED_UP] * costs.found
+    tokens = jnp.where(pace.copying, costs.copied, tokens)
+    share = pace.share + _RECENT_SHARE**pace.rounds * _USUAL_SHARE
+    paid_for = (1 - (1 - share) ** costs.slots) / jnp.maximum(share, 1e-3)
+    return tokens / (costs.rounds[1] + paid_for * (costs.found - costs.rounds[1]))
 
 
 def _due(pace: Pace, costs: Costs) -> Bool[Array, "batch kinds"]:

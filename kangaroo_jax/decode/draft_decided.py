@@ -54,18 +54,19 @@ def draft_decided(
     """
     batch, vocabulary, going_on = len(state.token), target.config.vocab_size, ~state.finished
     hidden, shallow = jnp.zeros((batch, 1, target.config.hidden_size), target.compute_dtype), state.shallow
-    count = jnp.zeros((batch,), jnp.int32)
+    count, pace = jnp.zeros((batch,), jnp.int32), state.pace
     with jax.named_scope("decide"):
         if lookup is not None:
             found, count = look_up(state.history, state.token, shallow.length, lookup)
-        choice = decide(state.pace, costs, count > 0, going_on, may_draft=draft_model is not None)
+            pace = pace.looked(count > 0, going_on)
+        choice = decide(pace, costs, count > 0, going_on, may_draft=draft_model is not None)
         count = jnp.where(choice.looks_up, count, 0)
     if lookup is not None:
         hidden, shallow, _ = take_in(target, None, state, found, choice.looks_up, exit_layer)
-    carry, pace = state.draft, state.pace
+    carry = state.draft
     if draft_model is not None:
         needed = choice.drafts & (pace.behind > 1) | going_on & (pace.behind + max_commit > kept)
-        carry, pace = _catch_up(draft_model, state, jnp.any(needed))
+        carry, pace = _catch_up(draft_model, state.replace(pace=pace), jnp.any(needed))
     before = state.replace(shallow=shallow, draft=carry, pace=pace)
     drawn = None if sampling is None else vocabulary
     drafted = Draft.empty(max_draft_len, count, jnp.zeros_like(hidden[:, :1]), shallow, carry, drawn)

@@ -42,6 +42,8 @@ class Simulated:
         """One round of a text whose drafts are accepted with `chance`, whatever the draft model's confidence, and what
         is looked up with `found_chance`; None: nothing is found."""
         found, one = found_chance is not None, np.ones(1, bool)
+        if self.lookup:
+            self.pace = self.pace.looked(one & found, one)
         choice = self.decide(self.pace, self.costs, one & found, one)
         confidences, length = np.zeros((1, LOOKED_UP if self.lookup else GAMMA), np.float32), 0
         if choice.looks_up[0]:
@@ -167,6 +169,32 @@ def test_look_ups_are_taken_where_they_bring_more_and_left_where_they_bring_less
     assert looked_up < 0.05
     sequence.rounds(int(sequence.costs.pause[1]) + 10, 0.85, found_chance=0.95)
     assert sequence.rounds(60, 0.85, found_chance=0.95)[1] > 0.7
+
+
+def test_a_batch_in_which_each_looks_up_now_and_then_is_no_slower_than_plain():
+    """Look-ups pay for one sequence alone; eight that find something at different times wait for each other."""
+    slots, costs = 8, RoundCosts(8, 0.2, ((1, 1.0), (2, 1.45), (11, 2.4)), 0.1)
+    sequences, random = [Simulated(costs, slots, lookup=True, seed=seed) for seed in range(slots)], []
+    for seed, sequence in enumerate(sequences):
+        finds = np.random.default_rng(seed)
+        random.append([0.75 if finds.random() < 0.15 else None for _ in range(200)])
+        for found_chance in random[-1]:
+            sequence.round(0.3, lambda: 0.3, found_chance)
+    steps = sum(max(round[3] for round in rounds) for rounds in zip(*(s.seen for s in sequences), strict=True))
+    assert sum(round[2] for s in sequences for round in s.seen) / slots / steps > 0.98
+    # One sequence in slots of its own takes them all the same.
+    alone = Simulated(costs, 1, lookup=True)
+    for found_chance in random[0]:
+        alone.round(0.3, lambda: 0.3, found_chance)
+    assert [kind for kind, *_ in alone.seen].count("looked up") > 20
+    assert alone.speed(200) > 1.05
+
+
+def test_what_repeats_itself_is_found_at_the_first_look_up():
+    sequence = Simulated(
+        CPU, lookup=True, acceptance=0.95
+    )  # so much is expected of the draft model, and not of look-ups
+    assert sequence.rounds(10, 0.95, lambda: 0.95, found_chance=1.0)[1] == 1
 
 
 def test_without_a_draft_model_look_ups_end_as_well():
