@@ -337,11 +337,15 @@ class SynthesisConfig:
       temperature: of the questions.
       top_p: of the questions.
       answer_temperature: of the sampled answers.
-      question_tokens: at most so many in a question; a question that is cut there is left out.
+      question_tokens: at most so many in a question, besides its opening; a question that is cut there is left out.
       answer_tokens: at most so many in an answer; a conversation ends with an answer that is cut there.
       conversation_tokens: at most so many in a conversation that the target asks itself. One long conversation makes
         the caches of all that are decoded with it as long.
       batch_size: sequences decoded together; nothing that is written depends on it.
+      openings: file of beginnings of questions, one on a line: each conversation's first question begins with one of
+        them, which is drawn evenly, and the target writes the rest. An empty line leaves the question to the target,
+        and so does an empty name. They say what is asked about: without them, a small model hardly ever asks for a
+        translation or a summary.
       texts: for a base model, which has no chat template: texts that it continues, as `data.files` names them. A record
         is then a text: it begins with up to `question_tokens` tokens of one, and has up to `answer_tokens` new ones.
 
@@ -361,6 +365,7 @@ class SynthesisConfig:
     answer_tokens: int = 512
     conversation_tokens: int = 1000
     batch_size: int = 16
+    openings: str = ""
     texts: str = ""
 
     def __post_init__(self) -> None:
@@ -370,6 +375,10 @@ class SynthesisConfig:
                 raise InputError(f"data.synthesis.{name}: expected a share of at most 1, found {getattr(self, name)}")
         if self.seed >= 2**32:
             raise InputError(f"data.synthesis.seed: expected less than 2**32, found {self.seed}")
+        if self.openings and self.texts:
+            raise InputError(
+                "data.synthesis.openings: is for questions, but texts are to be continued; give one of them"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
