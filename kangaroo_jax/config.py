@@ -377,7 +377,7 @@ class SynthesisConfig:
             raise InputError(f"data.synthesis.seed: expected less than 2**32, found {self.seed}")
         if self.openings and self.texts:
             raise InputError(
-                "data.synthesis.openings: is for questions, but texts are to be continued; give one of them"
+                "data.synthesis.openings: is for questions, but there are texts to continue; give one"
             )
 
 

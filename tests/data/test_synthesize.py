@@ -414,7 +414,7 @@ def test_what_cannot_be_is_one_line(written, tmp_path):
         (lambda: opened(b"ab\na<e>\n"), "openings.txt: line 2 has a special token of chat; remove it"),
         (lambda: opened(b""), "openings.txt: is empty; give openings, one on a line"),
         (lambda: opened(b"\xff"), "openings.txt: cannot be read .*give a text file of openings"),
-        (lambda: SynthesisConfig(openings="o", texts="t"), "data.synthesis.openings: is for questions, but texts are"),
+        (lambda: SynthesisConfig(openings="o", texts="t"), "data.synthesis.openings: is for questions, but there are"),
         (lambda: SynthesisConfig(greedy=1.5), "data.synthesis.greedy: expected a share of at most 1, found 1.5"),
     ]
     for call, message in cases:
