@@ -37,6 +37,7 @@ def test_bytes_are_those_of_the_shapes(context):
         draft_step=4 * (layer + cache + attention + 2 * hidden + cache + head),
         verification=4 * (layer + cache + head),
         head=4 * head,
+        adapter=4 * (attention + 2 * hidden + cache),
     )
 
 
