@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from kangaroo_jax.config import TreeConfig
 from kangaroo_jax.engine.part_costs import PartCounts, PartTimes
 from kangaroo_jax.preflight.machines import Limits
 from kangaroo_jax.program import Body, Launched
@@ -169,6 +170,14 @@ class PartPredictor:
         launched = launched if compiled else Launched(launched.kernels)
         counts = self.num_bytes.verification, width * self.operations.verification
         return self._part(f"verification of {width}", *counts, launched)
+
+    def round_seconds(self, drafts: int, tree: TreeConfig | None = None) -> float:
+        """Seconds of a round that drafts `drafts` tokens, or a tree of so many levels: a draft phase, the shallow pass
+        that ends it, and verification of all that was drafted. Of a tree, that pass is over all of its tokens."""
+        rows = 1 if tree is None else tree.drafted(drafts)
+        width = 1 + (drafts if tree is None else rows)
+        steps = self.draft_step().seconds + (drafts - 1) * self.draft_step(1 if tree is None else tree.topk).seconds
+        return steps + self.shallow(rows).seconds + self.verification(width, compiled=True).seconds
 
 
 def decoding_prediction(

@@ -45,6 +45,7 @@ TIMES = {
         "read_bandwidth": lambda num_bytes, dtype: 1e9,
         "copy_bandwidth": lambda num_bytes: 2e9,
         "matmul_peak": lambda dtype: 1e11,
+        "few_rows_peak": lambda num_bytes, dtype: 1e9,
     },
 }
 

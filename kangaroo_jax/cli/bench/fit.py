@@ -20,7 +20,7 @@ from absl import flags
 from kangaroo_jax.bench.fitting import Decoding, first_that_fits
 from kangaroo_jax.cli.bench import shared_flags
 from kangaroo_jax.config import DraftConfig
-from kangaroo_jax.errors import InputError
+from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.preflight import machines
 from kangaroo_jax.preflight.report import Report
 
@@ -59,8 +59,11 @@ def main() -> None:
         + "".join(f"{f'at {length:g}':>15}" for length in lengths)
     )
     for prompt_tokens, batch in itertools.product(prompts, batches):
-        report = first_that_fits(work, found, batch, prompt_tokens)
-        row = "does not fit" if report is None else _row(report, lengths)
+        try:
+            report = first_that_fits(work, found, batch, prompt_tokens)
+            row = "does not fit" if report is None else _row(report, lengths)
+        except MachineError as error:  # of this program alone
+            row = str(error)
         print(f"{batch:5}{prompt_tokens:8}  {row}", flush=True)
 
 
