@@ -163,6 +163,25 @@ def test_roofline_measures_every_part(commands, flags):
     assert re.search(r"^of 2 levels, 4 +\S+ +\S+ +\S+% +\S+ plain steps$", out, re.MULTILINE)
 
 
+@pytest.mark.long
+def test_fit_names_the_first_machine_with_room_and_what_bounds_a_plain_step(commands, saved):
+    """At 1 MB and 4 Mflop per second."""
+    words = ["--exit_layer=1", "--max_draft_len=2", "--dtype=float32", "--max_new_tokens=8", "--accept_lengths=2"]
+    words += [f"--model={saved[0]}", "--batch_sizes=1,4,400", "--prompt_tokens=16", "--machines=100,400,4000"]
+    code, out, err = commands.run("fit", *words, "fake:machines")
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines()[2:]]
+    layer, head, cache = 32 * 64 + 32 * 32 + 3 * 32 * 48 + 2 * 32, 100 * 32, 2 * 2 * 8 * 128
+    weights = 4 * (2 * layer + head)
+    assert [row[:3] for row in rows] == [["1", "16", "400"], ["4", "16", "4000"], ["400", "16", "does"]]
+    for row, batch in zip(rows[:2], (1, 4), strict=True):
+        read = weights + 4 * batch * 2 * cache
+        assert row[5] == f"{read / 1e3:.2f}"
+        assert row[6:9] == [f"{weights / read:.0%}", f"{1 - weights / read:.0%}", "0%"]
+        assert row[9] == ("reading" if batch == 1 else "multiplying")  # 4 rows of 3 tokens
+    assert rows[2][3:] == ["not", "fit"]
+
+
 def test_load_counts_the_bytes_of_the_checkpoint(commands, saved):
     model, _ = saved
     code, out, err = commands.run("load", f"--model={model}", "--dtype=float32", "--num_processes=1")
