@@ -35,9 +35,9 @@ _TREE_THRESHOLDS = (0.0, 0.01, 0.02, 0.03, *_THRESHOLDS[1:])
 LEVELS = 6  # levels of the trees that are timed
 # Lengths of look-ups, whose verification is of such a width too; the fewest last tokens that have to be found, and the
 # most that are searched for; and with how many of the best single sequences they are considered.
-_LOOKUP_LENGTHS = (4, 8, 12)
+LOOKUP_LENGTHS = (4, 8, 12)
 _NGRAMS = tuple((fewest, LookupConfig().max_ngram) for fewest in (1, 2, 3, 4))
-_WITH_LOOKUPS = 12
+WITH_LOOKUPS = 12
 # The setting whose measured speed corrects the predictions: the paper's eta, and drafts whose lengths vary.
 _REFERENCE = DraftConfig(None, 4, 0.6)
 
@@ -177,7 +177,7 @@ def record_all(
     """What the target accepts on one prompt, of single sequences, look-ups and `trees`."""
     topks = sorted({draft.tree.topk for draft in trees})
     deepest = max((draft.max_draft_len for draft in trees), default=1)
-    found = record_found(target, prompt, max_new_tokens, [LookupConfig(_LOOKUP_LENGTHS[-1], *x) for x in _NGRAMS])
+    found = record_found(target, prompt, max_new_tokens, [LookupConfig(LOOKUP_LENGTHS[-1], *x) for x in _NGRAMS])
     return Recording(
         record(target, adapter, prompt, max_new_tokens, DRAFT_LENGTHS[-1]),
         record_trees(target, adapter, prompt, max_new_tokens, deepest, topks),
@@ -222,7 +222,7 @@ def settings_of_trees(topks: Sequence[int], budgets: Sequence[int]) -> list[Draf
 
 def with_lookups(drafts: Sequence[DraftConfig]) -> list[DraftConfig]:
     """The single sequences among these, with every look-up that is considered."""
-    lookups = [LookupConfig(most, *ngrams) for most in _LOOKUP_LENGTHS for ngrams in _NGRAMS]
+    lookups = [LookupConfig(most, *ngrams) for most in LOOKUP_LENGTHS for ngrams in _NGRAMS]
     return [dataclasses.replace(draft, lookup=x) for draft in drafts if draft.tree is None for x in lookups]
 
 
@@ -344,7 +344,7 @@ def tune(
         parts.Context(target.model, adapter.model, exit_layer, middle, parts.rounded_capacity(length + positions))
         for positions in (DRAFT_LENGTHS[-1] + 1, tree_positions)
     )
-    costs = {1: measure_costs(context, tree_context, trees, _LOOKUP_LENGTHS, progress)}
+    costs = {1: measure_costs(context, tree_context, trees, LOOKUP_LENGTHS, progress)}
     for size in effort.batch_sizes:
         if size not in costs:
             tokens = np.resize(middle, (size, middle.shape[1]))
@@ -358,7 +358,7 @@ def tune(
         return {draft: predict(recordings, costs[1], draft) * correction for draft in drafts}
 
     speeds = predicted([*singles, *trees])
-    speeds |= predicted(with_lookups(best_of(speeds, _WITH_LOOKUPS)))
+    speeds |= predicted(with_lookups(best_of(speeds, WITH_LOOKUPS)))
     drafts = best_of(speeds, effort.confirm)
     measured = _measure(target, adapter, prompts, drafts, effort, progress, "confirming")
     settings = []
