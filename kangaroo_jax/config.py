@@ -376,9 +376,7 @@ class SynthesisConfig:
         if self.seed >= 2**32:
             raise InputError(f"data.synthesis.seed: expected less than 2**32, found {self.seed}")
         if self.openings and self.texts:
-            raise InputError(
-                "data.synthesis.openings: is for questions, but there are texts to continue; give one"
-            )
+            raise InputError("data.synthesis.openings: is for questions, but there are texts to continue; give one")
 
 
 @dataclasses.dataclass(frozen=True)
