@@ -116,6 +116,8 @@ class DecideConfig:
         that a round reads.
       acceptance: chance that a drafted token is accepted, for sequences that know nothing of their own yet.
       machine: that the costs were measured on; "" where they were not.
+      from_slots: engines of fewer slots keep to gamma and eta, for where these were measured to be faster. In a batch
+        they hardly are: all sequences wait for the longest draft.
 
     Raises:
       InputError: for a value out of range, or a batch size that is there twice.
@@ -124,8 +126,10 @@ class DecideConfig:
     costs: tuple[RoundCosts, ...] = ()
     acceptance: float = 0.7
     machine: str = ""
+    from_slots: int = 1
 
     def __post_init__(self) -> None:
+        check_count("from_slots", self.from_slots)
         if not is_number(self.acceptance) or not 0 <= self.acceptance <= 1:
             raise InputError(f"acceptance must be between 0 and 1, found {self.acceptance!r}")
         if not isinstance(self.machine, str):
@@ -180,6 +184,12 @@ class DraftConfig:
                 f"tree_budget must be at least max_draft_len ({self.max_draft_len}), or the deepest path cannot be "
                 f"verified; found {self.tree.budget}"
             )
+
+    def at(self, slots: int) -> DraftConfig:
+        """What it comes to in an engine of so many slots: without deciding where that is for more of them."""
+        if self.decide is None or slots >= self.decide.from_slots:
+            return self
+        return dataclasses.replace(self, decide=None)
 
     def __str__(self) -> str:
         """How a report names it: gamma, eta or deciding, a tree's shape, and look-ups."""

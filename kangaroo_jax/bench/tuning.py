@@ -290,6 +290,9 @@ class Tuning:
       costs: by batch size, which sequences decide by how far to draft.
       acceptance: share of the drafted tokens that were accepted, of those whose predecessors were, with the best
         predicted single sequence.
+      deciding: measured speed-up where each sequence decides how far to draft, otherwise as the best predicted setting
+        without a tree.
+      beside: that of this setting itself.
     """
 
     reference: DraftConfig
@@ -298,10 +301,13 @@ class Tuning:
     batches: dict[int, tuple[DraftConfig, float]]
     costs: tuple[RoundCosts, ...]
     acceptance: float
+    deciding: float
+    beside: float
 
     def decide(self, machine: str) -> DecideConfig:
-        """What decode.json says about deciding how far to draft. `machine`: this one."""
-        return DecideConfig(self.costs, self.acceptance, machine)
+        """What decode.json says about deciding how far to draft: in batches, and alone where it was measured to be as
+        fast as not. `machine`: this one."""
+        return DecideConfig(self.costs, self.acceptance, machine, 1 if self.deciding >= self.beside else 2)
 
     @property
     def fastest(self) -> TunedSetting:
@@ -359,12 +365,6 @@ def tune(
 
     speeds = predicted([*singles, *trees])
     speeds |= predicted(with_lookups(best_of(speeds, WITH_LOOKUPS)))
-    drafts = best_of(speeds, effort.confirm)
-    measured = _measure(target, adapter, prompts, drafts, effort, progress, "confirming")
-    settings = []
-    for draft, speedup in zip(drafts, measured, strict=True):
-        steps, committed = mean_round(recordings, draft)
-        settings.append(TunedSetting(draft, committed, steps, speeds[draft], speedup))
     batches = {}
     for size in sorted(costs):
         of_size = {draft: predict(recordings, costs[size], draft) * correction for draft in singles}
@@ -373,7 +373,17 @@ def tune(
     parts_read = context.bytes
     shallow = parts_read.shallow / parts_read.plain_step
     in_plain_steps = tuple(costs[size].in_plain_steps(size, shallow) for size in sorted(costs))
-    return Tuning(_REFERENCE, correction, settings, batches, in_plain_steps, acceptance(recordings, batches[1][0]))
+    accepted = acceptance(recordings, batches[1][0])
+    drafts = best_of(speeds, effort.confirm)
+    best = max((draft for draft in drafts if draft.tree is None), key=speeds.get)
+    deciding = dataclasses.replace(best, decide=DecideConfig(in_plain_steps, accepted))
+    *measured, decided = _measure(target, adapter, prompts, [*drafts, deciding], effort, progress, "confirming")
+    settings = []
+    for draft, speedup in zip(drafts, measured, strict=True):
+        steps, committed = mean_round(recordings, draft)
+        settings.append(TunedSetting(draft, committed, steps, speeds[draft], speedup))
+    beside = measured[drafts.index(best)]
+    return Tuning(_REFERENCE, correction, settings, batches, in_plain_steps, accepted, decided, beside)
 
 
 def _measure(

@@ -128,6 +128,10 @@ def _print(tuning: Tuning) -> None:
             f"{setting.predicted / setting.measured - 1:6.0%}"
         )
     print(lookup_note([setting.draft for setting in tuning.settings]))
+    print(
+        f"where each sequence decides how far to draft, the best predicted setting without a tree has "
+        f"{tuning.deciding:.2f}, and with gamma and eta {tuning.beside:.2f}"
+    )
     for size, (draft, speed) in tuning.batches.items():
         print(f"batch {size}: the best of a single sequence is predicted to be gamma {draft.max_draft_len}, ", end="")
         print(f"eta {draft.threshold}, {speed:.2f} times plain decoding")
