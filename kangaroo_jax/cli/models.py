@@ -53,8 +53,8 @@ def load_adapter_of(target: Target, path: str | None) -> TrainedAdapter:
 
 
 def draft_of(draft: DraftConfig, slots: int) -> DraftConfig:
-    """How an engine of so many slots drafts (`DraftConfig.at`). Says which costs of rounds its sequences decide by, where
-    those were not measured at this batch size and here."""
+    """How an engine of so many slots drafts (`DraftConfig.at`). Says which costs of rounds its sequences decide by,
+    where those are of another batch size or machine."""
     draft = draft.at(slots)
     if draft.decide is None:
         return draft
