@@ -116,6 +116,8 @@ class DecideConfig:
         that a round reads.
       acceptance: chance that a drafted token is accepted, for sequences that know nothing of their own yet.
       machine: that the costs were measured on; "" where they were not.
+      from_slots: engines of fewer slots keep to gamma and eta, for where these were measured to be faster. In a batch
+        they hardly are: all sequences wait for the longest draft.
 
     Raises:
       InputError: for a value out of range, or a batch size that is there twice.
@@ -124,8 +126,10 @@ class DecideConfig:
     costs: tuple[RoundCosts, ...] = ()
     acceptance: float = 0.7
     machine: str = ""
+    from_slots: int = 1
 
     def __post_init__(self) -> None:
+        check_count("from_slots", self.from_slots)
         if not is_number(self.acceptance) or not 0 <= self.acceptance <= 1:
             raise InputError(f"acceptance must be between 0 and 1, found {self.acceptance!r}")
         if not isinstance(self.machine, str):
@@ -180,6 +184,12 @@ class DraftConfig:
                 f"tree_budget must be at least max_draft_len ({self.max_draft_len}), or the deepest path cannot be "
                 f"verified; found {self.tree.budget}"
             )
+
+    def at(self, slots: int) -> DraftConfig:
+        """What it comes to in an engine of so many slots: without deciding where that is for more of them."""
+        if self.decide is None or slots >= self.decide.from_slots:
+            return self
+        return dataclasses.replace(self, decide=None)
 
     def __str__(self) -> str:
         """How a report names it: gamma, eta or deciding, a tree's shape, and look-ups."""
@@ -337,11 +347,15 @@ class SynthesisConfig:
       temperature: of the questions.
       top_p: of the questions.
       answer_temperature: of the sampled answers.
-      question_tokens: at most so many in a question; a question that is cut there is left out.
+      question_tokens: at most so many in a question, besides its opening; a question that is cut there is left out.
       answer_tokens: at most so many in an answer; a conversation ends with an answer that is cut there.
       conversation_tokens: at most so many in a conversation that the target asks itself. One long conversation makes
         the caches of all that are decoded with it as long.
       batch_size: sequences decoded together; nothing that is written depends on it.
+      openings: file of beginnings of questions, one on a line: each conversation's first question begins with one of
+        them, which is drawn evenly, and the target writes the rest. An empty line leaves the question to the target,
+        and so does an empty name. They say what is asked about: without them, a small model hardly ever asks for a
+        translation or a summary.
       texts: for a base model, which has no chat template: texts that it continues, as `data.files` names them. A record
         is then a text: it begins with up to `question_tokens` tokens of one, and has up to `answer_tokens` new ones.
 
@@ -361,6 +375,7 @@ class SynthesisConfig:
     answer_tokens: int = 512
     conversation_tokens: int = 1000
     batch_size: int = 16
+    openings: str = ""
     texts: str = ""
 
     def __post_init__(self) -> None:
@@ -370,6 +385,8 @@ class SynthesisConfig:
                 raise InputError(f"data.synthesis.{name}: expected a share of at most 1, found {getattr(self, name)}")
         if self.seed >= 2**32:
             raise InputError(f"data.synthesis.seed: expected less than 2**32, found {self.seed}")
+        if self.openings and self.texts:
+            raise InputError("data.synthesis.openings: is for questions, but there are texts to continue; give one")
 
 
 @dataclasses.dataclass(frozen=True)

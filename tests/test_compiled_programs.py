@@ -24,14 +24,14 @@ CACHE, MLP = "1,2,256,128", "128,2,384"
 
 
 @functools.cache
-def compiled(machine, model_parallel=1):
+def compiled(machine, model_parallel=1, batch=1):
     """Texts and reports of rounds with drafts and of plain ones, in bfloat16."""
     module = _MODULES[machine.partition(":")[0]]
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed")
     found = find_machine(machine)
     mesh = sharding.decoding_mesh(model_parallel, found.devices)
-    work = Work(CONFIG, None, "bfloat16", DraftConfig(2, 2), 64, 32, found, mesh)
+    work = Work(CONFIG, None, "bfloat16", DraftConfig(2, 2), 64, 32, found, mesh, batch)
     texts, body = {}, program.body
     with pytest.MonkeyPatch.context() as patch:
         reports = {}
@@ -80,3 +80,16 @@ def test_with_tensor_parallelism_no_weight_is_gathered(machine):
         assert report.collectives["all-reduce"].count > 0
         gathered = report.collectives.get("all-gather")
         assert gathered is None or gathered.num_bytes <= 8 * CONFIG.vocab_size  # plain rounds may gather logits
+
+
+@pytest.mark.parametrize(("machine", "model_parallel"), [("v5e:1x1", 1), ("v5e:2x2", 2), ("h100", 1)])
+def test_a_batch_is_written_to_its_caches_without_a_loop_over_sequences(machine, model_parallel):
+    """The loops are that of rounds and, inside, that of draft steps."""
+
+    def loops(body):
+        return [(loop.name, loops(loop)) for loop in body.loops]
+
+    _, reports = compiled(machine, model_parallel, 8)
+    (drafting,) = loops(reports["rounds"].body)[0][1]
+    assert (len(reports["rounds"].body.loops), drafting) == (1, ("jit(run_rounds)/while/body/draft/while", []))
+    assert [inner for _, inner in loops(reports["plain_rounds"].body)] == [[]]

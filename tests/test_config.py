@@ -113,6 +113,13 @@ def test_a_tree_and_look_ups_are_refused_wherever_they_come_from() -> None:
 DECIDES = DraftConfig(2, 6, 0.3, decide=DecideConfig((RoundCosts(1, 0.1, ((1, 1.0),), 0.1),), 0.8, "a machine"))
 
 
+def test_sequences_decide_from_so_many_slots_on_and_at_any_where_it_is_asked_for() -> None:
+    some = dataclasses.replace(DECIDES, decide=dataclasses.replace(DECIDES.decide, from_slots=4))
+    assert [some.at(slots).decide is None for slots in (1, 3, 4, 16)] == [True, True, False, False]
+    assert DECIDES.at(1) == DECIDES
+    assert DraftOverrides(decide=True).over(some).at(1).decide == DECIDES.decide
+
+
 @pytest.mark.parametrize(
     ("given", "over_single", "over_deciding"),
     [

@@ -52,6 +52,7 @@ def test_a_device_reads_and_multiplies_its_part_of_what_is_split():
         draft_step=read + adapter_read + head,
         verification=read + head,
         head=head,
+        adapter=adapter_read,
     )
     # Two queries share each key: 2 products of 2 operations each, for keys and for values.
     work, head_work = 3 * 2 * layer + 2 * 2 * cached, 3 * head
@@ -61,6 +62,7 @@ def test_a_device_reads_and_multiplies_its_part_of_what_is_split():
         draft_step=work + 3 * attention + 2 * 2 * cached + head_work,
         verification=work + head_work,
         head=head_work,
+        adapter=3 * attention + 2 * 2 * cached,
     )
 
 
@@ -74,10 +76,10 @@ def test_a_part_takes_the_longer_of_reading_and_multiplying_and_what_it_starts()
 
 
 def test_the_cost_of_a_round_follows_from_its_parts():
-    counted = PartCounts(1000, 100, 150, 950, 50), PartCounts(10, 1, 2, 9, 1)
+    counted = PartCounts(1000, 100, 150, 950, 50, 30), PartCounts(10, 1, 2, 9, 1, 1)
     work = RoundWork(*(Launched(n, 10 * n) for n in (16, 2, 4, 14)))
     prefill = part("prefill", 1, 1, LIMITS, "float32")
-    settings = {"width": 4, "rows": 1, "max_draft_len": 3, "batch": 5}
+    settings = {"width": 4, "rows": 1, "max_draft_len": 3, "batch": 5, "cached": 600}
     found = decoding_prediction(PartPredictor(LIMITS, "float32", *counted, work), prefill, **settings)
     assert found.times.plain_step == 1000 / 50 + 16 * 0.125
     drafted = 3 * (150 / 50 + 4 * 0.125 + 0.25)

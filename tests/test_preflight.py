@@ -104,6 +104,23 @@ def test_a_program_that_the_compiler_finds_no_room_for_does_not_fit(monkeypatch,
     assert out.endswith("\ndoes not fit\n")
 
 
+def test_weights_and_caches_that_a_device_cannot_hold_need_no_compiler(monkeypatch, capsys):
+    def report(memory):
+        return decoding(str(TARGET), "float32", DraftConfig(2, 2), 64, 32, 1, Machine("here", jax.devices(), memory))
+
+    monkeypatch.setattr("kangaroo_jax.preflight.decoding.compiled", lambda *_: pytest.fail("was compiled"))
+    attention, norms, cache = 128 * (128 * 2 + 64 * 2), 2 * 128, 2 * 64 * 128
+    layer, adapter = attention + 3 * 128 * 352 + norms, attention + norms
+    least = 4 * (8 * layer + adapter + 9 * cache + 2 * 259 * 128 + 128)
+    found = report(least)
+    assert found.fits is False
+    assert least < found.programs[0].arguments < 1.001 * least  # tokens, lengths and the like are more
+    assert show(found) is False
+    assert "\n  no room: weights and caches alone take 0.01 GiB of a device's 0.01\n" in capsys.readouterr().out
+    with pytest.raises(pytest.fail.Exception, match="was compiled"):
+        report(1.001 * least)
+
+
 @pytest.mark.parametrize("name", ["v5e", "v5e:4x", "v9:2x2", "v5e:0x4", "gpu", "h100:0", "h100:2x2", "rtx:8"])
 def test_machines_that_are_none_are_named(name):
     known = r"expected local, GPUs \(h100, h200, a100-80, b200; .*\), or a TPU topology: one of v5e, v5p, v6e, tpu7x"
@@ -155,7 +172,7 @@ def test_a_prompt_longer_than_the_targets_context_is_named():
 
 def test_targets_of_unknown_shape_are_named():
     config = configured(SMALL, target="no_such_shape")
-    with pytest.raises(InputError, match=r"no_such_shape: no folder with config\.json.*llama7b, llama13b, llama3_8b"):
+    with pytest.raises(InputError, match=r"no_such_shape: no folder with config\.json.*llama7b, llama7b_32k, llama13b"):
         training(config, Machine("here", jax.devices(), memory=1))
 
 

@@ -21,6 +21,10 @@ MISTAKES = [
     ),
     (["--model={model}", "--output={folder}/a.jsonl", "--template=x"], "--template: expected vicuna_v1.1, llama-2"),
     (["--model={model}", "--output={folder}/a.jsonl", "--prompts=x", "--texts=y"], "--prompts and --texts were both"),
+    (
+        ["--model={model}", "--output={folder}/a.jsonl", "--prompts=x", "--openings=y"],
+        "--prompts and --openings were both",
+    ),
     (["--model={model}", "--output={folder}/a.jsonl", "--prompts=x.jsonl"], "x.jsonl: no such file"),
     (["--model={folder}/none", "--output={folder}/a.jsonl"], "none"),
     (["--model={model}", "--output={folder}/b.jsonl", "--seed=2"], "its answers were made with seed 0, not 2; give"),

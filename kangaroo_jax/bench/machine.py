@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from kangaroo_jax.engine.programs import compiler_options
 
+_FEW_ROWS = 8
+
 
 def describe(*packages: str) -> str:
     """One line: processor or accelerator, threads, and the versions of Python, JAX and the installed `packages`."""
@@ -62,10 +64,21 @@ def seconds_per_call(call: Callable[[], object], repeats: int = 7) -> float:
 def read_bandwidth(num_bytes: int, dtype: jnp.dtype) -> float:
     """Bytes per second at which the default device reads a working set of this size. It multiplies the matrices of the
     set with a vector, several times: the accesses of a plain step, with nothing between the products."""
+    return num_bytes / _sweep_seconds(num_bytes, dtype, 1)
+
+
+def few_rows_peak(num_bytes: int, dtype: jnp.dtype) -> float:
+    """Floating-point operations per second of products of a few rows with a working set of this size: those of a
+    verification, which on a CPU are far slower than large square ones."""
+    return 2 * _FEW_ROWS * num_bytes / jnp.dtype(dtype).itemsize / _sweep_seconds(num_bytes, dtype, _FEW_ROWS)
+
+
+def _sweep_seconds(num_bytes: int, dtype: jnp.dtype, rows: int) -> float:
+    """Seconds of products of so many rows with matrices of `num_bytes`, one after another."""
     width = 1024 if num_bytes < 2**28 else 4096
     size = width * width * jnp.dtype(dtype).itemsize
     count = max(1, num_bytes // size)
-    sweeps = max(2, 2**30 // (count * size))
+    sweeps = max(2, 2**30 // (count * size * rows))
     matrices = [(jax.random.normal(jax.random.key(i), (width, width)) / width**0.5).astype(dtype) for i in range(count)]
 
     @functools.partial(jax.jit, compiler_options=compiler_options(jax.default_backend()))
@@ -77,8 +90,8 @@ def read_bandwidth(num_bytes: int, dtype: jnp.dtype) -> float:
 
         return jax.lax.fori_loop(0, sweeps, body, x)
 
-    x = jnp.ones((1, width), dtype)
-    return sweeps * count * size / seconds_per_call(lambda: sweep(x, matrices))
+    x = jnp.ones((rows, width), dtype)
+    return seconds_per_call(lambda: sweep(x, matrices)) / (sweeps * count * size) * num_bytes
 
 
 def copy_bandwidth(num_bytes: int) -> float:

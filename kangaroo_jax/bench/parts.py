@@ -94,11 +94,20 @@ class Context:
     @property
     def bytes(self) -> PartCounts:
         """What each part reads."""
+        return PartCounts.of_bytes(self.model, self.adapter, self.exit_layer, self._cached)
+
+    @property
+    def operations(self) -> PartCounts:
+        """Floating-point operations of each part's matrix products, for one position of each sequence."""
+        return PartCounts.of_operations(self.model, self.adapter, self.exit_layer, len(self.tokens), self._cached)
+
+    @property
+    def _cached(self) -> list[int]:
+        """Numbers in the caches of each layer."""
         config = self.model.config
         position = 2 * len(self.tokens) * config.num_key_value_heads * config.head_dim
         places = [min(ring or self.capacity, self.capacity) for ring in self.rings or (None,) * len(self.model.layers)]
-        cached = [position * count for count in places]
-        return PartCounts.of_bytes(self.model, self.adapter, self.exit_layer, cached)
+        return [position * count for count in places]
 
     def with_draft_vocabulary(self, size: int) -> Context:
         """The same, with an adapter that drafts from the first `size` tokens only (any will do to time it)."""

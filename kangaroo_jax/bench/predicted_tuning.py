@@ -1,5 +1,6 @@
-"""Finds the fastest way to draft with an adapter on a machine that is not here: gamma and eta of a single sequence, or
-of a tree with its K and budget, with the adapter's draft vocabulary or with the complete one.
+"""Finds the fastest way to draft with an adapter on a machine that is not here: gamma and eta of a single sequence,
+alone or with look-ups, or of a tree with its K and budget; with the adapter's draft vocabulary or with the complete
+one.
 
 What the target accepts is recorded on this machine, as `tuning` does. What rounds cost is predicted for the other
 (`preflight`). Both go into the same search; nothing is measured.
@@ -16,6 +17,8 @@ from kangaroo_jax.bench.progress import Progress, silent
 from kangaroo_jax.bench.tuning import (
     DRAFT_LENGTHS,
     LEVELS,
+    LOOKUP_LENGTHS,
+    WITH_LOOKUPS,
     Costs,
     Recording,
     acceptance,
@@ -24,6 +27,7 @@ from kangaroo_jax.bench.tuning import (
     predict,
     record_all,
     single_sequences,
+    with_lookups,
 )
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
@@ -83,7 +87,8 @@ class PredictedTuning:
     """What was found.
 
     Attributes:
-      settings: the best single sequences of each draft vocabulary, and the best setting of each of the best trees.
+      settings: of each draft vocabulary the best single sequences, the best setting with each of the best look-ups, and
+        that of each of the best trees.
       batches: batch size -> the best single sequence.
       costs: predicted, by draft vocabulary and batch size.
       acceptance: by draft vocabulary, as `tuning.Tuning.acceptance`.
@@ -133,6 +138,8 @@ def predicted_costs(
     costs = Costs(singles.plain_step().seconds, step, {}, platform=platform)
     for count in DRAFT_LENGTHS:
         costs.rounds[count] = count * step + singles.shallow().seconds + verification(singles, count + 1)
+    for count in LOOKUP_LENGTHS:
+        costs.lookup_rounds[count] = singles.looking_up(count).seconds + verification(singles, count + 1)
     for shape in shapes:
         predictor = trees[shape.topk]
         level = costs.tree_levels[shape.topk] = predictor.draft_step(shape.topk).seconds
@@ -150,6 +157,8 @@ def search(
     costs: Mapping[int, Costs],
     drafts: Sequence[DraftConfig],
     count: int,
+    *,
+    lookups: bool = False,
 ) -> list[PredictedSetting]:
     """The best of `drafts` by predicted speed: of each draft vocabulary, as `best_of` of `count`.
 
@@ -158,10 +167,14 @@ def search(
       costs: the same for what rounds cost.
       drafts: settings that are considered.
       count: how many of each kind.
+      lookups: whether the best single sequences are considered with look-ups too.
     """
     found = []
     for vocabulary, recorded in recordings.items():
         speeds = {draft: predict(recorded, costs[vocabulary], draft) for draft in drafts}
+        if lookups:
+            looking_up = with_lookups(best_of(speeds, WITH_LOOKUPS))
+            speeds |= {draft: predict(recorded, costs[vocabulary], draft) for draft in looking_up}
         for draft in best_of(speeds, count):
             steps, committed = mean_round(recorded, draft)
             found.append(PredictedSetting(draft, vocabulary, committed, steps, speeds[draft]))
@@ -188,7 +201,7 @@ def tune_for(
       exit_layer: number of shallow layers.
       prompts: calibration prompts, token ids.
       trees: from `tuning.settings_of_trees`.
-      count: of the best settings that are returned, of single sequences and of trees.
+      count: of the best settings that are returned, of single sequences, look-ups and trees.
       batch_sizes: that the best single sequence is also found for; 1 is among them in any case.
       progress: shows how far each of the phases is.
 
@@ -242,7 +255,7 @@ def tune_for(
     alone = {vocabulary: costs[vocabulary][1] for vocabulary in variants}
     best = {setting.vocabulary: setting.draft for setting in search(recordings, alone, singles, 1)}
     return PredictedTuning(
-        search(recordings, alone, [*singles, *trees], count),
+        search(recordings, alone, [*singles, *trees], count, lookups=True),
         batches,
         costs,
         {vocabulary: acceptance(recordings[vocabulary], draft) for vocabulary, draft in best.items()},

@@ -1,4 +1,5 @@
-"""What each part of decoding costs, against the machine's limits, and the speed-up that follows."""
+"""What each part of decoding costs, against the machine's limits and what preflight's model predicts from them, and the
+speed-up that follows."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ from kangaroo_jax.config import DraftConfig, TreeConfig
 from kangaroo_jax.engine.part_costs import PartTimes
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.target import TargetModel
+from kangaroo_jax.preflight import machines
+from kangaroo_jax.preflight.prediction import Part, PartPredictor
 
 _ROOM = 128  # positions in the caches beyond the context
 
@@ -71,13 +74,15 @@ class Limits:
       num_bytes: the working set that bandwidths are for: what a plain step reads.
       read: bytes per second.
       copy: bytes per second, read and written together.
-      products: floating-point operations per second of matrix products.
+      products: floating-point operations per second of large matrix products.
+      few_rows: the same of products of a few rows.
     """
 
     num_bytes: int
     read: float
     copy: float
     products: float
+    few_rows: float
 
 
 def measure_limits(context: parts.Context) -> Limits:
@@ -88,16 +93,25 @@ def measure_limits(context: parts.Context) -> Limits:
         machine.read_bandwidth(num_bytes, dtype),
         machine.copy_bandwidth(num_bytes),
         machine.matmul_peak(dtype),
+        machine.few_rows_peak(num_bytes, dtype),
     )
+
+
+def predictor(context: parts.Context, limits: Limits) -> PartPredictor:
+    """Preflight's model of the parts, with measured limits in place of a maker's, and nothing to start."""
+    dtype = str(context.model.dtype)
+    here = machines.Limits(limits.read, {dtype: limits.few_rows})
+    return PartPredictor(here, dtype, context.bytes, context.operations, None)
 
 
 @dataclasses.dataclass(frozen=True)
 class PartCost:
-    """One part: its name, its seconds, and the bytes it reads."""
+    """One part: its name, its seconds, the bytes it reads, and the seconds that the model predicts."""
 
     name: str
     seconds: float
     num_bytes: int
+    predicted: float
 
 
 Report = Callable[[PartCost], None]
@@ -107,6 +121,7 @@ def measure_parts(
     context: parts.Context,
     widths: Sequence[int],
     max_draft_len: int,
+    limits: Limits,
     report: Report,
     draft_vocabulary: int = 0,
 ) -> PartTimes:
@@ -116,25 +131,30 @@ def measure_parts(
       context: what to measure.
       widths: of verification passes, besides that of a full round.
       max_draft_len: gamma.
+      limits: of the machine.
       report: called with each part as soon as it is measured, the plain step first.
       draft_vocabulary: size of a draft vocabulary to measure a draft step with as well; 0 for none.
     """
-    size = context.bytes
+    model = predictor(context, limits)
     plain = parts.plain_step_seconds(context)
-    report(PartCost("plain step", plain, size.plain_step))
+    report(_cost(plain, model.plain_step()))
     shallow, draft_step = _shallow_and_draft_step(context, max_draft_len)
-    report(PartCost("shallow pass", shallow, size.shallow))
-    report(PartCost("draft step", draft_step, size.draft_step))
+    report(_cost(shallow, model.shallow()))
+    report(_cost(draft_step, model.draft_step()))
     reduced_step = None
     if draft_vocabulary:
         reduced = context.with_draft_vocabulary(draft_vocabulary)
         _, reduced_step = _shallow_and_draft_step(reduced, max_draft_len)
-        report(PartCost(f"with {draft_vocabulary} tokens", reduced_step, reduced.bytes.draft_step))
+        report(_cost(reduced_step, predictor(reduced, limits).draft_step(), f"with {draft_vocabulary} tokens"))
     verification = {}
     for width in sorted({*widths, max_draft_len + 1}):
         verification[width] = parts.verification_seconds(context, width)
-        report(PartCost(f"verification of {width}", verification[width], size.verification))
+        report(_cost(verification[width], model.verification(width, compiled=True)))
     return PartTimes(plain, shallow, draft_step, reduced_step, verification)
+
+
+def _cost(seconds: float, predicted: Part, name: str = "") -> PartCost:
+    return PartCost(name or predicted.name, seconds, predicted.num_bytes, predicted.seconds)
 
 
 def _shallow_and_draft_step(context: parts.Context, max_draft_len: int) -> tuple[float, float]:
@@ -144,23 +164,27 @@ def _shallow_and_draft_step(context: parts.Context, max_draft_len: int) -> tuple
     return one - draft_step, draft_step
 
 
-def measure_trees(context: parts.Context, trees: Sequence[TreeConfig], levels: int, report: Report) -> None:
+def measure_trees(
+    context: parts.Context, trees: Sequence[TreeConfig], levels: int, limits: Limits, report: Report
+) -> None:
     """Times one more level for each K, and the verification of each tree.
 
     Args:
       context: from `with_room_for`.
       trees: to measure.
       levels: depth of the trees, at least 2.
+      limits: of the machine.
       report: called with each part as soon as it is measured.
     """
+    model = predictor(context, limits)
     for topk in sorted({tree.topk for tree in trees}):
         one, deep = (parts.growth_seconds(context, topk, depth) for depth in (1, levels))
-        report(PartCost(f"tree level of {topk}", (deep - one) / (levels - 1), context.bytes.draft_step))
+        report(_cost((deep - one) / (levels - 1), model.draft_step(topk), f"tree level of {topk}"))
     several = len({tree.topk for tree in trees}) > 1
     for tree in trees:
         seconds = parts.tree_verification_seconds(context, tree, levels)
         name = f"verification of tree {tree.drafted(levels)}" + (f", K {tree.topk}" if several else "")
-        report(PartCost(name, seconds, context.bytes.verification))
+        report(_cost(seconds, model.verification(1 + tree.drafted(levels), compiled=True), name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,26 +205,33 @@ def measure_prefill(context: parts.Context) -> PrefillCost:
 
 @dataclasses.dataclass(frozen=True)
 class RoundCost:
-    """A complete round that drafts `drafts` tokens, or levels of `tree`: its seconds, and the sum of its parts'
-    seconds (None for a tree)."""
+    """A complete round that drafts `drafts` tokens, or levels of `tree`: its seconds, the sum of its parts' seconds
+    (None for a tree), and the seconds that the model predicts."""
 
     drafts: int
     tree: TreeConfig | None
     seconds: float
     parts_seconds: float | None
+    predicted: float
 
 
-def measure_rounds(context: parts.Context, times: PartTimes, max_draft_len: int) -> Iterator[RoundCost]:
+def measure_rounds(context: parts.Context, times: PartTimes, max_draft_len: int, limits: Limits) -> Iterator[RoundCost]:
     """Complete rounds of single sequences, of the draft lengths that fill a verification pass."""
     widths = parts.verification_widths(DraftConfig(None, max_draft_len))
+    model = predictor(context, limits)
     for drafts in sorted({1, *(width - 1 for width in widths)}):
-        yield RoundCost(drafts, None, parts.round_seconds(context, drafts), times.round_seconds(drafts))
+        seconds, predicted = parts.round_seconds(context, drafts), model.round_seconds(drafts)
+        yield RoundCost(drafts, None, seconds, times.round_seconds(drafts), predicted)
 
 
-def measure_tree_rounds(context: parts.Context, trees: Sequence[TreeConfig], levels: int) -> Iterator[RoundCost]:
+def measure_tree_rounds(
+    context: parts.Context, trees: Sequence[TreeConfig], levels: int, limits: Limits
+) -> Iterator[RoundCost]:
     """Complete rounds of trees; `context` is from `with_room_for`."""
+    model = predictor(context, limits)
     for tree in trees:
-        yield RoundCost(levels, tree, parts.round_seconds(context, levels, tree), None)
+        seconds, predicted = parts.round_seconds(context, levels, tree), model.round_seconds(levels, tree)
+        yield RoundCost(levels, tree, seconds, None, predicted)
 
 
 def with_room_for(context: parts.Context, trees: Sequence[TreeConfig], levels: int) -> parts.Context:
@@ -217,23 +248,30 @@ def with_room_for(context: parts.Context, trees: Sequence[TreeConfig], levels: i
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """A plain step and a full round of `batch` sequences with `length` tokens each."""
+    """A plain step and a full round of `batch` sequences with `length` tokens each, and what the model predicts."""
 
     batch: int
     length: int
     plain_step: float
     plain_bytes: int
     round: float
+    predicted_plain_step: float
+    predicted_round: float
 
 
-def measure_growth(model: MeasuredModel, settings: Sequence[tuple[int, int]], max_draft_len: int) -> Iterator[Growth]:
+def measure_growth(
+    model: MeasuredModel, settings: Sequence[tuple[int, int]], max_draft_len: int, limits: Limits
+) -> Iterator[Growth]:
     """How the times grow with batch and context: a row per (batch, length)."""
     for batch, length in settings:
         context = model.context(batch, length)
+        predicted = predictor(context, limits)
         yield Growth(
             batch,
             length,
             parts.plain_step_seconds(context),
             context.bytes.plain_step,
             parts.round_seconds(context, max_draft_len),
+            predicted.plain_step().seconds,
+            predicted.round_seconds(max_draft_len),
         )

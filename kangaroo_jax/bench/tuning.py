@@ -35,9 +35,9 @@ _TREE_THRESHOLDS = (0.0, 0.01, 0.02, 0.03, *_THRESHOLDS[1:])
 LEVELS = 6  # levels of the trees that are timed
 # Lengths of look-ups, whose verification is of such a width too; the fewest last tokens that have to be found, and the
 # most that are searched for; and with how many of the best single sequences they are considered.
-_LOOKUP_LENGTHS = (4, 8, 12)
+LOOKUP_LENGTHS = (4, 8, 12)
 _NGRAMS = tuple((fewest, LookupConfig().max_ngram) for fewest in (1, 2, 3, 4))
-_WITH_LOOKUPS = 12
+WITH_LOOKUPS = 12
 # The setting whose measured speed corrects the predictions: the paper's eta, and drafts whose lengths vary.
 _REFERENCE = DraftConfig(None, 4, 0.6)
 
@@ -177,7 +177,7 @@ def record_all(
     """What the target accepts on one prompt, of single sequences, look-ups and `trees`."""
     topks = sorted({draft.tree.topk for draft in trees})
     deepest = max((draft.max_draft_len for draft in trees), default=1)
-    found = record_found(target, prompt, max_new_tokens, [LookupConfig(_LOOKUP_LENGTHS[-1], *x) for x in _NGRAMS])
+    found = record_found(target, prompt, max_new_tokens, [LookupConfig(LOOKUP_LENGTHS[-1], *x) for x in _NGRAMS])
     return Recording(
         record(target, adapter, prompt, max_new_tokens, DRAFT_LENGTHS[-1]),
         record_trees(target, adapter, prompt, max_new_tokens, deepest, topks),
@@ -222,7 +222,7 @@ def settings_of_trees(topks: Sequence[int], budgets: Sequence[int]) -> list[Draf
 
 def with_lookups(drafts: Sequence[DraftConfig]) -> list[DraftConfig]:
     """The single sequences among these, with every look-up that is considered."""
-    lookups = [LookupConfig(most, *ngrams) for most in _LOOKUP_LENGTHS for ngrams in _NGRAMS]
+    lookups = [LookupConfig(most, *ngrams) for most in LOOKUP_LENGTHS for ngrams in _NGRAMS]
     return [dataclasses.replace(draft, lookup=x) for draft in drafts if draft.tree is None for x in lookups]
 
 
@@ -290,6 +290,9 @@ class Tuning:
       costs: by batch size, which sequences decide by how far to draft.
       acceptance: share of the drafted tokens that were accepted, of those whose predecessors were, with the best
         predicted single sequence.
+      deciding: measured speed-up where each sequence decides how far to draft, otherwise as the best predicted setting
+        without a tree.
+      beside: that of this setting itself.
     """
 
     reference: DraftConfig
@@ -298,10 +301,13 @@ class Tuning:
     batches: dict[int, tuple[DraftConfig, float]]
     costs: tuple[RoundCosts, ...]
     acceptance: float
+    deciding: float
+    beside: float
 
     def decide(self, machine: str) -> DecideConfig:
-        """What decode.json says about deciding how far to draft. `machine`: this one."""
-        return DecideConfig(self.costs, self.acceptance, machine)
+        """What decode.json says about deciding how far to draft: in batches, and alone where it was measured to be as
+        fast as not. `machine`: this one."""
+        return DecideConfig(self.costs, self.acceptance, machine, 1 if self.deciding >= self.beside else 2)
 
     @property
     def fastest(self) -> TunedSetting:
@@ -344,7 +350,7 @@ def tune(
         parts.Context(target.model, adapter.model, exit_layer, middle, parts.rounded_capacity(length + positions))
         for positions in (DRAFT_LENGTHS[-1] + 1, tree_positions)
     )
-    costs = {1: measure_costs(context, tree_context, trees, _LOOKUP_LENGTHS, progress)}
+    costs = {1: measure_costs(context, tree_context, trees, LOOKUP_LENGTHS, progress)}
     for size in effort.batch_sizes:
         if size not in costs:
             tokens = np.resize(middle, (size, middle.shape[1]))
@@ -358,13 +364,7 @@ def tune(
         return {draft: predict(recordings, costs[1], draft) * correction for draft in drafts}
 
     speeds = predicted([*singles, *trees])
-    speeds |= predicted(with_lookups(best_of(speeds, _WITH_LOOKUPS)))
-    drafts = best_of(speeds, effort.confirm)
-    measured = _measure(target, adapter, prompts, drafts, effort, progress, "confirming")
-    settings = []
-    for draft, speedup in zip(drafts, measured, strict=True):
-        steps, committed = mean_round(recordings, draft)
-        settings.append(TunedSetting(draft, committed, steps, speeds[draft], speedup))
+    speeds |= predicted(with_lookups(best_of(speeds, WITH_LOOKUPS)))
     batches = {}
     for size in sorted(costs):
         of_size = {draft: predict(recordings, costs[size], draft) * correction for draft in singles}
@@ -373,7 +373,17 @@ def tune(
     parts_read = context.bytes
     shallow = parts_read.shallow / parts_read.plain_step
     in_plain_steps = tuple(costs[size].in_plain_steps(size, shallow) for size in sorted(costs))
-    return Tuning(_REFERENCE, correction, settings, batches, in_plain_steps, acceptance(recordings, batches[1][0]))
+    accepted = acceptance(recordings, batches[1][0])
+    drafts = best_of(speeds, effort.confirm)
+    best = max((draft for draft in drafts if draft.tree is None), key=speeds.get)
+    deciding = dataclasses.replace(best, decide=DecideConfig(in_plain_steps, accepted))
+    *measured, decided = _measure(target, adapter, prompts, [*drafts, deciding], effort, progress, "confirming")
+    settings = []
+    for draft, speedup in zip(drafts, measured, strict=True):
+        steps, committed = mean_round(recordings, draft)
+        settings.append(TunedSetting(draft, committed, steps, speeds[draft], speedup))
+    beside = measured[drafts.index(best)]
+    return Tuning(_REFERENCE, correction, settings, batches, in_plain_steps, accepted, decided, beside)
 
 
 def _measure(

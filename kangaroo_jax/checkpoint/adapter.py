@@ -285,7 +285,8 @@ def read_draft_settings(folder: pathlib.Path) -> DraftConfig:
     Raises:
       InputError: for a file that is not an object of `max_draft_len` and `threshold` and, for a tree, `tree_topk` and
         `tree_budget` or, for look-ups, `lookup_tokens`, `lookup_min_ngram` and `lookup_max_ngram` and, to decide how
-        far to draft, `costs`, `acceptance` and `machine`, or values out of range.
+        far to draft, `costs`, `acceptance`, `machine` and, where few slots do not, `from_slots`, or values out of
+        range.
     """
     path = folder / DRAFT_SETTINGS
     if not path.exists():
@@ -300,7 +301,7 @@ def read_draft_settings(folder: pathlib.Path) -> DraftConfig:
         if tree is not None:
             settings.pop("machine", None)  # for the reader of the file
         if settings.keys() & set(_COSTS):
-            decide = _read_costs(*map(settings.pop, _COSTS))
+            decide = _read_costs(*map(settings.pop, _COSTS), settings.pop("from_slots", 1))
         gamma, eta = settings.pop("max_draft_len"), settings.pop("threshold")
         return DraftConfig(None, gamma, eta, tree, lookup, decide, **settings)
     except InputError as error:
@@ -314,13 +315,13 @@ def read_draft_settings(folder: pathlib.Path) -> DraftConfig:
         ) from None
 
 
-def _read_costs(costs: dict[str, Any], acceptance: float, machine: str) -> DecideConfig:
+def _read_costs(costs: dict[str, Any], acceptance: float, machine: str, from_slots: int) -> DecideConfig:
     """What decode.json says about deciding how far to draft."""
     by_size = [
         RoundCosts(int(size), verification=tuple((int(n), cost) for n, cost in one.pop("verification").items()), **one)
         for size, one in costs.items()
     ]
-    return DecideConfig(tuple(by_size), acceptance, machine)
+    return DecideConfig(tuple(by_size), acceptance, machine, from_slots)
 
 
 def _written_costs(decide: DecideConfig) -> dict[str, Any]:
@@ -333,7 +334,8 @@ def _written_costs(decide: DecideConfig) -> dict[str, Any]:
         }
         for one in decide.costs
     }
-    return dict(zip(_COSTS, (costs, decide.acceptance, decide.machine), strict=True))
+    written = dict(zip(_COSTS, (costs, decide.acceptance, decide.machine), strict=True))
+    return written if decide.from_slots == 1 else written | {"from_slots": decide.from_slots}
 
 
 def read_draft_vocabulary(folder: pathlib.Path, config: ModelConfig) -> np.ndarray | None:

@@ -30,8 +30,8 @@ _QWEN3 = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 1_000_000.0,
 }
-# From the config.json of Llama-2-7b, Llama-2-13b, Meta-Llama-3-8B, Llama-3.2-1B, Qwen3-8B, Qwen3-4B, Mistral-7B-v0.3
-# and, its text_config alone, gemma-3-12b-it; Vicuna's are Llama's.
+# From the config.json of Llama-2-7b, LLaMA-2-7B-32K, Llama-2-13b, Meta-Llama-3-8B, Llama-3.1-8B, Llama-3.2-1B,
+# Qwen3-8B, Qwen3-4B, Mistral-7B-v0.3 and, its text_config alone, gemma-3-12b-it; Vicuna's are Llama's.
 SHAPES = {
     "llama7b": _LLAMA2(
         hidden_size=4096,
@@ -39,6 +39,15 @@ SHAPES = {
         num_hidden_layers=32,
         num_attention_heads=32,
         num_key_value_heads=32,
+    ),
+    "llama7b_32k": _LLAMA2(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=32768,
+        rope_scaling=RopeScaling("linear", factor=8.0),
     ),
     "llama13b": _LLAMA2(
         hidden_size=5120,
@@ -59,6 +68,20 @@ SHAPES = {
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,
         rope_theta=500000.0,
+    ),
+    "llama31_8b": ModelConfig(
+        model_type="llama",
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling("llama3", factor=8.0),
     ),
     "llama3_1b": ModelConfig(
         model_type="llama",
@@ -120,6 +143,9 @@ _KNOWN = {
     "meta-llama/Llama-2-13b-chat-hf": "llama13b",
     "meta-llama/Meta-Llama-3-8B": "llama3_8b",
     "meta-llama/Meta-Llama-3-8B-Instruct": "llama3_8b",
+    "togethercomputer/LLaMA-2-7B-32K": "llama7b_32k",
+    "meta-llama/Llama-3.1-8B": "llama31_8b",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama31_8b",
     "Qwen/Qwen3-8B": "qwen3_8b",
     "Qwen/Qwen3-4B": "qwen3_4b",
     "mistralai/Mistral-7B-v0.3": "mistral_7b",

@@ -263,7 +263,7 @@ def _load(given: DraftOverrides) -> tuple[Target, TrainedAdapter | None, DraftCo
     import jax
 
     from kangaroo_jax import compilation_cache
-    from kangaroo_jax.cli.models import load_adapter_of, load_target_of, note_costs
+    from kangaroo_jax.cli.models import draft_of, load_adapter_of, load_target_of
     from kangaroo_jax.model import sharding
 
     compilation_cache.enable()
@@ -273,8 +273,7 @@ def _load(given: DraftOverrides) -> tuple[Target, TrainedAdapter | None, DraftCo
     if _PLAIN.value:
         return target, None, DraftConfig()
     adapter = load_adapter_of(target, _ADAPTER.value)
-    draft = given.over(adapter.draft)
-    note_costs(draft, 1 if _INPUT.value is None else _BATCH_SIZE.value)
+    draft = draft_of(given.over(adapter.draft), 1 if _INPUT.value is None else _BATCH_SIZE.value)
     return target, adapter, draft
 
 

@@ -87,7 +87,8 @@ class DraftOverrides:
         lookup = dataclasses.replace(written.lookup or LookupConfig(), **self._lookup()) if looks_up else None
         decide = None if self.threshold is not None or wants_tree else written.decide
         if self.decide is not None:
-            decide = (written.decide or DecideConfig()) if self.decide else None
+            # Asked for, it is done in an engine of any size.
+            decide = dataclasses.replace(written.decide or DecideConfig(), from_slots=1) if self.decide else None
         changed = {"tree": tree, "lookup": lookup, "decide": decide}
         if wants_tree != (written.tree is not None):
             changed["threshold"] = TREE_THRESHOLD if wants_tree else DraftConfig().threshold

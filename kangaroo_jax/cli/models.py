@@ -52,19 +52,22 @@ def load_adapter_of(target: Target, path: str | None) -> TrainedAdapter:
     return adapter
 
 
-def note_costs(draft: DraftConfig, slots: int) -> None:
-    """Says which costs of rounds sequences decide by, where they are not measured at this batch size and here."""
+def draft_of(draft: DraftConfig, slots: int) -> DraftConfig:
+    """How an engine of so many slots drafts (`DraftConfig.at`). Says which costs of rounds its sequences decide by,
+    where those are of another batch size or machine."""
+    draft = draft.at(slots)
     if draft.decide is None:
-        return
+        return draft
     if not draft.decide.costs:
         _note("costs of rounds are predicted; `python -m kangaroo_jax.bench tune` measures them")
-        return
+        return draft
     costs, here = draft.decide.nearest(slots), machine.name()
     if costs.batch_size != slots or draft.decide.machine != here:
         _note(
             f"how far to draft is decided by costs of batch {costs.batch_size} on {draft.decide.machine}, for batch "
             f"{slots} on {here}; `python -m kangaroo_jax.bench tune --batch_sizes={slots}` measures them"
         )
+    return draft
 
 
 def _note(message: str) -> None:

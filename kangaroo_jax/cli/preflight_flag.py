@@ -49,7 +49,7 @@ def show(report: Report) -> bool:
         for row, value in _rows(program).items():
             print(f"  {row:30}{value:>24}")
         if program.no_room is not None:
-            print(f"  the compiler found no room: {program.no_room}")
+            print(f"  no room: {program.no_room}")
     _print_verdict(report)
     if report.prediction is not None:
         print_prediction(report.prediction)

@@ -135,7 +135,7 @@ def _load() -> tuple[Target, TrainedAdapter | None, DraftConfig]:
     import jax
 
     from kangaroo_jax import compilation_cache
-    from kangaroo_jax.cli.models import load_adapter_of, load_target_of, note_costs
+    from kangaroo_jax.cli.models import draft_of, load_adapter_of, load_target_of
     from kangaroo_jax.model import sharding
 
     compilation_cache.enable()
@@ -144,8 +144,7 @@ def _load() -> tuple[Target, TrainedAdapter | None, DraftConfig]:
         mesh = sharding.decoding_mesh(_MODEL_PARALLEL.value, jax.local_devices(), 1)
     target = load_target_of(_MODEL.value, _DTYPE.value, mesh, _WEIGHTS.value)
     adapter = None if _PLAIN.value else load_adapter_of(target, _ADAPTER.value)
-    draft = DraftConfig() if adapter is None else adapter.draft
-    note_costs(draft, _MAX_BATCH.value)
+    draft = DraftConfig() if adapter is None else draft_of(adapter.draft, _MAX_BATCH.value)
     name = _DEMO_NAME
     if _MODEL.value is not None:
         folder = paths.expanded(_MODEL.value)

@@ -4,6 +4,7 @@
 
 A chat model asks and answers: it continues its chat template's empty user turn, then answers what it wrote.
 
+    ... --openings=openings.txt    its questions begin with the lines of a file
     ... --texts='books/*.txt'      a base model, which has no chat template, continues texts
     ... --prompts=prompts.jsonl    answers the prompts, or the users' turns, of files
 
@@ -32,6 +33,9 @@ _MODEL = flags.DEFINE_string("model", None, "Target: a folder in Hugging Face fo
 _OUTPUT = flags.DEFINE_string("output", None, "File of records to write, ending in .jsonl.")
 _CONVERSATIONS = flags.DEFINE_integer(
     "conversations", None, f"Records to write. Default: {_DEFAULT.conversations}; with --prompts, one for each."
+)
+_OPENINGS = flags.DEFINE_string(
+    "openings", "", "File of beginnings of questions, one on a line; an empty line leaves a question to the target."
 )
 _TEXTS = flags.DEFINE_string("texts", "", "Texts to continue: paths and globs, separated by commas.")
 _PROMPTS = flags.DEFINE_string(
@@ -88,6 +92,8 @@ def _synthesize() -> None:
         raise InputError(f"--template: expected {', '.join(chat.NAMED)} or none, found {_TEMPLATE.value!r}")
     if _PROMPTS.value is not None and _TEXTS.value:
         raise InputError("--prompts and --texts were both given; give one")
+    if _PROMPTS.value is not None and _OPENINGS.value:
+        raise InputError("--prompts and --openings were both given; give one")
     import jax
 
     from kangaroo_jax import DraftConfig, compilation_cache, load_adapter, load_target
@@ -143,6 +149,7 @@ def _settings() -> SynthesisConfig:
         "answer_tokens": _ANSWER_TOKENS.value,
         "conversation_tokens": _CONVERSATION_TOKENS.value,
         "batch_size": _BATCH_SIZE.value,
+        "openings": _OPENINGS.value,
         "texts": _TEXTS.value,
     }
     try:

@@ -229,6 +229,10 @@ def accept_and_resample(
       Tokens, and how many drafts at their beginning are accepted; the token after those is the target's own: a
       rejected one's replacement, or the one after a fully accepted draft. Tokens beyond it are meaningless.
     """
+    if not drafted.shape[1]:
+        # Not as below: XLA would compute what is taken from an array of zeros while it compiles, for seconds in a large
+        # batch. The residual is p but for rounding, which has to be the same.
+        return sample(keys, positions, TARGET, residual(p[:, 0], jnp.zeros_like(p[:, 0])))[:, None], 0 * length
     index = jnp.arange(p.shape[1])
     is_drafted = index < length[:, None]
     chosen = drafted[:, :, None]

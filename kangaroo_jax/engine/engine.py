@@ -147,6 +147,7 @@ class Engine:
             if not isinstance(value, kind):
                 raise InputError(f"{name} must be {kind.__name__}(...), found {value!r:.60}")
         self.target, self.adapter, self.config = target, adapter, config
+        draft = draft.at(config.max_batch)
         devices = sorted(target.model.embed_tokens[...].devices(), key=lambda device: device.id)
         platform = self._platform = devices[0].platform
         self.shapes = Shapes(round_shape(target, adapter, draft, platform), accelerator=platform != "cpu")

@@ -24,6 +24,7 @@ class PartCounts:
       draft_step: of one more drafted token: adapter, LM head, and the shallow layers for the token.
       verification: of a pass of the deep layers, with its LM head.
       head: of the LM head alone.
+      adapter: of a pass of the draft model's own layers; 0 without one.
     """
 
     plain_step: int
@@ -31,6 +32,7 @@ class PartCounts:
     draft_step: int
     verification: int
     head: int
+    adapter: int
 
     @classmethod
     def of_bytes(
@@ -47,7 +49,7 @@ class PartCounts:
             adapter's layers are as the first. Empty leaves caches out.
         """
         attention = [numbers * model.dtype.itemsize for numbers in cached]
-        return cls._of(model, adapter, exit_layer, lambda x: _size(x) * x.dtype.itemsize, attention)
+        return cls._of(model, adapter, exit_layer, lambda x: size_on_device(x) * x.dtype.itemsize, attention)
 
     @classmethod
     def of_operations(
@@ -63,7 +65,7 @@ class PartCounts:
           cached: as above.
         """
         groups = model.config.num_attention_heads // model.config.num_key_value_heads
-        matrix = lambda x: 2 * batch * _size(x) if x.ndim > 1 else 0  # noqa: E731
+        matrix = lambda x: 2 * batch * size_on_device(x) if x.ndim > 1 else 0  # noqa: E731
         # Each of a group's queries is multiplied with each key, and its weights with each value.
         return cls._of(model, adapter, exit_layer, matrix, [2 * groups * numbers for numbers in cached])
 
@@ -83,15 +85,16 @@ class PartCounts:
         layers = [total(layer) + more for layer, more in zip(model.layers, attention, strict=True)]
         head = total(model.embed_tokens if model.lm_head is None else model.lm_head)
         shallow, deep = sum(layers[:exit_layer]), sum(layers[exit_layer:])
-        step = shallow
+        own, drafted = 0, 0
         if adapter is not None:
             # An adapter with a draft vocabulary has its own rows of the head, and reads those instead.
-            step += total(adapter) + len(adapter.layers) * attention[0]
-            step += 0 if adapter.draft_vocabulary is not None else head
-        return cls(shallow + deep + head, shallow, step, deep + head, head)
+            rows = 0 if adapter.draft_vocabulary is None else total(adapter.draft_vocabulary)
+            own = total(adapter) - rows + len(adapter.layers) * attention[0]
+            drafted = rows or head
+        return cls(shallow + deep + head, shallow, shallow + own + drafted, deep + head, head, own)
 
 
-def _size(x: Any) -> int:
+def size_on_device(x: Any) -> int:
     """Numbers of an array, or of its shape, that one device holds."""
     where = getattr(x, "sharding", None)
     return math.prod(x.shape if where is None else where.shard_shape(x.shape))

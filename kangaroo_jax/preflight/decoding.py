@@ -18,7 +18,7 @@ from kangaroo_jax.config import DraftConfig
 from kangaroo_jax.decode.prefill import Admission, empty_prompts, empty_slots, prefill_and_admit
 from kangaroo_jax.decode.rounds import RoundShape, run_rounds
 from kangaroo_jax.decode.sampling import Sampling
-from kangaroo_jax.engine.part_costs import PartCounts
+from kangaroo_jax.engine.part_costs import PartCounts, size_on_device
 from kangaroo_jax.engine.programs import compiler_options
 from kangaroo_jax.engine.shapes import CHUNK, MAX_EOS, PIECE, Shapes, capacity_class
 from kangaroo_jax.errors import InputError
@@ -76,7 +76,7 @@ def decoding(
     mesh = sharding.decoding_mesh(model_parallel, machine.devices, data_parallel)
     sharding.check_batch_size(batch_size, mesh)
     work = Work(config, None, dtype, draft, prompt_tokens, max_new_tokens, machine, mesh, batch_size, weights)
-    programs = [work.prefill()]
+    programs = [work.no_room() or work.prefill()]
     prediction = None
     if programs[0].outputs is not None:
         programs.append(work.rounds())
@@ -88,6 +88,7 @@ def decoding(
             rows=1 if draft.tree is None else draft.tree.topk,
             max_draft_len=draft.max_draft_len,
             batch=batch_size,
+            cached=sum(work.cached) * jnp.dtype(dtype).itemsize,
         )
     return Report(
         machine,
@@ -207,25 +208,35 @@ class Work:
         """Prompts that are prefilled together: those of several pieces one at a time."""
         return self._shapes.group(self.batch_size, self.batch_size)[1] if self.prompt_tokens <= PIECE else 1
 
-    def prefill(self) -> Program:
-        """Prompts prefilled and admitted to their slots; of a long one, its last piece."""
-        static, rows, state, prompts = self._static, self._prompt_rows, self._state, None
+    @functools.cached_property
+    def _prefill_inputs(self) -> tuple[Any, ...]:
+        rows, prompts, array = self._prompt_rows, None, self._array
         if self.prompt_tokens > PIECE:
-            static_of_prompts = static | {"capacity": self._plan.prompt_capacity, "looks_up": self._looks_up}
-            prompts = self._rows_of(
-                jax.eval_shape(functools.partial(empty_prompts, rows=1, **static_of_prompts), *self.models)
-            )
-        array, each = self._array, self._array((rows,))
+            static = self._static | {"capacity": self._plan.prompt_capacity, "looks_up": self._looks_up}
+            prompts = self._rows_of(jax.eval_shape(functools.partial(empty_prompts, rows=1, **static), *self.models))
+        each = array((rows,))
         admission = Admission(each, array((rows, MAX_EOS)), jax.eval_shape(lambda: Sampling.greedy(rows)))
         admission = jax.tree.map(lambda x: array(x.shape, x.dtype), admission)
+        return *self.models, self._state, prompts, array((rows, self._plan.width)), each, each, each, admission
+
+    def no_room(self) -> Program | None:
+        """Prefill, where weights and caches alone are more than a device holds, which needs no compiler to tell."""
+        memory = self.machine.memory
+        least = sum(size_on_device(x) * x.dtype.itemsize for x in jax.tree.leaves(self._prefill_inputs))
+        if memory is None or least <= memory:
+            return None
+        why = f"weights and caches alone take {least / 2**30:.2f} GiB of a device's {memory / 2**30:.2f}"
+        return Program("prefill", least, 0, float("inf"), 0, 0.0, None, why, None, None)
+
+    def prefill(self) -> Program:
+        """Prompts prefilled and admitted to their slots; of a long one, its last piece."""
         first = jax.jit(
-            functools.partial(prefill_and_admit, sampled=False, **static),
+            functools.partial(prefill_and_admit, sampled=False, **self._static),
             donate_argnums=2,
-            out_shardings=(jax.tree.map(lambda x: x.sharding, state), self._everywhere),
+            out_shardings=(jax.tree.map(lambda x: x.sharding, self._state), self._everywhere),
         )
-        inputs = (*self.models, state, prompts, array((rows, self._plan.width)), each, each, each, admission)
-        name = "prefill" if prompts is None else "prefill, its last piece"
-        return compiled(name, first, inputs, self.machine, compiler_options(self.machine.platform))
+        name = "prefill, its last piece" if self.prompt_tokens > PIECE else "prefill"
+        return compiled(name, first, self._prefill_inputs, self.machine, compiler_options(self.machine.platform))
 
     def rounds(self) -> Program:
         """Rounds with drafts."""
@@ -249,7 +260,7 @@ class Work:
         return compiled(name, run, inputs, self.machine, compiler_options(self.machine.platform))
 
     @functools.cached_property
-    def _cached(self) -> list[int]:
+    def cached(self) -> list[int]:
         """Of each layer of the target: numbers in its buffers on one device, keys and values together."""
         keys = self._state.shallow.keys + self._state.deep.keys
         return [2 * math.prod(layer.sharding.shard_shape(layer.shape)) for layer in keys]
@@ -263,14 +274,14 @@ class Work:
     @functools.cached_property
     def num_bytes(self) -> PartCounts:
         """That each part reads on one device."""
-        return PartCounts.of_bytes(*self.models, self.draft.exit_layer, self._cached)
+        return PartCounts.of_bytes(*self.models, self.draft.exit_layer, self.cached)
 
     def _operations(self, batch: int, cached: list[int]) -> PartCounts:
         return PartCounts.of_operations(*self.models, self.draft.exit_layer, batch, cached)
 
     def predictor(self, launched: RoundWork | None) -> PartPredictor:
         """Of the parts of a round. `launched`: by the compiled ones; the machine's limits must be known."""
-        operations = self._operations(self._batch, self._cached)
+        operations = self._operations(self._batch, self.cached)
         return PartPredictor(self.machine.limits, self.dtype, self.num_bytes, operations, launched)
 
     def predicted_prefill(self) -> Part:
@@ -289,7 +300,7 @@ class Work:
             rows,
             [
                 rows * numbers // batch * attended(ring) // min(ring or self._capacity, self._capacity)
-                for numbers, ring in zip(self._cached, self._rings or (None,) * len(self._cached), strict=True)
+                for numbers, ring in zip(self.cached, self._rings or (None,) * len(self.cached), strict=True)
             ],
         )
         return part(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from kangaroo_jax.config import TreeConfig
 from kangaroo_jax.engine.part_costs import PartCounts, PartTimes
 from kangaroo_jax.preflight.machines import Limits
 from kangaroo_jax.program import Body, Launched
@@ -46,6 +47,7 @@ class Prediction:
       cycles: the same in the compiler's cycles; None where it makes no estimate.
       max_draft_len: gamma, or levels of a tree; 0 in training.
       tokens: that one run of the first part makes, over all devices.
+      cached: bytes of caches among those that a plain step reads; 0 in training.
     """
 
     limits: Limits
@@ -55,6 +57,7 @@ class Prediction:
     cycles: PartTimes | None
     max_draft_len: int
     tokens: int
+    cached: int = 0
 
 
 def part(
@@ -153,6 +156,13 @@ class PartPredictor:
         counts = self.num_bytes.draft_step, rows * self.operations.draft_step
         return self._part(name, *counts, self._work.draft_step, 1)
 
+    def looking_up(self, count: int) -> Part:
+        """A draft of `count` tokens that were looked up: one pass of the shallow layers and of the draft model's own
+        over them and the last committed one, in a loop of one turn. The search, which reads a number of each position,
+        is left out. Rounds were compiled without it: it is taken to start as many kernels as a draft step."""
+        num_bytes, operations = (x.shallow + x.adapter for x in (self.num_bytes, self.operations))
+        return self._part(f"look-up of {count}", num_bytes, (count + 1) * operations, self._work.draft_step, 1)
+
     def verification(self, width: int, *, compiled: bool) -> Part:
         """A verification of `width` positions. `compiled`: of the width that was compiled. Another width is another
         program: as many kernels, most likely, but not as many cycles."""
@@ -161,9 +171,17 @@ class PartPredictor:
         counts = self.num_bytes.verification, width * self.operations.verification
         return self._part(f"verification of {width}", *counts, launched)
 
+    def round_seconds(self, drafts: int, tree: TreeConfig | None = None) -> float:
+        """Seconds of a round that drafts `drafts` tokens, or a tree of so many levels: a draft phase, the shallow pass
+        that ends it, and verification of all that was drafted. Of a tree, that pass is over all of its tokens."""
+        rows = 1 if tree is None else tree.drafted(drafts)
+        width = 1 + (drafts if tree is None else rows)
+        steps = self.draft_step().seconds + (drafts - 1) * self.draft_step(1 if tree is None else tree.topk).seconds
+        return steps + self.shallow(rows).seconds + self.verification(width, compiled=True).seconds
+
 
 def decoding_prediction(
-    predictor: PartPredictor, prefill: Part, *, width: int, rows: int, max_draft_len: int, batch: int
+    predictor: PartPredictor, prefill: Part, *, width: int, rows: int, max_draft_len: int, batch: int, cached: int
 ) -> Prediction:
     """How fast decoding would be.
 
@@ -174,6 +192,7 @@ def decoding_prediction(
       rows: tokens of each sequence that a draft step takes: more than 1 in a tree.
       max_draft_len: gamma.
       batch: sequences over all devices.
+      cached: bytes of caches that a plain step reads.
     """
     plain, shallow, step = predictor.plain_step(), predictor.shallow(), predictor.draft_step(rows)
     verifications = [predictor.verification(n, compiled=n == width) for n in sorted({*_WIDTHS, width})]
@@ -183,4 +202,4 @@ def decoding_prediction(
     if plain.cycles:
         cycles = PartTimes(plain.cycles, shallow.cycles, step.cycles, None, {width: verification.cycles})
     parts = [plain, shallow, step, *verifications, prefill]
-    return Prediction(predictor.limits, predictor.dtype, parts, times, cycles, max_draft_len, batch)
+    return Prediction(predictor.limits, predictor.dtype, parts, times, cycles, max_draft_len, batch, cached)

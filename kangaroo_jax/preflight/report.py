@@ -19,11 +19,12 @@ class Program:
       name: what it is.
       arguments: bytes of its arguments on one device.
       temporary: bytes of everything in between, on one device.
-      peak: the largest number of bytes at any moment, on one device; infinite where the compiler found no room.
+      peak: the largest number of bytes at any moment, on one device; infinite where there is no room.
       operations: floating-point operations of its matrix products, over all devices.
       seconds: time to compile.
       collectives: its communication by kind; None where the compiler's output could not be read.
-      no_room: the compiler's reason where it found no room in the device's memory, else None; most fields are then 0.
+      no_room: why it has no room in the device's memory, by the compiler or by the count of its arguments, else None;
+        most fields are then 0.
       outputs: shapes and placements of its results; None where it could not be compiled.
       body: what it launches; None where the compiler's output could not be read.
     """

@@ -2,8 +2,8 @@
 
 Reads a JSON list of words per line of standard input and answers each with a JSON list: exit code, standard output and
 standard error of the command. Words that are no flags: "without:NAME" hides a module from the command, "fake:times"
-replaces what measures the parts of a round by the times below, "fake:decoding" what decodes by the outputs below, and
-"fake:found", after that, what is looked up by the target's own tokens.
+replaces what measures the parts of a round by the times below, "fake:decoding" what decodes by the outputs below,
+"fake:found", after that, what is looked up by the target's own tokens, and "fake:machines" what machines there are.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from unittest import mock
 
+import jax
 import numpy as np
 from absl import app, flags
 from absl.testing import flagsaver
@@ -28,6 +29,7 @@ from kangaroo_jax import DraftConfig
 from kangaroo_jax.bench import machine, parts, tree_speed, tuning
 from kangaroo_jax.bench.acceptance import Chains, Found, Trees
 from kangaroo_jax.cli.bench import main as bench
+from kangaroo_jax.preflight import machines
 
 # Seconds: a draft step takes 2 ms, a shallow pass 1 ms, a tree level 3 ms.
 TIMES = {
@@ -45,6 +47,7 @@ TIMES = {
         "read_bandwidth": lambda num_bytes, dtype: 1e9,
         "copy_bandwidth": lambda num_bytes: 2e9,
         "matmul_peak": lambda dtype: 1e11,
+        "few_rows_peak": lambda num_bytes, dtype: 1e9,
     },
 }
 
@@ -74,7 +77,15 @@ DECODING = {
 FOUND = {
     tuning: {"record_found": lambda *inputs: {lookup: Found(np.ones(8, bool), np.full(8, 12)) for lookup in inputs[3]}}
 }
-FAKES = {"fake:times": TIMES, "fake:decoding": DECODING, "fake:found": FOUND}
+# This machine's device, with as many KiB of memory as the name says.
+MACHINES = {
+    machines: {
+        "find_machine": lambda name: machines.Machine(
+            name, jax.devices()[:1], int(name) * 2**10, machines.Limits(1e6, {"float32": 4e6})
+        )
+    }
+}
+FAKES = {"fake:times": TIMES, "fake:decoding": DECODING, "fake:found": FOUND, "fake:machines": MACHINES}
 
 
 def flags_of_library() -> list[str]:

@@ -32,6 +32,10 @@ MISTAKES = [
     (["tune", "--adapter=/no/such/folder"], "/no/such/folder: no such adapter checkpoint"),
     (["tune", "--machine=v9"], "preflight v9: expected local, GPUs (h100, h200, a100-80, b200;"),
     (["tune", "--machine=local"], "--machine=local: what rounds cost on this machine is measured; leave the flag out"),
+    (["fit", "--machines=v5e:1x1"], "expected --model and --machines, such as"),
+    (["fit", "--model=llama7b", "--machines=v9:1"], "preflight v9:1: expected local, GPUs"),
+    (["fit", "--model=llama7b", "--machines=local"], "--machines: what this machine is like is not known beforehand"),
+    (["fit", "--model=llama7b", "--machines=h100", "--accept_lengths=9"], "--accept_lengths: expected 1 to 7"),
     (["tree", "--threshold=low"], "--threshold: expected numbers separated by commas, found 'low'"),
     (["tree", "--topk=2"], "Unknown command line flag 'topk'"),
     (["adapters", "--prompts=0"], "--prompts: expected at least 1, found 0"),
@@ -112,6 +116,11 @@ def test_roofline_adds_up_the_parts(commands, flags):
     assert {name: row[1] for name, row in rows.items()} == {name: f"{value / 8:.3f}" for name, value in seconds.items()}
     for ours, theirs in (("tree level of 2", "draft step"), ("verification of tree 4", "verification of 3")):
         assert rows[ours][2:4] == rows[theirs][2:4]  # the same bytes
+    # By the limits of command_runner.py, what has one row reads for longer than it multiplies.
+    for name in ("plain step", "shallow pass", "draft step"):
+        predicted = float(rows[name][2])  # MB at 1 GB/s
+        assert float(rows[name][-2]) == pytest.approx(predicted, abs=0.06)
+        assert rows[name][-1] == f"{float(rows[name][-2]) / seconds[name] - 1:.0%}"
     megabytes, rate = float(rows["plain step"][2]), float(rows["plain step"][4])
     assert rate == pytest.approx(megabytes / 8, abs=0.06)
     assert "a round of 2 drafts costs 1.75 plain steps" in out
@@ -123,13 +132,23 @@ def test_roofline_adds_up_the_parts(commands, flags):
         ["0.67", "0.92", "1.14", "1.43", "1.71"],
     ]
     rounds = [line.split() for line in out.splitlines() if re.match(r"of \d (drafts|levels)", line)]
-    assert rounds == [
-        ["of", "1", "drafts", "21.000", "12.000", "75%"],
-        ["of", "2", "drafts", "22.000", "14.000", "57%"],
-        ["of", "2", "levels,", "4", "22.000", "2.75", "plain", "steps"],
+    predicted = {name: float(row[-2]) for name, row in rows.items() if name != "prefill of 16"}
+    sums = {
+        2: 2 * predicted["draft step"] + predicted["shallow pass"] + predicted["verification of 3"],
+        # A tree's first level drafts on from one token, and its shallow pass is over all four, which takes longer.
+        4: predicted["draft step"] + predicted["tree level of 2"] + predicted["verification of tree 4"],
+    }
+    assert float(rounds[1][6]) == pytest.approx(sums[2], abs=0.003)
+    assert float(rounds[2][5]) > sums[4] + predicted["shallow pass"]
+    assert [[*row[:6], row[7]] for row in rounds[:2]] == [
+        ["of", "1", "drafts", "21.000", "12.000", "75%", f"{float(rounds[0][6]) / 21 - 1:.0%}"],
+        ["of", "2", "drafts", "22.000", "14.000", "57%", f"{float(rounds[1][6]) / 22 - 1:.0%}"],
+    ]
+    assert [*rounds[2][:5], *rounds[2][6:]] == [
+        *("of", "2", "levels,", "4", "22.000", f"{float(rounds[2][5]) / 22 - 1:.0%}", "2.75", "plain", "steps")
     ]
     growth = [line.split() for line in out.splitlines()[-2:]]
-    assert [(row[0], row[1], row[2], row[3], row[-1]) for row in growth] == [
+    assert [(row[0], row[1], row[2], row[4], row[-1]) for row in growth] == [
         ("1", "16", "8.000", "8.000", "2.75"),
         ("4", "16", "8.000", "2.000", "2.75"),
     ]
@@ -141,7 +160,26 @@ def test_roofline_measures_every_part(commands, flags):
     assert code == 0, err
     assert set(part_rows(out)) == set(PARTS)
     assert re.search(r"^with 20 tokens +\S+", out, re.MULTILINE)
-    assert re.search(r"^of 2 levels, 4 +\S+ +\S+ plain steps$", out, re.MULTILINE)
+    assert re.search(r"^of 2 levels, 4 +\S+ +\S+ +\S+% +\S+ plain steps$", out, re.MULTILINE)
+
+
+@pytest.mark.long
+def test_fit_names_the_first_machine_with_room_and_what_bounds_a_plain_step(commands, saved):
+    """At 1 MB and 4 Mflop per second."""
+    words = ["--exit_layer=1", "--max_draft_len=2", "--dtype=float32", "--max_new_tokens=8", "--accept_lengths=2"]
+    words += [f"--model={saved[0]}", "--batch_sizes=1,4,400", "--prompt_tokens=16", "--machines=100,400,4000"]
+    code, out, err = commands.run("fit", *words, "fake:machines")
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines()[2:]]
+    layer, head, cache = 32 * 64 + 32 * 32 + 3 * 32 * 48 + 2 * 32, 100 * 32, 2 * 2 * 8 * 128
+    weights = 4 * (2 * layer + head)
+    assert [row[:3] for row in rows] == [["1", "16", "400"], ["4", "16", "4000"], ["400", "16", "does"]]
+    for row, batch in zip(rows[:2], (1, 4), strict=True):
+        read = weights + 4 * batch * 2 * cache
+        assert row[5] == f"{read / 1e3:.2f}"
+        assert row[6:9] == [f"{weights / read:.0%}", f"{1 - weights / read:.0%}", "0%"]
+        assert row[9] == ("reading" if batch == 1 else "multiplying")  # 4 rows of 3 tokens
+    assert rows[2][3:] == ["not", "fit"]
 
 
 def test_load_counts_the_bytes_of_the_checkpoint(commands, saved):

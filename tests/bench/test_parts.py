@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from kangaroo_jax import TreeConfig
-from kangaroo_jax.bench import parts
+from kangaroo_jax.bench import parts, roofline_costs
 from kangaroo_jax.engine.part_costs import PartCounts
 from kangaroo_jax.model.drafts.memory import MemoryAdapter
 from kangaroo_jax.program import matmul_operations
@@ -37,16 +37,14 @@ def test_bytes_are_those_of_the_shapes(context):
         draft_step=4 * (layer + cache + attention + 2 * hidden + cache + head),
         verification=4 * (layer + cache + head),
         head=4 * head,
+        adapter=4 * (attention + 2 * hidden + cache),
     )
 
 
 def test_operations_are_those_of_the_traced_parts(context):
     """Each of a turn's products, counted in its jaxpr. Drafting counts two draft steps (the first token's, and one turn
     of the loop) and one more pass of the shallow layers; its first step processes two positions."""
-    model, adapter = context.model, context.adapter
-    batch, kv_heads, capacity = len(context.tokens), CONFIG.num_key_value_heads, context.capacity
-    cached = [2 * batch * kv_heads * capacity * 8] * len(model.layers)
-    found = PartCounts.of_operations(model, adapter, EXIT_LAYER, batch, cached)
+    model, adapter, found = context.model, context.adapter, context.operations
 
     def traced(part):
         return matmul_operations(jax.jit(part.turn).trace(model, adapter, part.start).jaxpr.jaxpr)
@@ -55,6 +53,25 @@ def test_operations_are_those_of_the_traced_parts(context):
     assert 5 * found.verification == traced(parts.verification(context, 5))
     again = found.draft_step - found.shallow - found.head  # the position before, in the adapter alone
     assert 2 * found.draft_step + found.shallow + again == traced(parts.draft_phase(context, 3))
+
+
+def test_predictions_with_measured_limits_are_those_counted_by_hand(context):
+    """At 1000 bytes and, with a few rows, 2000 operations per second."""
+    limits = roofline_costs.Limits(0, read=1000.0, copy=1.0, products=1.0, few_rows=2000.0)
+    found = roofline_costs.predictor(context, limits)
+    attention, mlp, head, cache = 32 * 64 + 32 * 32, 3 * 32 * 48, 100 * 32, 2 * 2 * 8 * CAPACITY
+    read = 4 * (attention + mlp + 2 * 32 + cache)  # of a layer; two queries share each key, and each value
+    work = 2 * (attention + mlp) + 2 * 2 * cache
+    assert found.plain_step().seconds == max((2 * read + 4 * head) / 1000, (2 * work + 2 * head) / 2000)
+    assert found.shallow().seconds == max(read / 1000, work / 2000)
+    verified = {width: max((read + 4 * head) / 1000, width * (work + 2 * head) / 2000) for width in (2, 7)}
+    assert verified[7] == 7 * (work + 2 * head) / 2000 > verified[2]
+    assert {n: found.verification(n, compiled=True).seconds for n in verified} == verified
+    drafted = read + 4 * (attention + 2 * 32 + cache + head), work + 2 * attention + 2 * 2 * cache + 2 * head
+    step = {rows: max(drafted[0] / 1000, rows * drafted[1] / 2000) for rows in (1, 3)}
+    assert found.round_seconds(6) == pytest.approx(6 * step[1] + found.shallow().seconds + verified[7])
+    tree = step[1] + step[3] + found.shallow(6).seconds + found.verification(7, compiled=True).seconds
+    assert found.round_seconds(2, TreeConfig(3, 6)) == pytest.approx(tree)
 
 
 def test_a_draft_vocabulary_replaces_the_head_of_a_draft_step(context):

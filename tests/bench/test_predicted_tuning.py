@@ -11,9 +11,9 @@ from flax import nnx
 
 from kangaroo_jax import DraftConfig, TreeConfig
 from kangaroo_jax.bench import predicted_tuning
-from kangaroo_jax.bench.acceptance import NOT_IN_TREE, Chains, Trees
+from kangaroo_jax.bench.acceptance import NOT_IN_TREE, Chains, Found, Trees
 from kangaroo_jax.bench.predicted_tuning import There, predicted_costs, search
-from kangaroo_jax.bench.tuning import Recording, settings_of_trees, single_sequences
+from kangaroo_jax.bench.tuning import Recording, settings_of_trees, single_sequences, with_lookups
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter, read_draft_settings
 from kangaroo_jax.cli.bench.predicted_tune import print_tuning
 from kangaroo_jax.engine.part_costs import PartCounts
@@ -60,6 +60,12 @@ def test_predicted_costs_are_those_counted_by_hand():
     assert found.draft_step == step(1)
     assert verified(2) == verified(1) < verified(7)
     assert found.rounds == pytest.approx({n: n * step(1) + shallow(1) + verified(n + 1) for n in (1, 2, 4, 6, 8, 12)})
+    # A look-up takes the last committed token and what was found through the shallow layers and the adapter, which has
+    # no head to read then.
+    own_read, own_done = adapter_read - 4 * (10 * 32 + 10), adapter_done - 2 * 10 * 32
+    assert found.lookup_rounds == pytest.approx(
+        {n: seconds(layer_read + own_read, layer_done + own_done, n + 1) + verified(n + 1) for n in (4, 8, 12)}
+    )
     # A tree of K 5 and budget 7: its first level has 5 tokens, each later one drafts on from 5.
     assert found.tree_levels == {5: step(5)}
     assert step(5) > step(1)
@@ -76,7 +82,14 @@ def simulated(recording, draft, costs):
     tree, position, tokens, seconds = draft.tree, 0, 0, 0.0
     count = len(recording.chains.agrees)
     while position < count:
-        steps = 0
+        steps, lookup = 0, draft.lookup
+        found = None if lookup is None else recording.found[lookup.min_ngram, lookup.max_ngram]
+        if found is not None and found.found[position]:
+            committed = min(1 + min(int(found.agrees[position]), lookup.max_tokens), count - position)
+            tokens, position = tokens + committed, position + committed
+            seconds += costs["looking up"](lookup.max_tokens)
+            seconds += costs["verification"](1 + max(lookup.max_tokens, draft.max_draft_len))
+            continue
         while steps < draft.max_draft_len:
             sure = (recording.chains.confidence if tree is None else recording.trees[tree.topk].best)[position, steps]
             steps += 1
@@ -93,6 +106,7 @@ def simulated(recording, draft, costs):
         tokens, position = tokens + committed, position + committed
         seconds += costs["step"](1) + (steps - 1) * costs["step"](1 if tree is None else tree.topk)
         drafted = draft.max_draft_len if tree is None else tree.drafted(draft.max_draft_len)
+        drafted = max(drafted, 0 if lookup is None else lookup.max_tokens)
         seconds += costs["shallow"](1 if tree is None else drafted) + costs["verification"](drafted + 1)
     return tokens, seconds
 
@@ -107,27 +121,32 @@ def test_the_search_finds_what_going_through_every_round_finds():
         best = np.sort(random.uniform(0, 1, (positions, gamma)).astype(np.float32), axis=1)[:, ::-1]
         places = random.geometric(0.15, (positions, gamma, gamma))
         places[:, np.tril(np.ones((gamma, gamma), bool), -1)] = NOT_IN_TREE
-        return Recording(Chains(confidence, np.minimum(agrees, gamma)), {2: Trees(best, places)})
+        found = {
+            (fewest, 4): Found(random.uniform(0, 1, positions) < 0.6 / fewest, random.geometric(0.15, positions) - 1)
+            for fewest in (1, 2, 3, 4)
+        }
+        return Recording(Chains(confidence, np.minimum(agrees, gamma)), {2: Trees(best, places)}, found)
 
     # On a GPU: kernels, and a turn of the host in each draft step. With fewer tokens to draft from, a step is cheaper.
     limits = Limits(100.0, {"float32": 40.0}, share=0.5, launch=0.25, turn=0.5)
     launched = RoundWork(*(Launched(n) for n in (16, 2, 4, 14)))
-    operations = PartCounts(100, 10, 12, 90, 5)
+    operations = PartCounts(100, 10, 12, 90, 5, 1)
     recordings = {10: [recording(), recording()], 100: [recording()]}
     predictors = {
-        size: PartPredictor(limits, "float32", PartCounts(1000, 100, read, 900, 50), operations, launched)
+        size: PartPredictor(limits, "float32", PartCounts(1000, 100, read, 900, 50, 40), operations, launched)
         for size, read in ((10, 150), (100, 200))
     }
     drafts = [*single_sequences(), *settings_of_trees([2], [4, 8])]
     shapes = [TreeConfig(2, 4), TreeConfig(2, 8)]
     costs = {size: predicted_costs(x, {2: x}, shapes, "gpu") for size, x in predictors.items()}
-    found = search(recordings, costs, drafts, len(drafts))
+    found = search(recordings, costs, drafts, len(drafts), lookups=True)
 
     def slow(size, draft):
         read = predictors[size].num_bytes.draft_step
         parts = {
             "step": lambda rows: max(read / 50, rows * 12 / 40) + 4 * 0.25 + 0.5,
             "shallow": lambda rows: max(100 / 50, rows * 10 / 40) + 2 * 0.25,
+            "looking up": lambda n: max((100 + 40) / 50, (n + 1) * (10 + 1) / 40) + 4 * 0.25 + 0.5,
             "verification": lambda width: max(900 / 50, width * 90 / 40) + 14 * 0.25,
         }
         tokens, seconds = np.sum([simulated(x, draft, parts) for x in recordings[size]], axis=0)
@@ -135,16 +154,25 @@ def test_the_search_finds_what_going_through_every_round_finds():
 
     speeds = {(size, draft): slow(size, draft) for size, draft in itertools.product(recordings, drafts)}
     for setting in found:
-        assert setting.predicted == pytest.approx(speeds[setting.vocabulary, setting.draft])
+        assert setting.predicted == pytest.approx(slow(setting.vocabulary, setting.draft))
     for size in recordings:
         of_size = [x for x in found if x.vocabulary == size]
-        assert {x.draft for x in of_size if x.draft.tree is None} == {*single_sequences()}
+        alone = [x for x in of_size if x.draft.tree is None and x.draft.lookup is None]
+        assert {x.draft for x in alone} == {*single_sequences()}
         assert {x.draft.tree for x in of_size} == {None, *shapes}
         for single in (True, False):
-            best = max(x.predicted for x in of_size if (x.draft.tree is None) == single)
+            best = max(x.predicted for x in of_size if (x.draft.tree is None) == single and x.draft.lookup is None)
             assert best == pytest.approx(
                 max(v for (n, draft), v in speeds.items() if n == size and (draft.tree is None) == single)
             )
+        best_singles = sorted(alone, key=lambda x: -x.predicted)[:12]
+        looking_up = {x: slow(size, x) for x in with_lookups([x.draft for x in best_singles])}
+        faster = {x.lookup for x, speed in looking_up.items() if speed > best_singles[0].predicted}
+        given = {x.draft.lookup: x for x in of_size if x.draft.lookup is not None}
+        assert set(given) == faster
+        assert faster
+        for lookup, setting in given.items():
+            assert setting.predicted == pytest.approx(max(v for x, v in looking_up.items() if x.lookup == lookup))
 
 
 @pytest.mark.long

@@ -124,11 +124,19 @@ def test_predictions_are_corrected_by_what_decoding_takes(monkeypatch):
     costs = Costs(3.0, 0.5, {count: 3.0 + count for count in (1, 2, 4, 6, 8, 12)})
     monkeypatch.setattr(tuning, "record_all", lambda *_: recording)
     monkeypatch.setattr(tuning, "measure_costs", lambda *_: costs)
-    # Decoding takes twice as long as its rounds timed alone.
+    # Decoding takes twice as long as its rounds timed alone, and deciding is slower still.
+    shares = {True: 0.4, False: 0.5}
     monkeypatch.setattr(
-        tuning, "_measure", lambda *inputs: [predict([recording], costs, draft) / 2 for draft in inputs[3]]
+        tuning,
+        "_measure",
+        lambda *inputs: [predict([recording], costs, draft) * shares[draft.decide is not None] for draft in inputs[3]],
     )
     found = tuning.tune(small_target(), small_adapter(), EXIT_LAYER, [[1, 2, 3]], [], Effort(confirm=3))
+    assert (found.deciding, found.beside) == pytest.approx((0.8 * found.fastest.measured, found.fastest.measured))
+    assert found.decide("here").from_slots == 2
+    shares[True] = 0.5
+    again = tuning.tune(small_target(), small_adapter(), EXIT_LAYER, [[1, 2, 3]], [], Effort(confirm=3))
+    assert again.decide("here").from_slots == 1
     assert found.correction == pytest.approx(0.5)
     assert len(found.settings) == 3
     for setting in found.settings:
@@ -153,9 +161,10 @@ def test_written_settings_are_those_an_adapter_is_loaded_with(tmp_path):
     write_draft_settings(folder, lookup)
     assert load_adapter(folder, small_target()).draft == lookup
     costs = (RoundCosts(1, 0.1, ((1, 1.0), (3, 1.5)), 0.2), RoundCosts(8, 0.3, ((1, 1.0),), 0.2))
-    decides = dataclasses.replace(lookup, decide=DecideConfig(costs, 0.8, "a machine"))
-    write_draft_settings(folder, decides)
-    assert load_adapter(folder, small_target()).draft == decides
+    for from_slots in (1, 4):
+        decides = dataclasses.replace(lookup, decide=DecideConfig(costs, 0.8, "a machine", from_slots))
+        write_draft_settings(folder, decides)
+        assert load_adapter(folder, small_target()).draft == decides
     write_draft_settings(folder, DraftConfig(None, 9, 0.25))
     assert load_adapter(folder, small_target()).draft == DraftConfig(None, 9, 0.25)
 

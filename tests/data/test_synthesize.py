@@ -131,6 +131,29 @@ def test_tokens_are_the_template_s_around_what_the_target_wrote(records):
     assert several > 1
 
 
+def test_questions_begin_with_openings_and_the_target_goes_on_from_them(tmp_path):
+    openings = ["ab", "", "ccd"]
+    (tmp_path / "openings.txt").write_text("\n".join(openings) + "\n")
+    settings = dataclasses.replace(SETTINGS, openings=str(tmp_path / "openings.txt"))
+    source, target, drawn = SelfAsked(chat_target(), settings), chat_target(), collections.Counter()
+    for index in range(30):
+        job = source.job(index)
+        assert job.start() is None
+        prompt = target.tokenizer.decode(job.request().prompt).removeprefix("<b><u>")
+        drawn[prompt] += 1
+        tokens = target.tokenizer.encode("fg<e>", add_special_tokens=False)
+        assert job.take(Answer(0, tokens, "fg", [], [], "eos", 0.0, 0.0)) is None
+        assert target.tokenizer.decode(job.request().prompt) == f"<b><u>{prompt}fg<e><a>"
+    assert drawn.keys() == set(openings)
+    assert min(drawn.values()) > 3
+    write(tmp_path / "a.jsonl", 20, settings=settings)
+    questions = [record["messages"][0]["content"] for record in read(tmp_path / "a.jsonl")]
+    assert {"ab", "ccd"} <= {opening for opening in openings for text in questions if text.startswith(opening)}
+    (tmp_path / "openings.txt").write_text("ab\n")
+    with pytest.raises(InputError, match=r"a.jsonl: its answers were made with data"):
+        write(tmp_path / "a.jsonl", 20, settings=settings)
+
+
 @pytest.mark.parametrize("text", ["a<u>b", "a\ufffdb"])
 def test_a_question_that_would_be_read_as_other_tokens_is_left_out(text):
     job = SelfAsked(chat_target(), SETTINGS).job(0)
@@ -375,6 +398,12 @@ def test_records_whose_logits_are_not_numbers_are_left_out(tmp_path):
 def test_what_cannot_be_is_one_line(written, tmp_path):
     target = chat_target()
     (tmp_path / "folder.jsonl").mkdir()
+
+    def opened(content):
+        path = tmp_path / "openings.txt"
+        path.write_bytes(content)
+        return SelfAsked(target, dataclasses.replace(SETTINGS, openings=str(path)))
+
     cases = [
         (lambda: check_place(str(tmp_path / "no" / "a.jsonl"), "--output"), "--output=.*there is no folder"),
         (lambda: check_place(str(tmp_path / "folder.jsonl"), "--output"), "is a folder; give a file"),
@@ -382,6 +411,10 @@ def test_what_cannot_be_is_one_line(written, tmp_path):
         (lambda: SelfAsked(dataclasses.replace(target, tokenizer=None), SETTINGS), "has no tokenizer"),
         (lambda: SelfAsked(chat_target("{{ '<b>' }}"), SETTINGS), "leaves out or changes what the user says"),
         (lambda: Continued(target, SETTINGS, str(tmp_path / "*.none")), "no such file"),
+        (lambda: opened(b"ab\na<e>\n"), "openings.txt: line 2 has a special token of chat; remove it"),
+        (lambda: opened(b""), "openings.txt: is empty; give openings, one on a line"),
+        (lambda: opened(b"\xff"), "openings.txt: cannot be read .*give a text file of openings"),
+        (lambda: SynthesisConfig(openings="o", texts="t"), "data.synthesis.openings: is for questions, but there are"),
         (lambda: SynthesisConfig(greedy=1.5), "data.synthesis.greedy: expected a share of at most 1, found 1.5"),
     ]
     for call, message in cases:

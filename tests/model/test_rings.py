@@ -40,7 +40,7 @@ def expected() -> np.ndarray:
     return np.asarray(whole(target(), text(), 1))
 
 
-@pytest.fixture(params=[CpuBackend(), DenseBackend()], ids=["cpu", "dense"])
+@pytest.fixture(params=[CpuBackend(), DenseBackend(), DenseBackend(None, "tpu")], ids=["cpu", "dense", "tpu"])
 def backend(request: pytest.FixtureRequest) -> AttentionBackend:
     return request.param
 

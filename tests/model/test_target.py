@@ -108,7 +108,9 @@ def gqa_target() -> TargetModel:
     return make_target(ModelConfig(**SHAPE | CONFIGS["gqa, biases"]))
 
 
-@pytest.fixture(scope="module", params=[CpuBackend(), DenseBackend()], ids=["cpu", "dense"])
+@pytest.fixture(
+    scope="module", params=[CpuBackend(), DenseBackend(), DenseBackend(None, "tpu")], ids=["cpu", "dense", "tpu"]
+)
 def backend(request: pytest.FixtureRequest) -> AttentionBackend:
     return request.param
 

@@ -13,6 +13,7 @@ _COMMANDS = {
     "peers": "the demo against plain decoding and Hugging Face transformers",
     "roofline": "what each part costs, against the machine's limits",
     "tune": "the best gamma and eta for an adapter on this machine, and whether a tree is faster",
+    "fit": "which of several machines decoding fits, and how fast it would be there",
     "tree": "trees of several widths and budgets beside the single sequence",
     "batch": "batches against plain decoding, refilled slots against fixed batches",
     "adapters": "adapters of one target beside each other: accept lengths",

@@ -10,7 +10,14 @@ from kangaroo_jax.bench.predicted_tuning import PredictedTuning, There, tune_for
 from kangaroo_jax.bench.tuning import DRAFT_LENGTHS
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter, write_draft_settings
 from kangaroo_jax.checkpoint.target import Target
-from kangaroo_jax.cli.bench.printing import TREE_COLUMNS, progress_bar, tree_columns
+from kangaroo_jax.cli.bench.printing import (
+    LOOKUP_COLUMN,
+    TREE_COLUMNS,
+    lookup_column,
+    lookup_note,
+    progress_bar,
+    tree_columns,
+)
 from kangaroo_jax.config import DraftConfig
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.preflight import machines
@@ -81,13 +88,17 @@ def _print_model(there: There, tuning: PredictedTuning) -> None:
 
 
 def _print_settings(tuning: PredictedTuning) -> None:
-    print(f"{TREE_COLUMNS}{'drafted':>9}{'gamma':>7}{'eta':>6}{'accept length':>15}{'steps':>7}{'predicted':>11}")
+    print(
+        f"{TREE_COLUMNS}{LOOKUP_COLUMN}{'drafted':>9}{'gamma':>7}{'eta':>6}{'accept length':>15}{'steps':>7}"
+        f"{'predicted':>11}"
+    )
     for setting in tuning.settings:
         draft = setting.draft
         print(
-            f"{tree_columns(draft)}{setting.vocabulary:9}{draft.max_draft_len:7}{draft.threshold:6.2f}"
+            f"{tree_columns(draft)}{lookup_column(draft)}{setting.vocabulary:9}{draft.max_draft_len:7}{draft.threshold:6.2f}"
             f"{setting.accept_length:15.2f}{setting.draft_steps:7.2f}{setting.predicted:11.2f}"
         )
+    print(lookup_note([setting.draft for setting in tuning.settings]))
     best = tuning.best
     print(f"best: {best.draft}, drafts of {best.vocabulary} tokens: {best.predicted:.2f} times plain decoding")
     for size, best in tuning.batches.items():
@@ -108,7 +119,5 @@ def _write(there: There, adapter: TrainedAdapter, tuning: PredictedTuning, vocab
         print(f"the adapter drafts from {vocabulary} tokens: the best setting with these is written")
     draft = best.draft
     if draft.tree is None:
-        draft = dataclasses.replace(draft, lookup=adapter.draft.lookup, decide=tuning.decide(vocabulary, name))
-    elif adapter.draft.lookup is not None:
-        print("the best is a tree, with which nothing can be looked up: the settings of look-ups are removed")
+        draft = dataclasses.replace(draft, decide=tuning.decide(vocabulary, name))
     print(f"wrote {write_draft_settings(adapter.name, draft, name)}, for {name}")

@@ -7,7 +7,8 @@
 Prints the measured limits, a table of the parts (plain step, shallow pass, draft step, verification by width, prefill;
 of trees a level and the verification by budget), the speed-up by mean accept length that they imply, and complete
 rounds, those of single sequences against the sum of their parts. With several contexts or batch sizes, a table of how
-the times grow.
+the times grow. Beside the times stands what the model of docs/preflight.md predicts from the limits that were measured
+here, and how far that is off.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def main() -> None:
     )
     limits = roofline_costs.measure_limits(context)
     table = _PartTable(limits)
-    times = roofline_costs.measure_parts(context, widths, gamma, table.add, _DRAFT_VOCABULARY.value)
-    roofline_costs.measure_trees(tree_context, trees, levels, table.add)
+    times = roofline_costs.measure_parts(context, widths, gamma, limits, table.add, _DRAFT_VOCABULARY.value)
+    roofline_costs.measure_trees(tree_context, trees, levels, limits, table.add)
     _print_prefill(roofline_costs.measure_prefill(context), times, limits)
     if times.reduced_draft_step is not None:
         ratio = times.reduced_draft_step / times.draft_step
@@ -71,13 +72,15 @@ def main() -> None:
         f"\na round of {gamma} drafts costs {times.round_cost(gamma):.2f} plain steps; speed-up by mean accept length:"
     )
     print_speedups(times, gamma)
-    _print_rounds(context, times, gamma)
-    for cost in roofline_costs.measure_tree_rounds(tree_context, trees, levels):
+    _print_rounds(context, times, gamma, limits)
+    for cost in roofline_costs.measure_tree_rounds(tree_context, trees, levels, limits):
         shape = f"of {cost.drafts} levels, {cost.tree.drafted(cost.drafts)}"
         plain_steps = cost.seconds / times.plain_step
-        print(f"{shape:24}{cost.seconds * 1e3:9.3f}   {plain_steps:.2f} plain steps", flush=True)
+        print(
+            f"{shape:24}{cost.seconds * 1e3:9.3f}{'':18}{_predicted(cost)}   {plain_steps:.2f} plain steps", flush=True
+        )
     if len(contexts) * len(batches) > 1:
-        _print_growth(model, list(itertools.product(batches, contexts)), gamma)
+        _print_growth(model, list(itertools.product(batches, contexts)), gamma, limits)
 
 
 def _model() -> tuple[MeasuredModel, str]:
@@ -100,10 +103,11 @@ class _PartTable:
         self._limits, self._plain = limits, None
         print(
             f"\nlimits for a working set of {limits.num_bytes / 1e6:.1f} MB: read {limits.read / 1e9:.1f} GB/s, "
-            f"copy {limits.copy / 1e9:.1f} GB/s; matrix products {limits.products / 1e9:.0f} GFLOP/s\n"
+            f"copy {limits.copy / 1e9:.1f} GB/s; matrix products {limits.products / 1e9:.0f} GFLOP/s, with a few rows "
+            f"{limits.few_rows / 1e9:.0f}\n"
         )
         header = f"{'part':24}{'ms':>9}{'of plain':>10}{'MB read':>10}{'of plain':>10}"
-        print(f"{header}{'GB/s':>8}{'of read':>9}{'of copy':>9}")
+        print(f"{header}{'GB/s':>8}{'of read':>9}{'of copy':>9}{_PREDICTED}")
 
     def add(self, cost: PartCost) -> None:
         plain = self._plain = self._plain or cost
@@ -111,7 +115,7 @@ class _PartTable:
         print(
             f"{cost.name:24}{cost.seconds * 1e3:9.3f}{cost.seconds / plain.seconds:10.3f}{cost.num_bytes / 1e6:10.1f}"
             f"{cost.num_bytes / plain.num_bytes:10.3f}{rate / 1e9:8.1f}{rate / self._limits.read:9.0%}"
-            f"{rate / self._limits.copy:9.0%}",
+            f"{rate / self._limits.copy:9.0%}{_predicted(cost)}",
             flush=True,
         )
 
@@ -124,25 +128,35 @@ def _print_prefill(cost: roofline_costs.PrefillCost, times: PartTimes, limits: L
     )
 
 
-def _print_rounds(context: parts.Context, times: PartTimes, max_draft_len: int) -> None:
-    print(f"\n{'round':24}{'ms':>9}{'parts ms':>10}{'over':>8}")
-    for cost in roofline_costs.measure_rounds(context, times, max_draft_len):
+_PREDICTED = f"{'predicted':>11}{'off':>6}"
+
+
+def _predicted(cost: PartCost | roofline_costs.RoundCost) -> str:
+    """Two columns: what preflight's model predicts in ms, and how far that is off."""
+    return f"{cost.predicted * 1e3:11.3f}{cost.predicted / cost.seconds - 1:6.0%}"
+
+
+def _print_rounds(context: parts.Context, times: PartTimes, max_draft_len: int, limits: Limits) -> None:
+    print(f"\n{'round':24}{'ms':>9}{'parts ms':>10}{'over':>8}{_PREDICTED}")
+    for cost in roofline_costs.measure_rounds(context, times, max_draft_len, limits):
         print(
             f"{f'of {cost.drafts} drafts':24}{cost.seconds * 1e3:9.3f}{cost.parts_seconds * 1e3:10.3f}"
-            f"{cost.seconds / cost.parts_seconds - 1:8.0%}",
+            f"{cost.seconds / cost.parts_seconds - 1:8.0%}{_predicted(cost)}",
             flush=True,
         )
 
 
-def _print_growth(model: MeasuredModel, settings: list[tuple[int, int]], max_draft_len: int) -> None:
+def _print_growth(model: MeasuredModel, settings: list[tuple[int, int]], max_draft_len: int, limits: Limits) -> None:
     print(
-        f"\n{'batch':>6}{'context':>9}{'plain step ms':>15}{'per token ms':>14}{'MB read':>9}{'GB/s':>7}"
-        f"{f'round of {max_draft_len} ms':>16}{'plain steps':>13}"
+        f"\n{'batch':>6}{'context':>9}{'plain step ms':>15}{'off':>6}{'per token ms':>14}{'MB read':>9}{'GB/s':>7}"
+        f"{f'round of {max_draft_len} ms':>16}{'off':>6}{'plain steps':>13}"
     )
-    for row in roofline_costs.measure_growth(model, settings, max_draft_len):
+    for row in roofline_costs.measure_growth(model, settings, max_draft_len, limits):
+        plain, rounds = row.predicted_plain_step / row.plain_step - 1, row.predicted_round / row.round - 1
         print(
-            f"{row.batch:6}{row.length:9}{row.plain_step * 1e3:15.3f}{row.plain_step / row.batch * 1e3:14.3f}"
-            f"{row.plain_bytes / 1e6:9.1f}{row.plain_bytes / row.plain_step / 1e9:7.1f}{row.round * 1e3:16.3f}"
+            f"{row.batch:6}{row.length:9}{row.plain_step * 1e3:15.3f}{plain:6.0%}"
+            f"{row.plain_step / row.batch * 1e3:14.3f}{row.plain_bytes / 1e6:9.1f}"
+            f"{row.plain_bytes / row.plain_step / 1e9:7.1f}{row.round * 1e3:16.3f}{rounds:6.0%}"
             f"{row.round / row.plain_step:13.2f}",
             flush=True,
         )

@@ -14,7 +14,7 @@ fastest to `decode.json` in the adapter's folder. Unless that is a tree, with th
 With several --adapter flags (of other exit layers, say) each gets its own, and the fastest is named.
 
 With --machine, what the target accepts is recorded here, and what rounds cost is predicted for that machine
-(docs/preflight.md), without look-ups; nothing is measured, and nothing written without --write.
+(docs/preflight.md); nothing is measured, and nothing written without --write.
 """
 
 from __future__ import annotations
@@ -32,9 +32,15 @@ from kangaroo_jax.bench.tuning import Effort, Tuning, settings_of_trees, tune
 from kangaroo_jax.checkpoint.adapter import write_draft_settings
 from kangaroo_jax.cli.bench import shared_flags
 from kangaroo_jax.cli.bench.predicted_tune import find_machine, print_tuning
-from kangaroo_jax.cli.bench.printing import TREE_COLUMNS, progress_bar, tree_columns
+from kangaroo_jax.cli.bench.printing import (
+    LOOKUP_COLUMN,
+    TREE_COLUMNS,
+    lookup_column,
+    lookup_note,
+    progress_bar,
+    tree_columns,
+)
 from kangaroo_jax.cli.models import load_adapter_of, load_target_of
-from kangaroo_jax.config import DraftConfig
 
 _MODEL = shared_flags.define_model()
 _ADAPTER = flags.DEFINE_multi_string(
@@ -111,26 +117,23 @@ def _print(tuning: Tuning) -> None:
         "alone; the predictions below are multiplied by that"
     )
     print(
-        f"{TREE_COLUMNS}{'look-up':>9}{'gamma':>7}{'eta':>6}{'accept length':>15}{'steps':>7}{'predicted':>11}"
+        f"{TREE_COLUMNS}{LOOKUP_COLUMN}{'gamma':>7}{'eta':>6}{'accept length':>15}{'steps':>7}{'predicted':>11}"
         f"{'measured':>10}{'off':>6}"
     )
     for setting in tuning.settings:
         draft = setting.draft
         print(
-            f"{tree_columns(draft)}{_lookup_column(draft):>9}{draft.max_draft_len:7}{draft.threshold:6.2f}"
+            f"{tree_columns(draft)}{lookup_column(draft)}{draft.max_draft_len:7}{draft.threshold:6.2f}"
             f"{setting.accept_length:15.2f}{setting.draft_steps:7.2f}{setting.predicted:11.2f}{setting.measured:10.2f}"
             f"{setting.predicted / setting.measured - 1:6.0%}"
         )
-    if any(setting.draft.lookup is not None for setting in tuning.settings):
-        print("look-up: tokens that are looked up, and how many last tokens have to be found")
-    else:
-        print("no look-up is predicted to be faster than the best single sequence")
+    print(lookup_note([setting.draft for setting in tuning.settings]))
+    print(
+        f"where each sequence decides how far to draft, the best predicted setting without a tree has "
+        f"{tuning.deciding:.2f}, and with gamma and eta {tuning.beside:.2f}"
+    )
     for size, (draft, speed) in tuning.batches.items():
         print(f"batch {size}: the best of a single sequence is predicted to be gamma {draft.max_draft_len}, ", end="")
         print(f"eta {draft.threshold}, {speed:.2f} times plain decoding")
     ends = min((size for size, (_, speed) in tuning.batches.items() if speed <= 1), default=None)
     print("drafting pays at each of these" if ends is None else f"drafting does not pay from batch {ends} on")
-
-
-def _lookup_column(draft: DraftConfig) -> str:
-    return "" if draft.lookup is None else f"{draft.lookup.max_tokens}, {draft.lookup.min_ngram}"

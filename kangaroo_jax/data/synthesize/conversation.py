@@ -28,6 +28,7 @@ class Conversation:
       frame: of the template.
       settings: limits, mix, seed.
       questions: the turns of a system and of users to answer; None where the target asks.
+      opening: what the target's first question begins with, without a space at its end.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class Conversation:
         frame: Frame,
         settings: SynthesisConfig,
         questions: Sequence[Turn] | None = None,
+        opening: str = "",
     ):
         self.key: str | None = None
         self._index, self._kind = index, Kind.of(index, settings)
         self._template, self._frame, self._settings = template, frame, settings
+        self._opening = opening
         self._room = template.target.config.context  # tokens
         if questions is None:
             self._room = min(self._room, settings.conversation_tokens)
@@ -90,12 +93,12 @@ class Conversation:
         if self._answers:
             self._prompt = self._body() + encode(self._template.target.tokenizer, self._frame.to_next)
         else:
-            self._prompt = self._template.opening_ids(self._frame)
+            self._prompt = self._template.opening_ids(self._frame, self._opening)
         self._asking = True
         return None if self._fits(_LEAST_TURN if self._answers else _LEAST_ANSWER) else self._finish("no room")
 
     def _take_question(self, answer: Answer) -> Record | str | None:
-        text = answer.text.strip()
+        text = (answer.text if self._answers else self._opening + answer.text).strip()
         key = normalised(text)
         if answer.finish_reason == "length":
             return self._finish("question cut")

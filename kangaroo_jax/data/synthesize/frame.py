@@ -25,6 +25,7 @@ class Frame:
 
     Attributes:
       opening: before the first user's text.
+      spaced_opening: whether a space was left off before it.
       to_answer: from the end of a user's text to where the answer begins.
       to_next: from the end of an answer to where the next user's text begins; None where the template takes one turn.
       spaced_answer: whether a space was left off before the answer.
@@ -35,6 +36,7 @@ class Frame:
     """
 
     opening: str
+    spaced_opening: bool
     to_answer: str
     to_next: str | None
     spaced_answer: bool
@@ -82,9 +84,10 @@ class Template:
         except chat_template.TemplateRefusal as error:
             raise BadRecord(str(error)) from None
 
-    def opening_ids(self, frame: Frame) -> list[int]:
-        """Token ids of what stands before the first user's text."""
-        return self._encode(frame.opening)
+    def opening_ids(self, frame: Frame, text: str = "") -> list[int]:
+        """Token ids of what stands before the first user's text, and of `text`, the beginning of that."""
+        space = " " if text and frame.spaced_opening else ""
+        return self._encode(frame.opening + space + text)
 
     def frame(self) -> Frame:
         """What it puts around the turns.
@@ -109,6 +112,7 @@ class Template:
         ends = dict.fromkeys([*self.target.eos_token_ids, *(first if marked else [])])
         return Frame(
             opening=opening.rstrip(" "),
+            spaced_opening=opening.endswith(" "),
             to_answer=to_answer.rstrip(" ") if self.name else to_answer,
             to_next=None if to_next is None else to_next.rstrip(" "),
             spaced_answer=bool(self.name) and to_answer.endswith(" "),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kangaroo_jax import paths
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.checkpoint.tokenizer import vocabulary_digest
 from kangaroo_jax.config import SynthesisConfig
@@ -37,7 +38,8 @@ class _Source:
         if target.tokenizer is None:
             raise InputError(f"{target.name}: has no tokenizer; put its tokenizer files beside it")
         fields = dataclasses.asdict(settings)
-        for name in ("conversations", "batch_size", "texts"):  # records do not depend on them
+        # Records do not depend on these, or on what is in them (`data`).
+        for name in ("conversations", "batch_size", "openings", "texts"):
             del fields[name]
         self.settings: dict[str, Any] = {"kind": kind, "template": template, "data": data, **fields}
         self.every = {"tokenizer": vocabulary_digest(target.tokenizer)} | ({"template": template} if template else {})
@@ -55,18 +57,24 @@ class SelfAsked(_Source):
       template: one of `data.chat.NAMED`, or empty for the tokenizer's own.
 
     Raises:
-      InputError: as `Template` and `Template.frame`.
+      InputError: as `Template` and `Template.frame`; for openings that cannot be read, or with special tokens.
     """
 
     advice = "ask for fewer, or raise the temperature of the questions or their limit"
 
     def __init__(self, target: Target, settings: SynthesisConfig, template: str = ""):
-        super().__init__("conversations", target, settings, template)
+        self._openings = _read_openings(settings.openings) if settings.openings else [""]
+        data = _digest(self._openings) if settings.openings else ""
+        super().__init__("conversations", target, settings, template, data)
         self._template = Template(target, template)
         self._frame = self._template.frame()
+        for number, opening in enumerate(self._openings, 1):
+            if not self._frame.is_text(opening):
+                raise InputError(f"{settings.openings}: line {number} has a special token of {target.name}; remove it")
 
     def job(self, index: int) -> Writing:
-        return Writing(index, self._template, self._frame, self._settings)
+        drawn = np.random.default_rng((self._settings.seed, index)).integers(len(self._openings))
+        return Writing(index, self._template, self._frame, self._settings, opening=self._openings[drawn])
 
     def key(self, record: Record) -> Hashable:
         return normalised(record["messages"][0]["content"])
@@ -158,6 +166,17 @@ class Continued(_Source):
                 bos = encode(tokenizer, "a", special=True)[:1] == [tokenizer.bos_token_id]
                 return [tokenizer.bos_token_id] * bos + ids
         raise InputError(f"the texts to continue are too short: none of {_SHORTEST} tokens in {_TRIES} places")
+
+
+def _read_openings(file: str) -> list[str]:
+    path = paths.expanded(file)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); give a text file of openings, one on a line") from None
+    if not lines:
+        raise InputError(f"{file}: is empty; give openings, one on a line")
+    return [line.rstrip() for line in lines]
 
 
 def choose_source(target: Target, settings: SynthesisConfig, template: str = "") -> SelfAsked | Continued:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from kangaroo_jax.model.attention.scores import capped
 from kangaroo_jax.model.ops import precision
 
 Entries = Float[Array, "batch kv_heads capacity head_dim"]
+# Rows of a sequence that are scattered at once: those of a round. A prompt's piece is one long slice.
+_FEW_ROWS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +57,9 @@ class DenseBackend:
         *,
         wraps: bool = False,
     ) -> tuple[Entries, Entries]:
-        update = _update_round if wraps else _update
-
-        def put(buffer: Array, new: Array) -> Array:
+        def put(buffer: Entries, new: Array) -> Entries:
             new = new.transpose(0, 2, 1, 3).astype(buffer.dtype)
-            return self._in_order(self._placed(jax.vmap(update)(buffer, new, start)))
+            return self._locally(lambda *parts: _in_order(self._written(*parts, wraps)), (buffer, new), (start,))
 
         return put(keys, new_keys), put(values, new_values)
 
@@ -96,13 +97,15 @@ class DenseBackend:
         *,
         wraps: bool = False,
     ) -> tuple[Entries, Entries]:
-        def one(buffer: Array, start: Array, sources: Array) -> Array:
+        def moved(buffer: Entries, start: Array, sources: Array) -> Entries:
             if wraps:
-                return _update_round(buffer, jnp.take(buffer, (start + sources) % buffer.shape[1], axis=1), start)
-            entries = jax.lax.dynamic_slice_in_dim(buffer, start, region, axis=1)
-            return _update(buffer, jnp.take(entries, sources, axis=1), start)
+                places = (start[:, None] + sources) % buffer.shape[2]
+                entries = jnp.take_along_axis(buffer, places[:, None, :, None], axis=2)
+            else:
+                entries = jax.vmap(functools.partial(_taken, region=region))(buffer, start, sources)
+            return self._written(buffer, entries, start, wraps)
 
-        return tuple(self._placed(jax.vmap(one)(x, start, sources)) for x in (keys, values))
+        return tuple(self._locally(moved, (x,), (start, sources)) for x in (keys, values))
 
     def take(self, keys: Entries, values: Entries, places: Int[Array, "batch taken"]) -> tuple[Entries, Entries]:
         return tuple(self._placed(jnp.take_along_axis(x, places[:, None, :, None], axis=2)) for x in (keys, values))
@@ -136,25 +139,53 @@ class DenseBackend:
             "model" if kv_heads % self.mesh.shape["model"] == 0 else None,
         )
 
-    def _in_order(self, buffer: Entries) -> Entries:
-        """With the axes in memory as they are written, as between programs. Left to choose, XLA takes another order
-        within a loop, and copies all caches at its start and end (docs/dev/accelerators.md)."""
+    def _written(self, buffer: Entries, new: Entries, start: Array, wraps: bool) -> Entries:
+        batch, kv_heads, time, _ = new.shape
+        # XLA for TPU writes slices of several sequences one after another, in a loop; it has a scatter of rows.
+        if self.platform == "tpu" and (wraps or batch > 1) and kv_heads * time <= _FEW_ROWS:
+            return _write_rows(buffer, new, start, wraps)
+        return jax.vmap(_update_round if wraps else _update)(buffer, new, start)
 
-        def fix(part: Entries) -> Entries:
-            return with_layout_constraint(part, Layout(tuple(range(part.ndim))))
-
+    def _locally(self, function: Callable[..., Entries], buffers: Sequence[Entries], rows: Sequence[Array]) -> Entries:
+        """A buffer that `function` makes of each device's part of `buffers`, and of what else its sequences have: a
+        reshape, or the order of axes, of a split array would gather it."""
         if self.alone:
             # A function of its own: where a constraint gives a program's result, JAX leaves the order of all results to
             # XLA, then takes no donated buffer for it, and reads others as if they were in order.
-            return jax.jit(fix)(buffer)
-        where = self.partition(buffer.shape)  # a constraint on a split array would gather it
-        return jax.shard_map(fix, mesh=self.mesh, in_specs=where, out_specs=where)(buffer)
+            return self._placed(jax.jit(function)(*buffers, *rows))
+        where = self.partition(buffers[0].shape)
+        each = (where,) * len(buffers) + (PartitionSpec(where[0]),) * len(rows)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=each, out_specs=where)(*buffers, *rows)
 
     def _placed(self, buffer: Entries) -> Entries:
         """Split over the mesh."""
         if self.mesh is None:
             return buffer
         return jax.lax.with_sharding_constraint(buffer, NamedSharding(self.mesh, self.partition(buffer.shape)))
+
+
+def _in_order(buffer: Entries) -> Entries:
+    """With the axes in memory as they are written, as between programs. Left to choose, XLA takes another order within
+    a loop, and copies all caches at its start and end (docs/dev/accelerators.md)."""
+    return with_layout_constraint(buffer, Layout(tuple(range(buffer.ndim))))
+
+
+def _write_rows(
+    buffer: Entries, new: Float[Array, "batch kv_heads time head_dim"], start: Int[Array, " batch"], wraps: bool
+) -> Entries:
+    """As one scatter of rows."""
+    batch, kv_heads, capacity, head_dim = buffer.shape
+    time = new.shape[2]
+    if wraps:
+        places = (start[:, None] + jnp.arange(time)) % capacity
+    else:
+        places = jnp.minimum(start, capacity - time)[:, None] + jnp.arange(time)  # as `_update` does beyond the end
+    first = capacity * jnp.arange(batch * kv_heads).reshape(batch, kv_heads, 1)
+    rows = buffer.reshape(-1, head_dim)
+    rows = rows.at[(first + places[:, None]).reshape(-1)].set(
+        new.reshape(-1, head_dim), unique_indices=True, indices_are_sorted=not wraps, mode="promise_in_bounds"
+    )
+    return rows.reshape(buffer.shape)
 
 
 def _attend_capped(
@@ -188,3 +219,12 @@ def _update_round(
 ) -> Float[Array, "kv_heads capacity head_dim"]:
     places = (start + jnp.arange(new.shape[1])) % buffer.shape[1]
     return buffer.at[:, places].set(new, unique_indices=True)
+
+
+def _taken(
+    buffer: Float[Array, "kv_heads capacity head_dim"],
+    start: Int[Array, ""],
+    sources: Int[Array, " moved"],
+    region: int,
+) -> Float[Array, "kv_heads moved head_dim"]:
+    return jnp.take(jax.lax.dynamic_slice_in_dim(buffer, start, region, axis=1), sources, axis=1)
