@@ -45,6 +45,19 @@ def draft_of(costs, lookup=None):
     return DraftConfig(2, 4, lookup=lookup, decide=DecideConfig((costs,)))
 
 
+def test_an_engine_of_few_slots_keeps_to_gamma_and_eta_where_only_batches_decide():
+    fixed = DraftConfig(2, 4, 0.3)
+    draft = dataclasses.replace(fixed, decide=DecideConfig((HOPELESS,), from_slots=2))
+    engines = {
+        (slots, one): Engine(tiny_target(), tiny_adapter(2), EngineConfig(slots), one)
+        for slots in (1, 2)
+        for one in (fixed, draft, draft_of(HOPELESS))
+    }
+    shapes = {key: engine.shapes.round for key, engine in engines.items()}
+    assert shapes[1, draft] == shapes[1, fixed] != shapes[1, draft_of(HOPELESS)]
+    assert shapes[2, draft] == shapes[2, draft_of(HOPELESS)] != shapes[2, fixed]
+
+
 def requests():
     """More than slots: repetitive and random prompts, greedy and sampled, short and long answers."""
     rng = np.random.default_rng(1)
