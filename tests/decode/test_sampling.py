@@ -226,6 +226,20 @@ SETTINGS = [
 ]
 
 
+def test_without_drafts_a_token_is_the_one_behind_an_empty_draft_and_nothing_is_gathered():
+    batch, vocabulary = 64, 50
+    p = jax.nn.softmax(3 * jax.random.normal(jax.random.key(1), (batch, 1, vocabulary)))
+    keys, places, none = jax.random.split(jax.random.key(2), batch), jnp.arange(batch), jnp.zeros(batch, int)
+    empty = p, jnp.zeros((batch, 0, vocabulary)), jnp.zeros((batch, 0), int), none, keys, places
+    q, drafted = jnp.full((batch, 1, vocabulary), 1 / vocabulary), jnp.ones((batch, 1), int)
+    tokens, count = sampling.accept_and_resample(*empty)
+    expected, _ = sampling.accept_and_resample(jnp.concatenate([p, p], 1), q, drafted, none, keys, places)
+    assert tokens.tolist() == expected[:, :1].tolist()
+    assert len(set(tokens[:, 0].tolist())) > 20
+    assert count.tolist() == none.tolist()
+    assert "gather" not in str(jax.make_jaxpr(sampling.accept_and_resample)(*empty))
+
+
 @pytest.mark.parametrize(("temperature", "top_p", "top_k", "gamma", "eta", "batch"), SETTINGS)
 def test_tokens_are_distributed_as_the_target_s(temperature, top_p, top_k, gamma, eta, batch):
     config = SamplingConfig(temperature, top_p, top_k)
