@@ -348,7 +348,7 @@ def test_greedy_tokens_of_smollm2_equal_those_of_transformers_and_of_its_adapter
     drafted = generate(target, adapter, prompts[:10], max_new_tokens=64, draft=draft)
     assert drafted.tokens == found[:10]
     rounds = [length for lengths in drafted.accept_lengths for length in lengths]
-    assert np.mean(rounds) > 1.5  # 1.60; with a tenth of its training, 1.3
+    assert np.mean(rounds) > 1.7  # 1.80; of the adapter before it, 1.60
 
 
 _MEASURE = """
