@@ -354,8 +354,7 @@ class SynthesisConfig:
       batch_size: sequences decoded together; nothing that is written depends on it.
       openings: file of beginnings of questions, one on a line: each conversation's first question begins with one of
         them, which is drawn evenly, and the target writes the rest. An empty line leaves the question to the target,
-        and so does an empty name. They say what is asked about: without them, a small model hardly ever asks for a
-        translation or a summary.
+        and so does an empty name. They say what is asked about.
       texts: for a base model, which has no chat template: texts that it continues, as `data.files` names them. A record
         is then a text: it begins with up to `question_tokens` tokens of one, and has up to `answer_tokens` new ones.
 

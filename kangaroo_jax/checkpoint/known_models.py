@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 
@@ -40,15 +41,6 @@ SHAPES = {
         num_attention_heads=32,
         num_key_value_heads=32,
     ),
-    "llama7b_32k": _LLAMA2(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        max_position_embeddings=32768,
-        rope_scaling=RopeScaling("linear", factor=8.0),
-    ),
     "llama13b": _LLAMA2(
         hidden_size=5120,
         intermediate_size=13824,
@@ -68,20 +60,6 @@ SHAPES = {
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,
         rope_theta=500000.0,
-    ),
-    "llama31_8b": ModelConfig(
-        model_type="llama",
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-        rope_scaling=RopeScaling("llama3", factor=8.0),
     ),
     "llama3_1b": ModelConfig(
         model_type="llama",
@@ -128,6 +106,15 @@ SHAPES = {
             "sliding_window": 1024,
             "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         }
+    ),
+}
+# The same with longer contexts.
+SHAPES |= {
+    "llama7b_32k": dataclasses.replace(
+        SHAPES["llama7b"], max_position_embeddings=32768, rope_scaling=RopeScaling("linear", factor=8.0)
+    ),
+    "llama31_8b": dataclasses.replace(
+        SHAPES["llama3_8b"], max_position_embeddings=131072, rope_scaling=RopeScaling("llama3", factor=8.0)
     ),
 }
 

@@ -21,7 +21,7 @@ from kangaroo_jax.data.synthesize.record_file import RecordFile, check_place
 from kangaroo_jax.data.synthesize.run import write_records
 from kangaroo_jax.data.synthesize.sources import Continued, Regenerated, SelfAsked
 from kangaroo_jax.engine.requests import Answer
-from tests.data.chat_targets import ENDS, chat_target
+from tests.data.chat_targets import ENDS, TEMPLATE, chat_target
 from tests.decode.models import VOCABULARY
 from tests.tokens import byte_tokenizer
 
@@ -152,6 +152,15 @@ def test_questions_begin_with_openings_and_the_target_goes_on_from_them(tmp_path
     (tmp_path / "openings.txt").write_text("ab\n")
     with pytest.raises(InputError, match=r"a.jsonl: its answers were made with data"):
         write(tmp_path / "a.jsonl", 20, settings=settings)
+
+
+def test_an_opening_stands_behind_the_space_of_a_template_that_has_one(tmp_path):
+    (tmp_path / "openings.txt").write_text("ab\n")
+    target = chat_target(TEMPLATE.replace("'<u>'", "'<u> '"))
+    job = SelfAsked(target, dataclasses.replace(SETTINGS, openings=str(tmp_path / "openings.txt"))).job(0)
+    job.start()
+    assert job.request().prompt == target.tokenizer.encode("<b><u> ab", add_special_tokens=False)
+    assert len(job.request().prompt) == 5
 
 
 @pytest.mark.parametrize("text", ["a<u>b", "a\ufffdb"])

@@ -176,7 +176,7 @@ def _read_openings(file: str) -> list[str]:
         raise InputError(f"{file}: cannot be read ({error}); give a text file of openings, one on a line") from None
     if not lines:
         raise InputError(f"{file}: is empty; give openings, one on a line")
-    return [line.rstrip() for line in lines]
+    return [line.strip() for line in lines]
 
 
 def choose_source(target: Target, settings: SynthesisConfig, template: str = "") -> SelfAsked | Continued:
