@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from kangaroo_jax import processor
 from kangaroo_jax.engine.programs import compiler_options
 
 _FEW_ROWS = 8
@@ -33,15 +34,7 @@ def describe(*packages: str) -> str:
 def name() -> str:
     """The processor, or the accelerator."""
     device = jax.devices()[0]
-    return _processor() if device.platform == "cpu" else device.device_kind
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
+    return processor.name() if device.platform == "cpu" else device.device_kind
 
 
 def memory_bytes() -> int:

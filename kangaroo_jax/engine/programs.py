@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from kangaroo_jax import processor
+
 
 class ProgramStore:
     """The programs used last.
@@ -57,8 +59,14 @@ def compiler_options(platform: str) -> dict[str, Any]:
     """How programs of decoding are compiled for a platform, plain decoding's as well as Kangaroo's.
 
     By default XLA for TPU turns each product that has one row into multiplications and sums on the vector unit, 2.7
-    times slower by its own estimate than on the matrix unit (docs/dev/accelerators.md)."""
-    return {"xla_tpu_enable_dot_strength_reduction": False} if platform == "tpu" else {}
+    times slower by its own estimate than on the matrix unit (docs/dev/accelerators.md). XLA for CPU gives products to
+    YNNPACK, which on a processor with AVX2 takes up to twice as long for a few rows as Eigen
+    (docs/dev/performance.md)."""
+    if platform == "tpu":
+        return {"xla_tpu_enable_dot_strength_reduction": False}
+    if platform == "cpu" and processor.vectors_are_avx2():
+        return {"xla_cpu_experimental_ynn_fusion_type": ""}
+    return {}
 
 
 def compile_program(
