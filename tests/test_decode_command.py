@@ -75,6 +75,7 @@ def test_compare_of_samples_does_not_speak_of_identical_tokens():
     assert result["text"] in out
 
 
+@pytest.mark.long
 def test_prompt_from_standard_input_equals_prompt_flag(results):
     piped = decode(*SHORT, input=b"class Stack:\n", stdin=None)
     assert last_line(piped.stdout.decode())["text"] == last_line(results[1][1])["text"]

@@ -9,11 +9,11 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from kangaroo_jax import Answer, DraftConfig, Request, generate_many
+from kangaroo_jax import Answer, DecideConfig, DraftConfig, Request, generate_many
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.engine.prompts import Prompt
@@ -23,25 +23,36 @@ DecodeAll = Callable[[], list[Answer]]
 
 @dataclasses.dataclass(frozen=True)
 class BatchSpeed:
+    """One way of decoding at one batch size.
+
+    Attributes:
+      seconds: for all answers.
+      mean_accept_length: over all rounds.
+      identical: answers whose tokens are plain decoding's at the first batch size.
+    """
+
+    seconds: float
+    mean_accept_length: float
+    identical: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchComparison:
     """Kangaroo and plain decoding at one batch size.
 
     Attributes:
       batch_size: sequences on the device.
       tokens: new tokens of all answers.
-      seconds: of Kangaroo, for all answers.
-      plain_seconds: of plain decoding.
-      mean_accept_length: over all of Kangaroo's rounds.
-      identical: answers whose tokens are plain decoding's at the first batch size.
       answers: number of answers.
+      plain_seconds: of plain decoding, for all answers.
+      ways: Kangaroo with each way of drafting.
     """
 
     batch_size: int
     tokens: int
-    seconds: float
-    plain_seconds: float
-    mean_accept_length: float
-    identical: int
     answers: int
+    plain_seconds: float
+    ways: dict[str, BatchSpeed]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,28 +86,44 @@ def ragged_lengths(count: int, shortest: int, longest: int) -> list[int]:
     return np.random.default_rng(0).integers(shortest, longest + 1, count).tolist()
 
 
+def ways_of_drafting(draft: DraftConfig) -> dict[str, DraftConfig]:
+    """`draft` with its gamma and eta in all rounds, and with sequences that decide how far to draft, at every batch
+    size."""
+    decide = dataclasses.replace(draft.decide or DecideConfig(), from_slots=1)
+    return {
+        "fixed": dataclasses.replace(draft, decide=None),
+        "deciding": dataclasses.replace(draft, decide=decide),
+    }
+
+
 def compare_with_plain(
     target: Target,
     adapter: TrainedAdapter,
-    draft: DraftConfig,
+    ways: Mapping[str, DraftConfig],
     requests: list[Request],
     batch_sizes: Sequence[int],
     runs: int,
-) -> Iterator[BatchSpeed]:
-    """Both ways of decoding the requests, in fixed batches of each size."""
+) -> Iterator[BatchComparison]:
+    """The requests decoded in fixed batches of each size: plainly, and with each of the `ways` of drafting."""
     reference = None
     for size in batch_sizes:
-        calls = [_in_fixed_batches(target, which, requests, size, draft) for which in (adapter, None)]
-        (ours, seconds), (plain, plain_seconds) = _measure(calls, runs)
+        plain_call = _in_fixed_batches(target, None, requests, size, DraftConfig())
+        calls = [_in_fixed_batches(target, adapter, requests, size, draft) for draft in ways.values()]
+        (plain, plain_seconds), *results = _measure([plain_call, *calls], runs)
         reference = reference or plain
-        yield BatchSpeed(
+        yield BatchComparison(
             size,
-            sum(len(answer.tokens) for answer in ours),
-            seconds,
+            sum(len(answer.tokens) for answer in plain),
+            len(plain),
             plain_seconds,
-            statistics.mean(length for answer in ours for length in answer.accept_lengths),
-            _identical(ours, reference),
-            len(ours),
+            {
+                name: BatchSpeed(
+                    seconds,
+                    statistics.mean(length for answer in ours for length in answer.accept_lengths),
+                    _identical(ours, reference),
+                )
+                for name, (ours, seconds) in zip(ways, results, strict=True)
+            },
         )
 
 

@@ -41,6 +41,7 @@ MISTAKES = [
     (["adapters", "--prompts=0"], "--prompts: expected at least 1, found 0"),
     (["adapters", "--model={model}"], "--adapter is missing, and none comes with the package for"),
     (["batch", "--batch_sizes=1,x"], "--batch_sizes: expected whole numbers above 0, found '1,x'"),
+    (["batch", "--requests=-1"], "--requests: expected at least 0, found -1"),
     (["batch", "--shortest=5", "--longest=4"], "--longest: expected at least --shortest (5), found 4"),
     (["batch", "--threshold=2"], "threshold must be between 0 and 1"),
     (["serve", "--clients=0"], "--clients: expected whole numbers above 0, found '0'"),
@@ -300,6 +301,12 @@ def test_batch_and_adapters_print_a_row_per_size_and_adapter(commands, flags):
     rows = [line.split() for line in out.splitlines() if re.match(" +2 |plain|Kangaroo", line)]
     assert [row[0] for row in rows] == ["2", "plain", "Kangaroo"]
     assert [row[-3:] for row in rows] == [["2", "of", "2"]] + [["3", "of", "3"]] * 2
+    # Tokens per second, speed-up and accept length of both ways, each with its count of identical answers.
+    _, plain, fixed, speed_up, accept, *identical, deciding, _, _ = rows[0][:-3]
+    assert identical == ["2", "of", "2"]
+    assert float(speed_up) == pytest.approx(float(fixed) / float(plain), abs=0.01)
+    assert 1 <= float(accept) <= 3
+    assert float(deciding) > 0
     model, adapter = flags
     pair = adapter.replace("--adapter=", "--adapters=") + "," + adapter.removeprefix("--adapter=")
     code, out, err = commands.run("adapters", model, pair, "--prompts=1", "--max_new_tokens=8", "--max_draft_len=2")

@@ -17,6 +17,8 @@ from kangaroo_jax.bench.spec_bench_ask import conversation_ids
 from tests.bench.commands import Commands
 from tests.bench.models import CONTEXT
 
+pytestmark = pytest.mark.long  # its fixture is a complete run of the command
+
 MAX_NEW_TOKENS = 40
 # Of the context, question 205 leaves 35 tokens for its answer, and the second turn of question 206 too few.
 QUESTIONS = [

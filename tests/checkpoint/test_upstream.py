@@ -139,6 +139,7 @@ def gqa():
     return load_target(str(GOLDEN / "tiny-gqa"), "float32")
 
 
+@pytest.mark.long
 def test_command_writes_an_adapter_of_our_own_in_bfloat16(gqa, tmp_path):
     adapter = MemoryAdapter(gqa.config, rngs=nnx.Rngs(0), mlp_size=8)
     training = {"steps": 3}

@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 import kangaroo_jax
 
 _PACKAGE = pathlib.Path(kangaroo_jax.__file__).parent
@@ -27,6 +29,7 @@ def _modules():
             yield ".".join(("kangaroo_jax", *parts)).removesuffix(".__init__")
 
 
+@pytest.mark.long
 def test_no_module_of_the_library_defines_a_flag():
     modules = list(_modules())
     assert {"kangaroo_jax", "kangaroo_jax.preflight.machines", "kangaroo_jax.distributed"} <= set(modules)

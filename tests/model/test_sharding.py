@@ -352,15 +352,14 @@ def test_int8_weights_split_over_4_devices_are_those_of_one_and_give_its_tokens(
     assert len(set(map(tuple, one["tokens"]))) == 2
 
 
-@pytest.fixture(
-    scope="module", params=[[[1, 2]], pytest.param([[2, 2], [1, 4], [4, 1]], marks=pytest.mark.long)], ids=str
-)
-def batches(request, small_target):
+@pytest.fixture(scope="module")
+def batches(small_target):
     """A running batch on one device, and on meshes of (data, model) devices."""
-    one, *meshes = on_virtual_devices(_A_BATCH, small_target, json.dumps([[1, 1], *request.param]))
+    one, *meshes = on_virtual_devices(_A_BATCH, small_target, json.dumps([[1, 1], [1, 2], [2, 2], [1, 4], [4, 1]]))
     return one, meshes
 
 
+@pytest.mark.long
 def test_a_batch_on_a_mesh_gives_each_request_the_tokens_of_one_device(batches):
     one, meshes = batches
     kangaroo, plain = one["decoded"]
@@ -374,6 +373,7 @@ def test_a_batch_on_a_mesh_gives_each_request_the_tokens_of_one_device(batches):
             assert sum(map(bool, itertools.chain.from_iterable(lengths for _, _, lengths in one["looked_up"]))) > 10
 
 
+@pytest.mark.long
 def test_each_device_holds_its_sequences_and_its_heads_alone(batches):
     one, meshes = batches
     capacity = one["shapes"][0][2]
@@ -383,6 +383,7 @@ def test_each_device_holds_its_sequences_and_its_heads_alone(batches):
         assert mesh["shapes"] == [[4 // data, 4 // model, capacity, 8]] * 3 + [[4 // data]]
 
 
+@pytest.mark.long
 def test_a_round_gathers_no_cache(batches):
     one, meshes = batches
     cache = 4 * 4 * one["shapes"][0][2] * 8 * 4  # bytes of one layer's keys
