@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from kangaroo_jax import Answer, DecideConfig, DraftConfig, Request, generate_many
+from kangaroo_jax import Answer, DecideConfig, DraftConfig, Engine, EngineConfig, Finished, Request
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
 from kangaroo_jax.checkpoint.target import Target
+from kangaroo_jax.engine.programs import SHARED
 from kangaroo_jax.engine.prompts import Prompt
 
-DecodeAll = Callable[[], list[Answer]]
+DecodeAll = Callable[[], tuple[list[Answer], float]]  # with seconds, without compilation
+
+_PROGRAMS = 8  # of an engine, at most: prompts in groups of several widths, and rounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +152,17 @@ def compare_with_fixed(
 def _in_refilled_slots(
     target: Target, adapter: TrainedAdapter | None, requests: list[Request], size: int, draft: DraftConfig
 ) -> DecodeAll:
-    def run() -> list[Answer]:
-        answers = generate_many(target, adapter, requests, size, draft=draft, eos_token_ids=())
-        return sorted(answers, key=lambda answer: answer.id)
+    requests = [dataclasses.replace(request, eos_token_ids=(), stream=False) for request in requests]
+
+    def run() -> tuple[list[Answer], float]:
+        # A new one each time: an engine keeps what it knows of a prompt for the next one that begins as it does.
+        engine, answers, start = Engine(target, adapter, EngineConfig(size), draft), [], time.perf_counter()
+        for request in requests:
+            engine.add(request)
+        while engine.busy:
+            answers += [event.answer for event in engine.step() if isinstance(event, Finished)]
+        seconds = time.perf_counter() - start - engine.compile_seconds
+        return sorted(answers, key=lambda answer: answer.id), seconds
 
     return run
 
@@ -161,20 +172,22 @@ def _in_fixed_batches(
 ) -> DecodeAll:
     """Batch after batch, each waiting for its slowest sequence."""
     batches = [requests[i : i + size] for i in range(0, len(requests), size)]
-    calls = [_in_refilled_slots(target, adapter, batch, size, draft) for batch in batches]
-    return lambda: list(itertools.chain.from_iterable(call() for call in calls))
+    calls = [_in_refilled_slots(target, adapter, batch, len(batch), draft) for batch in batches]
+
+    def run() -> tuple[list[Answer], float]:
+        answers, seconds = zip(*(call() for call in calls), strict=True)
+        return list(itertools.chain.from_iterable(answers)), sum(seconds)
+
+    return run
 
 
 def _measure(calls: Sequence[DecodeAll], runs: int) -> list[tuple[list[Answer], float]]:
-    """The answers of each call, and the median of its seconds without compilation."""
-    results = [call() for call in calls]  # compiles
-    seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(runs):
-        for call, times in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-    return [(answers, statistics.median(times)) for answers, times in zip(results, seconds, strict=True)]
+    """The answers of each call, and the median of its seconds."""
+    # Of all ways, where engines find them: loading one again during a run would leave caches of the processor cold.
+    SHARED.limit = max(SHARED.limit, _PROGRAMS * len(calls))
+    answers = [call()[0] for call in calls]  # compiles
+    seconds = [[call()[1] for call in calls] for _ in range(runs)]
+    return [(found, statistics.median(times)) for found, times in zip(answers, zip(*seconds, strict=True), strict=True)]
 
 
 def _identical(answers: list[Answer], reference: list[Answer]) -> int:
