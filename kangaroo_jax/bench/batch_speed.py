@@ -91,12 +91,12 @@ def ragged_lengths(count: int, shortest: int, longest: int) -> list[int]:
 
 def ways_of_drafting(draft: DraftConfig) -> dict[str, DraftConfig]:
     """`draft` with its gamma and eta in all rounds, and with sequences that decide how far to draft, at every batch
-    size."""
-    decide = dataclasses.replace(draft.decide or DecideConfig(), from_slots=1)
-    return {
-        "fixed": dataclasses.replace(draft, decide=None),
-        "deciding": dataclasses.replace(draft, decide=decide),
-    }
+    size; of a tree, which has no such rule, the first alone."""
+    ways = {"fixed": dataclasses.replace(draft, decide=None)}
+    if draft.tree is None:
+        decide = dataclasses.replace(draft.decide or DecideConfig(), from_slots=1)
+        ways["deciding"] = dataclasses.replace(draft, decide=decide)
+    return ways
 
 
 def compare_with_plain(
@@ -134,10 +134,10 @@ def compare_with_fixed(
     target: Target, adapter: TrainedAdapter, draft: DraftConfig, requests: list[Request], batch_size: int, runs: int
 ) -> list[RefillSpeed]:
     """Refilled slots and fixed batches of the same size, of plain decoding and of Kangaroo."""
-    kinds = {"plain": None, "Kangaroo": adapter}
+    kinds = {"plain": (None, DraftConfig()), "Kangaroo": (adapter, draft)}
     calls = [
-        make(target, which, requests, batch_size, draft)
-        for which in kinds.values()
+        make(target, which, requests, batch_size, how)
+        for which, how in kinds.values()
         for make in (_in_fixed_batches, _in_refilled_slots)
     ]
     results = _measure(calls, runs)
