@@ -81,7 +81,7 @@ def _product_from_left(
     x: Float[Array, "*rows inputs"], weight: Float[Array, "outputs inputs"], accumulate: jnp.dtype | None
 ) -> Float[Array, "*rows outputs"]:
     """The product with the weight as the left operand, of few rows on a processor with AVX2: a third to half less time
-    than `x @ weight.T`, which XLA would make of it without the barriers. Two rows take longer than three.
+    than `x @ weight.T`, into which XLA turns it without the barriers. Two rows are padded to three, which are faster.
     (docs/dev/performance.md)"""
     rows = x.reshape(-1, x.shape[-1])
     columns = jax.lax.optimization_barrier(jnp.pad(rows, ((0, max(0, 3 - len(rows))), (0, 0))).T)
