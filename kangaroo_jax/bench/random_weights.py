@@ -9,7 +9,9 @@ from flax import nnx
 from kangaroo_jax.bench.machine import memory_bytes
 from kangaroo_jax.checkpoint.known_models import SHAPES
 from kangaroo_jax.errors import InputError
+from kangaroo_jax.model.columns import columns_where_faster
 from kangaroo_jax.model.drafts.kangaroo import Adapter
+from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel
 
 
@@ -37,4 +39,7 @@ def random_weights(shape: str, dtype: str) -> tuple[TargetModel, Adapter]:
             f"--shape={shape}: {need / 1e9:.1f} GB of {dtype} weights, but the device holds "
             f"{memory_bytes() / 1e9:.1f} GB; take a smaller shape, or --dtype=bfloat16"
         )
-    return jax.jit(make)()
+    target, adapter = jax.jit(make)()
+    leaves, structure = jax.tree.flatten(target)
+    leaves = map(columns_where_faster, parameter_paths(target), leaves)  # as a loaded target has them
+    return jax.tree.unflatten(structure, leaves), adapter

@@ -22,6 +22,7 @@ from jaxtyping import PyTree
 from kangaroo_jax.checkpoint.weights import DTYPES, Index, Pieces, join_pieces
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
+from kangaroo_jax.model.columns import columns_where_faster
 from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.quantized import QuantizedArray, input_axis, product_on, quantize_rows
 
@@ -199,7 +200,7 @@ def fill_module(
         if axis is not None:
             array = quantized(path, shape, axis)
         elif mesh is None:
-            array = jnp.asarray(part(path, shape, (slice(None),) * len(shape)), dtype)
+            array = columns_where_faster(path, part(path, shape, (slice(None),) * len(shape)))
         else:
             # Devices that hold the same part share one reading of it.
             parts = functools.cache(lambda *bounds, path=path, shape=shape: part(path, shape, _slices(bounds)))

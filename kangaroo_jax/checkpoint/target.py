@@ -32,6 +32,7 @@ from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.families import family_of
 from kangaroo_jax.model.naming import parameter_paths
+from kangaroo_jax.model.ops import as_arrays
 from kangaroo_jax.model.quantized import WEIGHTS
 from kangaroo_jax.model.target import TargetModel
 
@@ -206,7 +207,7 @@ def save_target(model: TargetModel, folder: str | pathlib.Path, dtype: jnp.dtype
     """Writes `config.json` and `model.safetensors` (in `dtype`) that transformers and `load_target` read."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    family, tensors = family_of(model.config), {}
+    family, tensors, model = family_of(model.config), {}, as_arrays(model)
     for path, leaf in zip(parameter_paths(model), jax.tree.leaves(model), strict=True):
         rule = parameter_rule(path, leaf.shape)
         for name, part in zip(rule.names, rule.split(np.asarray(leaf)), strict=True):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Float, Int, Int8, PyTree
 
 from kangaroo_jax import processor
+from kangaroo_jax.model.columns import ColumnArray
 from kangaroo_jax.model.quantized import QuantizedArray
+
+Stored = ColumnArray | QuantizedArray  # what a weight may be in place of an array
 
 _BLOCK = 1 << 16  # values; 256 KiB in float32, which stays in a core's cache
 _FEW_ROWS = 64  # of activations: with more, computing takes longer than moving the weights
@@ -21,7 +26,7 @@ def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
 
 
 def dot(
-    spec: str, x: Float[Array, ...], weight: Float[Array, ...] | QuantizedArray, accumulate: jnp.dtype | None = None
+    spec: str, x: Float[Array, ...], weight: Float[Array, ...] | Stored, accumulate: jnp.dtype | None = None
 ) -> Float[Array, ...]:
     """`jnp.einsum(spec, x, weight)` in the dtype of `x`, whatever the weight is stored as.
 
@@ -31,9 +36,12 @@ def dot(
       spec: of the product, for example "...k,kn->...n". The last axis of `x` is multiplied with one of the weight's,
         and the weight's others, in their order, end the result.
       x: activations, in the dtype that is computed in.
-      weight: of any float dtype, or quantized.
+      weight: of any float dtype, as columns, or quantized.
       accumulate: dtype of the result; that of `x` if None.
     """
+    if isinstance(weight, ColumnArray):
+        outputs = _product("...k,kn->...n", x, weight.columns, accumulate)[..., : math.prod(weight.outputs)]
+        return outputs.reshape(*x.shape[:-1], *weight.outputs)
     if not isinstance(weight, QuantizedArray):
         return _product(spec, x, weight, accumulate)
     num_rows = x.size // x.shape[-1]
@@ -52,14 +60,23 @@ def dot(
 
 
 def rows(
-    weight: Float[Array, "rows width"] | QuantizedArray, index: Int[Array, "*shape"], dtype: jnp.dtype
+    weight: Float[Array, "rows width"] | Stored, index: Int[Array, "*shape"], dtype: jnp.dtype
 ) -> Float[Array, "*shape w"]:
     """Rows of a table of weights, such as an embedding, in the dtype that is computed in."""
     if not isinstance(weight, QuantizedArray):
         return weight[index].astype(dtype)
     if weight.product == "pairs" and index.size == 1:
         return rows(weight, jnp.concatenate([index, index]), dtype)[:1]
-    return weight[index].dequantized().astype(dtype)
+    return weight[index].as_array().astype(dtype)
+
+
+def as_arrays(tree: PyTree) -> PyTree:
+    """The same with an array for each weight that is stored otherwise."""
+
+    def is_stored(x: Any) -> bool:
+        return isinstance(x, Stored)
+
+    return jax.tree.map(lambda x: x.as_array() if is_stored(x) else x, tree, is_leaf=is_stored)
 
 
 def _product(spec: str, x: Array, weight: Array, accumulate: jnp.dtype | None) -> Array:

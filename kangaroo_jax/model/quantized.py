@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int8, PyTree
+from jaxtyping import Array, Float, Int8
 
 WEIGHTS = ("float", "int8")
 
@@ -53,8 +53,8 @@ class QuantizedArray:
         """As a matrix, of an array whose inputs come first."""
         return self.replace(values=self.values.reshape(inputs, outputs), scales=self.scales.reshape(1, outputs))
 
-    def dequantized(self) -> Float[Array, ...]:
-        """As an array, in float32."""
+    def as_array(self) -> Float[Array, ...]:
+        """In float32."""
         return self.values.astype(jnp.float32) * self.scales
 
 
@@ -115,12 +115,3 @@ def quantize_rows(
         with np.errstate(invalid="ignore"):
             values[part] = np.nan_to_num(np.rint(some / scales[part]))
     return values, scales
-
-
-def dequantized(tree: PyTree) -> PyTree:
-    """The same with an array in float32 for each quantized one."""
-
-    def is_quantized(x: Any) -> bool:
-        return isinstance(x, QuantizedArray)
-
-    return jax.tree.map(lambda x: x.dequantized() if is_quantized(x) else x, tree, is_leaf=is_quantized)

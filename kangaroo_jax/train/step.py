@@ -19,7 +19,7 @@ from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kinds import KINDS, abstract_adapter
 from kangaroo_jax.model.layers import RMSNorm
 from kangaroo_jax.model.naming import parameter_paths
-from kangaroo_jax.model.quantized import dequantized
+from kangaroo_jax.model.ops import as_arrays
 from kangaroo_jax.model.target import TargetModel
 from kangaroo_jax.train.objective import adapter_loss, metrics_by_depth
 
@@ -83,7 +83,7 @@ def initial_parameters(
     copied = {
         f"{prefix}.{path}": jnp.array(x, jnp.float32, copy=True)
         for prefix, module in parts.items()
-        for path, x in adapter_checkpoint.named_leaves(dequantized(module)).items()
+        for path, x in adapter_checkpoint.named_leaves(as_arrays(module)).items()
     }
     shapes = adapter_checkpoint.named_leaves(abstract_adapter(target.config, jnp.float32, adapter))
     own_keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), len(shapes))

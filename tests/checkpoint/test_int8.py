@@ -62,7 +62,7 @@ def test_a_draft_vocabulary_takes_rows_of_the_int8_head():
     head = model.embed_tokens if model.lm_head is None else model.lm_head
     some = DraftVocabulary(model, jnp.asarray([7, 2, 200]))
     assert some.weight.values.dtype == jnp.int8
-    expected = np.asarray(logits(model.config, hidden, head[...].dequantized()))[..., [7, 2, 200]]
+    expected = np.asarray(logits(model.config, hidden, head[...].as_array()))[..., [7, 2, 200]]
     np.testing.assert_allclose(logits(model.config, hidden, some.weight[...]), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -70,7 +70,7 @@ def test_blocks_of_a_gguf_file_are_rounded_again_per_channel(tmp_path):
     stored = tensors(np.random.default_rng(0), TYPE.Q8_0)
     target = load_target(write(tmp_path / "model.gguf", metadata(), stored), "float32", weights="int8")
     matrix = gguf.dequantize(*stored["token_embd.weight"])
-    found = target.model.embed_tokens[...].dequantized()
+    found = target.model.embed_tokens[...].as_array()
     np.testing.assert_allclose(found, rounded(matrix), rtol=1e-6, atol=1e-9)
     # Rounding a second time moves most values: a block's step is finer than its row's.
     assert 0 < np.abs(found - matrix).max() <= 0.5001 * np.abs(matrix).max() / 127

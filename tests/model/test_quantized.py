@@ -53,7 +53,7 @@ def test_rows_of_a_table_are_the_dequantized_ones(product):
         found = rows(table, jnp.asarray(index), jnp.float32)
         np.testing.assert_allclose(found, exact[index], rtol=1e-6)
     taken = table[jnp.asarray([3, 1])]  # a draft vocabulary's
-    np.testing.assert_allclose(taken.dequantized(), exact[[3, 1]], rtol=1e-6)
+    np.testing.assert_allclose(taken.as_array(), exact[[3, 1]], rtol=1e-6)
 
 
 def test_a_matrix_is_rounded_to_the_nearest_of_255_values_per_row(monkeypatch):
