@@ -54,6 +54,42 @@ def test_few_queries_at_a_time_change_neither_output_nor_gradient():
             np.testing.assert_allclose(found, reference, rtol=1e-5, atol=1e-5)
 
 
+def _piece(time: int, capacity: int, window: int | None, behind: int = 30) -> tuple[np.ndarray, ...]:
+    """Queries of the last `time` positions but `behind`, keys and values of all, and what each query sees."""
+    rng = np.random.default_rng(time)
+    query = rng.normal(size=(BATCH, time, KV_HEADS, GROUPS, HEAD_DIM)).astype(np.float32) * 3
+    keys, values = rng.normal(size=(2, BATCH, capacity, KV_HEADS, HEAD_DIM)).astype(np.float32)
+    distance = (capacity - behind - time + np.arange(time))[:, None] - np.arange(capacity)
+    mask = (distance >= 0) & (distance < (window or capacity))
+    return query, keys, values, np.broadcast_to(mask, (BATCH, *mask.shape)).copy()
+
+
+# Caches of one block and of three, the last of which begins within the one before; blocks of 64, 128 and 256 queries.
+@pytest.mark.parametrize(("time", "capacity"), [(64, 128), (128, 640), (192, 640), (256, 300)])
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_prompts_piece_attends_in_blocks_as_over_everything(time, capacity, window):
+    query, keys, values, mask = _piece(time, capacity, window)
+    mask[1] &= np.random.default_rng(1).random(mask[1].shape) < 0.5
+    mask[1] |= np.eye(time, capacity, capacity - 30 - time, dtype=bool)
+    backend = CpuBackend()
+    empty = backend.init_cache(BATCH, KV_HEADS, capacity, HEAD_DIM, jnp.float32)
+    written = backend.write(*empty, jnp.asarray(keys), jnp.asarray(values), jnp.zeros((BATCH,), jnp.int32))
+    found = jax.jit(functools.partial(backend.attend, scale=HEAD_DIM**-0.5))(query, *written, mask)
+    np.testing.assert_allclose(found, _obvious(query, keys, values, mask), rtol=1e-5, atol=1e-5)
+
+
+def test_a_piece_reads_no_position_that_none_of_its_queries_sees():
+    query, keys, values, mask = _piece(128, 1024, 100, behind=300)
+    seen = mask.any(axis=(0, 1))
+    first, last = seen.argmax() // 256 * 256, -(-(seen.nonzero()[0][-1] + 1) // 256) * 256
+    assert 0 < first < last < 1024
+    values[:, :first] = values[:, last:] = np.nan  # times a weight of 0, it would be NaN
+    backend = CpuBackend()
+    empty = backend.init_cache(BATCH, KV_HEADS, 1024, HEAD_DIM, jnp.float32)
+    written = backend.write(*empty, jnp.asarray(keys), jnp.asarray(values), jnp.zeros((BATCH,), jnp.int32))
+    assert np.isfinite(backend.attend(jnp.asarray(query), *written, jnp.asarray(mask), scale=1.0)).all()
+
+
 def test_scores_of_all_queries_never_exist_at_once():
     query, keys, values, mask = _inputs(512)
     gradient = jax.jit(jax.grad(lambda query: attend(query, keys, values, mask, chunk=32).sum()))

@@ -19,6 +19,11 @@ from kangaroo_jax.model.ops import precision
 Keys = Float[Array, "batch*kv_heads head_dim capacity"]
 Values = Float[Array, "batch*kv_heads capacity head_dim"]
 
+# Of a prompt's piece, whose widths are multiples of the smallest number, as many queries are taken at a time; and as
+# many positions.
+_QUERIES = (256, 128, 64)
+_POSITIONS = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class CpuBackend:
@@ -67,6 +72,8 @@ class CpuBackend:
         soft_cap: float | None = None,
     ) -> Float[Array, "batch time kv_heads groups head_dim"]:
         batch, time, kv_heads, groups, head_dim = query.shape
+        if time % _QUERIES[-1] == 0:
+            return _attend_in_blocks(query, keys, values, mask, scale, soft_cap)
         merged = batch * kv_heads
         dtype = query.dtype
         query = query.transpose(0, 2, 3, 1, 4).reshape(merged, groups * time, head_dim)
@@ -122,6 +129,60 @@ class CpuBackend:
             keys = jax.lax.dynamic_update_slice(keys, new_keys[source], (rows[i] * heads, 0, 0))
             values = jax.lax.dynamic_update_slice(values, new_values[source], (rows[i] * heads, 0, 0))
         return keys, values
+
+
+def _attend_in_blocks(
+    query: Float[Array, "batch time kv_heads groups head_dim"],
+    keys: Keys,
+    values: Values,
+    mask: Bool[Array, "batch time capacity"],
+    scale: float,
+    soft_cap: float | None,
+) -> Float[Array, "batch time kv_heads groups head_dim"]:
+    """Attention of a prompt's piece: the scores of some queries and positions at a time, which stay in the cache, from
+    the first to the last positions that any of these queries sees. (Online softmax: Milakov and Gimelshein, arXiv
+    1805.02867; in blocks: FlashAttention, arXiv 2205.14135.) docs/dev/performance.md has what it brings.
+    """
+    batch, time, kv_heads, groups, head_dim = query.shape
+    merged, capacity, dtype = batch * kv_heads, values.shape[1], query.dtype
+    size = next(size for size in _QUERIES if time % size == 0)
+    width = min(_POSITIONS, capacity)
+    exact, least = precision(dtype), jnp.finfo(jnp.float32).min
+
+    def some(block: tuple[Array, Array, Array, Array]) -> Array:
+        query, mask, first, last = block
+
+        def add(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            highest, total, mixed = sums
+            start = jnp.minimum(i * width, capacity - width)  # the last block may begin within the one before
+            seen = jax.lax.dynamic_slice_in_dim(mask, start, width, axis=2) & (start + jnp.arange(width) >= i * width)
+            part = jax.lax.dynamic_slice_in_dim(keys, start, width, axis=2)
+            scores = jnp.einsum("nqd,nds->nqs", query, part, precision=exact, preferred_element_type=jnp.float32)
+            scores = capped(scores.reshape(batch, kv_heads, groups, size, width) * scale, soft_cap)
+            scores = jnp.where(seen[:, None, None], scores, least).reshape(merged, groups * size, width)
+            # Where nothing was seen yet, `highest` is `least`: the first score that counts takes back what was added.
+            new = jnp.maximum(highest, scores.max(axis=-1))
+            weights, kept = jnp.exp(scores - new[..., None]), jnp.exp(highest - new)
+            part = jax.lax.dynamic_slice_in_dim(values, start, width, axis=1)
+            more = jnp.einsum(
+                "nqs,nsd->nqd", weights.astype(dtype), part, precision=exact, preferred_element_type=jnp.float32
+            )
+            return new, total * kept + weights.sum(axis=-1), mixed * kept[..., None] + more
+
+        rows = (merged, groups * size)
+        sums = jnp.full(rows, least), jnp.zeros(rows), jnp.zeros((*rows, head_dim))
+        _, total, mixed = jax.lax.fori_loop(first, last, add, sums)
+        return (mixed / jnp.where(total == 0, 1, total)[..., None]).astype(dtype)  # 0: queries of padding
+
+    query = query.reshape(batch, -1, size, kv_heads, groups, head_dim).transpose(1, 0, 3, 4, 2, 5)
+    mask = mask.reshape(batch, -1, size, capacity).swapaxes(0, 1)
+    places = jnp.arange(capacity)
+    seen = mask.any(axis=(1, 2))
+    first = jnp.where(seen, places, capacity).min(axis=1) // width
+    last = jnp.where(seen, places, -1).max(axis=1) // width + 1
+    mixed = jax.lax.map(some, (query.reshape(-1, merged, groups * size, head_dim), mask, first, last))
+    mixed = mixed.reshape(-1, batch, kv_heads, groups, size, head_dim).transpose(1, 0, 4, 2, 3, 5)
+    return mixed.reshape(batch, time, kv_heads, groups, head_dim)
 
 
 def _move(
