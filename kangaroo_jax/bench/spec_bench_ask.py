@@ -6,7 +6,7 @@ import functools
 import statistics
 from collections.abc import Sequence
 
-from kangaroo_jax import DraftConfig, Generation, generate, generate_plain
+from kangaroo_jax import DraftConfig, Generation, SamplingConfig, generate, generate_plain
 from kangaroo_jax.bench.spec_bench_answers import METHODS, QuestionDetails, QuestionResult, SpecBenchAnswer
 from kangaroo_jax.bench.spec_bench_questions import Question
 from kangaroo_jax.checkpoint import chat_template
@@ -20,7 +20,13 @@ _MIN_ANSWER = 32
 
 
 def ask_question(
-    target: Target, adapter: TrainedAdapter, question: Question, draft: DraftConfig, max_new_tokens: int, runs: int
+    target: Target,
+    adapter: TrainedAdapter,
+    question: Question,
+    draft: DraftConfig,
+    max_new_tokens: int,
+    runs: int,
+    sampling: SamplingConfig,
 ) -> QuestionResult:
     """Both methods' answers to all turns. Each method's conversation contains its own earlier answers.
 
@@ -35,13 +41,14 @@ def ask_question(
       draft: exit layer, gamma, eta, tree.
       max_new_tokens: maximum tokens of one turn's answer; EOS ends it earlier.
       runs: timed runs of each method per turn, interleaved; the median of their seconds counts.
+      sampling: greedy, or how both methods sample; all runs of a turn by the same seed.
 
     Raises:
       InputError: for a chat template that does not work.
     """
     call = {
-        "kangaroo": functools.partial(generate, target, adapter, draft=draft),
-        "plain": functools.partial(generate_plain, target),
+        "kangaroo": functools.partial(generate, target, adapter, draft=draft, sampling=sampling),
+        "plain": functools.partial(generate_plain, target, sampling=sampling),
     }
     context = target.config.context
     conversation: dict[str, list[str]] = {method: [] for method in METHODS}

@@ -16,15 +16,23 @@ _COLOUR = "#2f6f8f"
 _DOTS_PER_INCH = 150
 
 
-def save_speedups(rows: Sequence[TaskSummary], path: str | pathlib.Path) -> None:
-    """A bar per row: Kangaroo's speed over plain decoding's. Rows without an answer are left out."""
+def save_tasks(rows: Sequence[TaskSummary], path: str | pathlib.Path) -> None:
+    """Two bars per row: Kangaroo's speed over plain decoding's, and its accept length. Rows without an answer are left
+    out."""
     rows = [row for row in rows if row.questions]
-    figure, axes = _chart("Speed-up over plain decoding", f"task (questions: {rows[-1].questions})", "speed-up")
-    bars = axes.bar([row.task.replace(" ", "\n") for row in rows], [row.speedup for row in rows], color=_COLOUR)
-    axes.bar_label(bars, fmt="%.2f", padding=2)
-    axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
-    axes.tick_params(axis="x", labelsize=8)
-    axes.margins(y=0.12)
+    figure = Figure(figsize=(10, 4), dpi=_DOTS_PER_INCH, layout="constrained")
+    for axes, title, values in zip(
+        figure.subplots(1, 2),
+        ("Speed-up over plain decoding", "Accept length (tokens per round)"),
+        ([row.speedup for row in rows], [row.mean_accept_length for row in rows]),
+        strict=True,
+    ):
+        _named(axes, title, f"task (questions: {rows[-1].questions})", "")
+        bars = axes.bar([row.task.replace(" ", "\n") for row in rows], values, color=_COLOUR)
+        axes.bar_label(bars, fmt="%.2f", padding=2)
+        axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
+        axes.tick_params(axis="x", labelsize=7)
+        axes.margins(y=0.12)
     figure.savefig(path)
 
 
@@ -55,9 +63,13 @@ def _chart(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     # A Figure without pyplot needs no display.
     figure = Figure(figsize=(7, 4), dpi=_DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots()
+    _named(axes, title, x, y)
+    return figure, axes
+
+
+def _named(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _percent(axes: Axes, bars: BarContainer) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kangaroo_jax import DraftConfig, LookupConfig, TreeConfig
+from kangaroo_jax import DraftConfig, SamplingConfig
 from kangaroo_jax.bench import spec_bench_answers, spec_bench_summary
 from kangaroo_jax.bench.spec_bench_answers import QuestionResult
 from kangaroo_jax.bench.spec_bench_ask import ask_question
@@ -34,6 +34,7 @@ class SpecBenchRun:
       questions: all questions of the file; answers to several files do not go into one folder.
       max_new_tokens: maximum tokens of an answer; less where the context ends.
       runs: timed runs of each method per turn.
+      sampling: greedy, or how both methods sample.
     """
 
     target: Target
@@ -44,15 +45,18 @@ class SpecBenchRun:
     questions: Sequence[Question]
     max_new_tokens: int
     runs: int
+    sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 - frozen
 
     def settings(self) -> dict[str, Any]:
         """What the answers in one folder must have in common, as JSON values."""
         template = self.target.tokenizer.chat_template
+        sampled = {} if self.greedy else {"temperature": self.sampling.temperature}  # folders from before have none
         return {
             "model": self.model_name,
             "chat_template": _digest(str(template).encode()) if template else None,
             "dtype": self.dtype,
             **dataclasses.asdict(self.draft),
+            **sampled,
             "max_new_tokens": self.max_new_tokens,
             "runs": self.runs,
             "questions": _digest(repr(list(self.questions)).encode()),
@@ -61,9 +65,14 @@ class SpecBenchRun:
             "adapter_fingerprint": _digest(*(np.asarray(x).tobytes() for x in jax.tree.leaves(self.adapter.model))),
         }
 
+    @property
+    def greedy(self) -> bool:
+        return self.sampling.temperature == 0
+
     def model_ids(self) -> dict[str, str]:
         """Spec-Bench's model_id by method."""
-        name, draft = f"{self.model_name}-{self.dtype}", self.draft
+        sampled = "" if self.greedy else f"-temperature{self.sampling.temperature}-seed{self.sampling.seed}"
+        name, draft = f"{self.model_name}-{self.dtype}{sampled}", self.draft
         tree = "" if draft.tree is None else f"-tree{draft.tree.topk}x{draft.tree.budget}"
         if draft.lookup is not None:
             tree = f"-lookup{draft.lookup.max_tokens}n{draft.lookup.min_ngram}-{draft.lookup.max_ngram}"
@@ -75,28 +84,30 @@ class SpecBenchRun:
     def answer(self, questions: Sequence[Question], folder: pathlib.Path) -> Iterator[QuestionResult]:
         """Answers questions one by one; each is in the folder when it is yielded."""
         for question in questions:
-            result = ask_question(self.target, self.adapter, question, self.draft, self.max_new_tokens, self.runs)
+            result = ask_question(
+                self.target, self.adapter, question, self.draft, self.max_new_tokens, self.runs, self.sampling
+            )
             spec_bench_answers.append(folder, result, self.model_ids())
             yield result
 
 
-def write_report(folder: pathlib.Path, target: Target, settings: dict[str, Any]) -> str:
+def write_report(folder: pathlib.Path, run: SpecBenchRun) -> str:
     """Writes the summary of all answers in the folder as summary.md, draws the charts, and returns the summary.
 
     Args:
       folder: with answers.
-      target: whose tokenizer counts tokens as speed.py does.
-      settings: from `SpecBenchRun.settings`.
+      run: that made them. Its target's tokenizer counts tokens as speed.py does.
     """
     from kangaroo_jax.bench import spec_bench_charts as charts  # here: only this needs matplotlib
 
     results = spec_bench_answers.read(folder)
-    rows = spec_bench_summary.summarize(results, lambda text: len(target.tokenizer(text, verbose=False).input_ids))
+    tokenizer = run.target.tokenizer
+    rows = spec_bench_summary.summarize(results, lambda text: len(tokenizer(text, verbose=False).input_ids))
     table = spec_bench_summary.markdown_table(rows)
-    text = _describe(settings) + "\n\n" + table + "\n\n" + _notes(results, rows[-1], settings)
+    text = _describe(run) + "\n\n" + table + "\n\n" + _notes(results, rows[-1], run)
     (folder / "summary.md").write_text(text, encoding="utf-8")
     if rows[-1].questions:
-        charts.save_speedups(rows, folder / "speedup.png")
+        charts.save_tasks(rows, folder / "tasks.png")
     # Answers of one token have no rounds.
     if counts := spec_bench_summary.accept_length_counts(results):
         charts.save_accept_lengths(counts, folder / "accept_lengths.png")
@@ -105,18 +116,16 @@ def write_report(folder: pathlib.Path, target: Target, settings: dict[str, Any])
     return text
 
 
-def _describe(settings: dict[str, Any]) -> str:
-    tree = settings["tree"] and TreeConfig(**settings["tree"])
-    lookup = (found := settings.get("lookup")) and LookupConfig(**found)  # not in folders from before look-ups
-    draft = DraftConfig(None, settings["max_draft_len"], settings["threshold"], tree, lookup)
+def _describe(run: SpecBenchRun) -> str:
+    how = "greedy" if run.greedy else f"temperature {run.sampling.temperature}, seed {run.sampling.seed}"
     return (
-        f"Spec-Bench, {settings['model']}, {settings['dtype']} on {settings['device']}, {draft}, exit layer "
-        f"{settings['exit_layer']}, at most {settings['max_new_tokens']} new tokens, greedy, medians of "
-        f"{settings['runs']} interleaved runs, compilation not counted."
+        f"Spec-Bench, {run.model_name}, {run.dtype} on {jax.devices()[0].device_kind}, {run.draft}, exit layer "
+        f"{run.draft.exit_layer}, at most {run.max_new_tokens} new tokens, {how}, medians of {run.runs} interleaved "
+        f"runs, compilation not counted."
     )
 
 
-def _notes(results: list[QuestionResult], overall: spec_bench_summary.TaskSummary, settings: dict[str, Any]) -> str:
+def _notes(results: list[QuestionResult], overall: spec_bench_summary.TaskSummary, run: SpecBenchRun) -> str:
     """What the table's columns mean, and what was not answered as Spec-Bench asks."""
     compiling = sum(result.details.compile_seconds for result in results)
     notes = [
@@ -124,12 +133,16 @@ def _notes(results: list[QuestionResult], overall: spec_bench_summary.TaskSummar
         "Spec-Bench's speed.py counts the baseline's tokens by encoding its text again, less one per turn; the last "
         "column is what it prints.",
         f"Cut: {overall.cut} questions with an answer that ended where the context does, before EOS and before "
-        f"{settings['max_new_tokens']} tokens. The limit was the same for both methods.",
+        f"{run.max_new_tokens} tokens. The limit was the same for both methods.",
         f"Skipped: {overall.skipped} questions with a prompt too long for the context, in no other column"
         + "".join(f"\n  - question {r.question_id}: {r.details.skipped}" for r in results if r.details.skipped),
         f"Compilation took {compiling:.1f} s.",
     ]
-    if settings["chat_template"] is None:
+    if not run.greedy:
+        notes.append(
+            "Sampled answers of the two methods have the same distribution and are other answers: few are identical."
+        )
+    if not run.target.tokenizer.chat_template:
         notes.append("The tokenizer has no chat template: turns were joined by blank lines.")
     return "".join(f"- {note}\n" for note in notes)
 

@@ -12,7 +12,7 @@ import statistics
 import numpy as np
 import pytest
 
-from kangaroo_jax import generate_plain, load_target
+from kangaroo_jax import SamplingConfig, generate_plain, load_target
 from kangaroo_jax.bench.spec_bench_ask import conversation_ids
 from tests.bench.commands import Commands
 from tests.bench.models import CONTEXT
@@ -208,8 +208,21 @@ def test_what_the_context_cuts_or_keeps_out_is_counted_and_named(run):
 
 
 def test_charts_are_drawn(run):
-    for name in ("speedup.png", "accept_lengths.png", "acceptance.png"):
+    for name in ("tasks.png", "accept_lengths.png", "acceptance.png"):
         assert (run.output / name).read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_sampled_answers_are_those_of_the_temperature_and_seed_0(run, commands, tmp_path):
+    code, stdout, stderr = commands.run(*run.line(tmp_path / "out", "--temperature=0.9", "--limit=1", "--runs=2"))
+    assert code == 0, stderr
+    assert "temperature 0.9, seed 0" in stdout
+    target, question = load_target(str(run.model), "float32"), QUESTIONS[0]
+    ids = conversation_ids(target, question["turns"][:1])
+    expected = generate_plain(target, [ids], MAX_NEW_TOKENS, sampling=SamplingConfig(0.9, seed=0))
+    [plain], [ours] = (read_lines(tmp_path / "out" / f"{method}.jsonl") for method in ("plain", "kangaroo"))
+    assert plain["choices"][0]["turns"][0] == expected.texts[0].strip()
+    assert ours["choices"][0]["turns"] != run.answers("kangaroo")[0]["choices"][0]["turns"]
+    assert "temperature0.9" in ours["model_id"]
 
 
 # Each mistake is made by a function that prepares files and returns the flags to give after the good ones.
@@ -290,6 +303,7 @@ MISTAKES = {
     "no output folder": (output_is_a_file, "out: "),
     "no runs": (flags("--runs=0"), "--runs: expected at least 1, found 0"),
     "no limit": (flags("--limit=0"), "--limit: expected at least 1, found 0"),
+    "temperature": (flags("--temperature=-1"), "temperature must be"),
     "threshold": (flags("--threshold=2"), "threshold must be between 0 and 1"),
     "exit layer": (flags("--exit_layer=2"), "but exit_layer=2 was given"),
     "no model": (flags("--model=/no/such/folder"), "/no/such/folder: no such folder"),
@@ -298,6 +312,7 @@ MISTAKES = {
     "no matplotlib": (flags("without:matplotlib"), "matplotlib is not installed"),
     "other tokens": (answers_with_other("--max_new_tokens=41"), "out: its answers were made with max_new_tokens 40"),
     "other threshold": (answers_with_other("--threshold=0.3"), "out: its answers were made with threshold 0.1"),
+    "sampled": (answers_with_other("--temperature=0.7"), "out: its answers were made with temperature None, not 0.7"),
     "other dtype": (answers_with_other("--dtype=bfloat16"), "made with dtype 'float32', not 'bfloat16'"),
     "other template": (other_template, "its answers were made with chat_template "),
     "foreign answers": (foreign_answers, "plain.jsonl: exists already"),

@@ -3,9 +3,9 @@
     python -m kangaroo_jax.bench spec_bench --questions=question.jsonl --output_dir=out
     python -m kangaroo_jax.bench spec_bench --questions=question.jsonl --output_dir=out --model=... --adapter=...
 
-Without --model, the demo. Greedy; EOS ends an answer. Writes into the output folder `kangaroo.jsonl` and `plain.jsonl`,
-which Spec-Bench's own evaluation/speed.py and equal.py read, `summary.md` and charts. The same command, run again,
-continues with the questions that are not done.
+Without --model, the demo. Greedy, or sampled with --temperature; EOS ends an answer. Writes into the output folder
+`kangaroo.jsonl` and `plain.jsonl`, which Spec-Bench's own evaluation/speed.py and equal.py read, `summary.md` and
+charts. The same command, run again, continues with the questions that are not done.
 
 The chat template of the tokenizer makes the prompts. Some models come without one, Vicuna v1.3 among them: put it as
 chat_template.jinja into the model's folder.
@@ -22,7 +22,7 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
-from kangaroo_jax import DraftConfig, compilation_cache
+from kangaroo_jax import DraftConfig, SamplingConfig, compilation_cache
 from kangaroo_jax.bench import parts, spec_bench_answers
 from kangaroo_jax.bench.spec_bench_ask import conversation_ids
 from kangaroo_jax.bench.spec_bench_questions import Question, load_questions, spread_over_tasks
@@ -42,11 +42,14 @@ _RUNS = shared_flags.define_runs()
 _LIMIT = flags.DEFINE_integer("limit", None, "Ask only this many questions, evenly spread over the six tasks.")
 _EXIT_LAYER = flags.DEFINE_integer("exit_layer", None, "Shallow layers. Default: what the adapter was trained for.")
 _DRAFT = shared_flags.define_draft()
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "Sample both methods' answers at this temperature, with seed 0; 0 is greedy."
+)
 _DTYPE = shared_flags.define_dtype(("float32", "bfloat16", "float16"))
 
 
 def main() -> None:
-    given = _draft_settings()
+    given, sampling = _draft_settings(), SamplingConfig(temperature=_TEMPERATURE.value)
     questions, chosen = _questions()
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("matplotlib is not installed, and the charts need it; pip install -r requirements-bench.txt")
@@ -65,7 +68,7 @@ def main() -> None:
     conversation_ids(target, questions[0].turns[:1])  # a chat template that does not work is named before the work
 
     name = "kangaroo_jax-demo" if _MODEL.value is None else pathlib.Path(_MODEL.value).resolve().name
-    run = SpecBenchRun(target, adapter, draft, dtype, name, questions, _MAX_NEW_TOKENS.value, _RUNS.value)
+    run = SpecBenchRun(target, adapter, draft, dtype, name, questions, _MAX_NEW_TOKENS.value, _RUNS.value, sampling)
     settings, folder = run.settings(), pathlib.Path(_OUTPUT_DIR.value)
     done = spec_bench_answers.prepare(folder, settings)
     if not target.tokenizer.chat_template:
@@ -78,7 +81,7 @@ def main() -> None:
             if result.details.skipped:
                 bar.write(f"question {result.question_id} skipped: {result.details.skipped}", file=sys.stderr)
             bar.update()
-    print(write_report(folder, target, settings), end="")
+    print(write_report(folder, run), end="")
 
 
 def _draft_settings() -> dict[str, Any]:
