@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -51,7 +52,7 @@ class SpecBenchRun:
         """What the answers in one folder must have in common, as JSON values."""
         template = self.target.tokenizer.chat_template
         sampled = {} if self.greedy else {"temperature": self.sampling.temperature}  # folders from before have none
-        return {
+        settings = {
             "model": self.model_name,
             "chat_template": _digest(str(template).encode()) if template else None,
             "dtype": self.dtype,
@@ -64,6 +65,7 @@ class SpecBenchRun:
             "model_fingerprint": self.target.fingerprint,
             "adapter_fingerprint": _digest(*(np.asarray(x).tobytes() for x in jax.tree.leaves(self.adapter.model))),
         }
+        return json.loads(json.dumps(settings))  # as they are read back: lists, no tuples
 
     @property
     def greedy(self) -> bool:

@@ -6,13 +6,18 @@ import dataclasses
 import json
 import math
 import pathlib
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from kangaroo_jax import DraftConfig, SamplingConfig
 from kangaroo_jax.bench import spec_bench_answers as answers
 from kangaroo_jax.bench import spec_bench_summary as summary
 from kangaroo_jax.bench.spec_bench_answers import QuestionDetails, QuestionResult, SpecBenchAnswer
 from kangaroo_jax.bench.spec_bench_questions import Question, load_questions, spread_over_tasks
+from kangaroo_jax.bench.spec_bench_run import SpecBenchRun
+from kangaroo_jax.config import DecideConfig, RoundCosts
 from kangaroo_jax.errors import InputError
 
 SETTINGS = {"model": "m", "runs": 3}
@@ -62,6 +67,20 @@ def test_answers_of_other_settings_are_refused(tmp_path):
         answers.prepare(tmp_path / "out", SETTINGS | {"runs": 5})
     with pytest.raises(InputError, match="made with runs 3, not None"):
         answers.prepare(tmp_path / "out", {"model": "m"})
+
+
+@pytest.mark.parametrize("change", [{}, {"sampling": SamplingConfig(0.7)}], ids=["greedy", "sampled"])
+def test_a_run_whose_sequences_decide_is_continued(target, change, tmp_path):
+    costs = RoundCosts(batch_size=1, draft_step=0.1, verification=((1, 1.0), (5, 1.3)), shallow=0.1)
+    draft = DraftConfig(exit_layer=2, decide=DecideConfig((costs,)))
+    adapter = SimpleNamespace(model=np.zeros(3))
+    run = SpecBenchRun(target, adapter, draft, "float32", "m", [Question(1, "qa", ("Who?",))], 9, 3, **change)
+    assert answers.prepare(tmp_path / "out", run.settings()) == set()
+    answers.append(tmp_path / "out", result(1), run.model_ids())
+    assert answers.prepare(tmp_path / "out", run.settings()) == {1}
+    with pytest.raises(InputError, match=r"made with (decide|temperature) "):
+        other = dataclasses.replace(run, draft=draft.at(0), sampling=SamplingConfig(0.8))
+        answers.prepare(tmp_path / "out", other.settings())
 
 
 # question_id, category, and for both methods turns, new_tokens, wall_time; then accept and draft lengths, rounds, cut.
