@@ -43,7 +43,9 @@ _FIRST_LOSS, _LEAST_LOSS, _MOST_TRUST = 1.0, 0.3, 8.0
 # may lose, as those that are right bring more; and the share of a look-up that stands behind one that stood completely,
 # as text that is copied goes on.
 _FOUND, _FOUND_LOSS, _COPIED = 0.7, 1.5, 0.8
-_USUAL_SHARE, _RECENT_SHARE = 0.15, 0.97  # of rounds in which something is found, and how long that is remembered
+# Of rounds, the share in which something is found, that in which a sequence drafts, before anything is known, and how
+# long either is remembered.
+_USUAL_SHARE, _DRAFTING_SHARE, _RECENT_SHARE = 0.15, 0.5, 0.97
 # A probe is a round of a kind that has not paid lately. At most one round in so many may be lost to probes; and any
 # sequence's probe makes a round of the complete batch longer.
 _ONE_LOST_IN = 128
@@ -127,7 +129,7 @@ class Costs:
 
 @flax.struct.dataclass
 class Pace:
-    """What a sequence's own past says about drafting. All zeros before its first round."""
+    """What a sequence's own past says about drafting. Before its first round, zeros but for `drafting`."""
 
     accepted: Float[Array, "batch buckets"]  # drafted tokens by confidence: those that the target accepted,
     seen: Float[Array, "batch buckets"]  # and those that it judged; older ones count less
@@ -138,6 +140,7 @@ class Pace:
     level: Int[Array, "batch kinds"]  # how often the pause has doubled
     rounds: Int[Array, " batch"]  # in which it looked for something to look up,
     share: Float[Array, " batch"]  # and the share of them that found something; older ones count less
+    drafting: Float[Array, " batch"]  # the share of its rounds in which it drafted; older ones count less
     copying: Bool[Array, " batch"]  # whether the last round looked up, and all of that stood
     behind: Int[Array, " batch"]  # positions below n that the draft model may not have seen
 
@@ -147,8 +150,9 @@ class Pace:
             return jnp.zeros((batch, *shape), dtype)
 
         buckets, kinds = [(jnp.float32, _BUCKETS)] * 2, [(jnp.float32, 2)] * 2 + [(jnp.int32, 2)] * 3
-        rest = [(jnp.int32,), (jnp.float32,), (jnp.bool_,), (jnp.int32,)]
-        return cls(*(zeros(*each) for each in (*buckets, *kinds, *rest)))
+        rest = [(jnp.int32,), (jnp.float32,), (jnp.float32,), (jnp.bool_,), (jnp.int32,)]
+        pace = cls(*(zeros(*each) for each in (*buckets, *kinds, *rest)))
+        return pace.replace(drafting=pace.drafting + _DRAFTING_SHARE)
 
     def looked(self, found: Bool[Array, " batch"], going_on: Bool[Array, " batch"]) -> Pace:
         """After a search for something to look up."""
@@ -178,14 +182,15 @@ def decide(
       going_on: sequences that have a next round.
       may_draft: whether there is a draft model, static.
     """
-    drafting, looking_up = _rates(pace, costs)[:, DRAFTED], _rate_of_found(pace, costs)
+    drafting, looking_up = _rate_of_drafted(pace, costs), _rate_of_found(pace, costs)
     due, plain = _due(pace, costs), 1 / costs.rounds[1]
     # What repeats itself in a text shows at its first look-up. Where a batch pays for it, it has to be expected.
     first = (pace.tries[:, LOOKED_UP] == 0) & (costs.slots <= _FEW)
     best = jnp.maximum(plain, drafting) if may_draft else plain
     looks_up = found & (first | due[:, LOOKED_UP] | (looking_up > best))
     drafts = ~looks_up & (due[:, DRAFTED] | (drafting > plain)) if may_draft else jnp.zeros_like(looks_up)
-    return Choice(drafts & going_on, looks_up & going_on, jnp.maximum(plain, drafting))
+    rate = jnp.maximum(plain, _rates(pace, costs)[:, DRAFTED])
+    return Choice(drafts & going_on, looks_up & going_on, rate)
 
 
 def worth_another(pace: Pace, costs: Costs, rate: Float[Array, " batch"]) -> Callable[[Array, Array], Array]:
@@ -269,6 +274,11 @@ def learn(
         level=jnp.where(used & paid, 0, jnp.minimum(pace.level + (used & due), costs.doubled)),
         rounds=pace.rounds,
         share=pace.share,
+        drafting=jnp.where(
+            again[:, DRAFTED],
+            _DRAFTING_SHARE,
+            jnp.where(ran, _RECENT_SHARE * pace.drafting + (1 - _RECENT_SHARE) * drafted, pace.drafting),
+        ),
         copying=jnp.where(ran, looked_up & (accepted == length), pace.copying),
         # The draft model may not have seen the last drafted token; and nothing of what it did not draft.
         behind=jnp.where(drafted, 1, pace.behind + count),
@@ -280,6 +290,21 @@ def _rates(pace: Pace, costs: Costs) -> Float[Array, "batch kinds"]:
     return (pace.tokens + prior * costs.prior_tokens) / (pace.steps + prior * costs.prior_steps)
 
 
+def _rate_of_drafted(pace: Pace, costs: Costs) -> Float[Array, " batch"]:
+    """Tokens per plain step of drafting. In a batch of more than a few, each draft makes the round as long as the
+    longest one does, for all; it pays for its part, as look-ups do (`_rate_of_found`)."""
+    rate, cost = _rates(pace, costs)[:, DRAFTED], costs.rounds[costs.full + 1] + costs.full * costs.draft_step
+    longer = _paid_for(pace.drafting, costs) * (cost - costs.rounds[1])
+    return jnp.where(costs.full > 0, rate * cost / (costs.rounds[1] + longer), rate)
+
+
+def _paid_for(share: Float[Array, " batch"], costs: Costs) -> Float[Array, " batch"]:
+    """Rounds that are longer for each in which a sequence drafts, in a batch in which all draft in as large a share of
+    their rounds, each at its own times."""
+    share = jnp.maximum(share, 1e-3)  # the limit is `slots`
+    return (1 - (1 - share) ** costs.slots) / share
+
+
 def _rate_of_found(pace: Pace, costs: Costs) -> Float[Array, " batch"]:
     """Tokens per plain step of a look-up.
 
@@ -289,8 +314,7 @@ def _rate_of_found(pace: Pace, costs: Costs) -> Float[Array, " batch"]:
     tokens = _rates(pace, costs)[:, LOOKED_UP] * costs.found
     tokens = jnp.where(pace.copying, costs.copied, tokens)
     share = pace.share + _RECENT_SHARE**pace.rounds * _USUAL_SHARE
-    paid_for = (1 - (1 - share) ** costs.slots) / jnp.maximum(share, 1e-3)
-    return tokens / (costs.rounds[1] + paid_for * (costs.found - costs.rounds[1]))
+    return tokens / (costs.rounds[1] + _paid_for(share, costs) * (costs.found - costs.rounds[1]))
 
 
 def _due(pace: Pace, costs: Costs) -> Bool[Array, "batch kinds"]:

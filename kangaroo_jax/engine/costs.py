@@ -10,9 +10,9 @@ from kangaroo_jax.decode.rounds import RoundShape
 from kangaroo_jax.engine.part_costs import PartCounts
 
 # A pass that reads all weights for several rows at once takes longer than for one: on a CPU, where one row is a product
-# with a vector, by a step and by what each row adds (measured: SmolLM2-135M in float32 on 2 cores of a Zen 2 EPYC, 2, 5,
-# 9, 20 and 40 rows: 1.2, 1.2, 1.6, 2.3 and 4.3; on an EPYC with AVX-512, 2 to 9 rows: 1.1, 1.4, 1.5); on an accelerator
-# when computing takes longer than reading, at so many rows.
+# with a vector, by a step and by what each row adds (measured: SmolLM2-135M in float32 on 2 cores of a Zen 2 EPYC, 2,
+# 5, 9, 20 and 40 rows: 1.2, 1.2, 1.6, 2.3 and 4.3; on an EPYC with AVX-512, 2 to 9 rows: 1.1, 1.4, 1.5); on an
+# accelerator when computing takes longer than reading, at so many rows.
 _CPU_SEVERAL, _CPU_ROW = 0.05, 0.07
 _ACCELERATOR_ROWS = 240
 

@@ -12,7 +12,7 @@ import pytest
 
 from kangaroo_jax import DecideConfig, DraftConfig, InputError, LookupConfig, TreeConfig
 from kangaroo_jax.config import RoundCosts
-from kangaroo_jax.decode.decide import DRAFTED, Costs, Pace, decide, learn, worth_another
+from kangaroo_jax.decode.decide import DRAFTED, Costs, Pace, _paid_for, decide, learn, worth_another
 
 GAMMA, LOOKED_UP = 6, 10
 # A CPU on which a verification of several positions is dear, and an accelerator on which it costs next to nothing.
@@ -125,6 +125,34 @@ def test_a_batch_in_which_each_sequence_probes_loses_as_little():
     steps = [max(round[3] for round in rounds) for rounds in zip(*(s.seen[-1000:] for s in sequences), strict=True)]
     tokens = [sum(round[2] for round in rounds) for rounds in zip(*(s.seen[-1000:] for s in sequences), strict=True)]
     assert sum(tokens) / slots / sum(steps) > 0.98
+
+
+def test_a_batch_in_which_one_sequence_alone_would_draft_is_no_slower_than_plain():
+    """Four drafted tokens cost a batch of four more than the three that one sequence gets by them."""
+    slots, costs = 4, RoundCosts(4, 0.19, ((1, 1.0), (2, 1.13), (5, 1.51), (7, 1.8)), 0.1)
+    sequences = [Simulated(costs, slots, seed=seed) for seed in range(slots)]
+    for sequence, chance in zip(sequences, (0.85, 0.3, 0.3, 0.3), strict=True):
+        sequence.rounds(128, chance, lambda chance=chance: chance)
+    steps = sum(max(round[3] for round in rounds) for rounds in zip(*(s.seen for s in sequences), strict=True))
+    assert sum(round[2] for s in sequences for round in s.seen) / slots / steps > 0.97
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1.0, 1), (0.5, 1.875), (0.0, 4)])
+def test_a_draft_pays_for_the_rounds_that_it_makes_longer(share, expected):
+    """Of four sequences, each in a share of its rounds: those in which any drafts, for each in which this one does."""
+    costs = Costs.of(CPU, 0.7, 4, GAMMA, None)
+    assert _paid_for(jnp.full((1,), share), costs)[0] == pytest.approx(expected, rel=0.01)
+
+
+def test_a_batch_in_which_all_gain_drafts_and_does_so_again_after_a_pause():
+    sequence = Simulated(ACCELERATOR, 8)
+    pause = int(sequence.costs.pause[DRAFTED])
+    assert sequence.rounds(100, 0.8)[0] > 0.9
+    assert sequence.speed(100) > 1.5
+    sequence.rounds(60, 0.02)
+    assert sequence.rounds(2 * pause, 0.02)[0] * 2 * pause <= 8
+    sequence.rounds(3 * pause, 0.8)
+    assert sequence.rounds(100, 0.8)[0] > 0.9
 
 
 def test_what_can_never_pay_is_not_even_tried_at_first():

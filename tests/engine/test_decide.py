@@ -36,6 +36,7 @@ from tests.engine.test_engine import run
 
 # Where drafts pay at some places of a text and not at others; a probe each few rounds; and where they cannot pay.
 UNDECIDED = RoundCosts(1, 0.25, ((1, 1.0), (2, 1.05), (6, 1.3)), 0.05)
+OF_THREE = RoundCosts(3, 0.08, ((1, 1.0), (2, 1.02), (6, 1.1)), 0.05)  # as undecided, where others wait for drafts
 HOPELESS = RoundCosts(1, 5.0, ((1, 1.0), (2, 2.0)), 0.1)
 CHEAP = RoundCosts(1, 0.01, ((1, 1.0),), 0.01)
 LOOKUP = LookupConfig(5, 2, 3)
@@ -87,7 +88,7 @@ def test_tokens_are_plain_decoding_s_whatever_is_drafted():
 @pytest.mark.parametrize("lookup", [None, LOOKUP], ids=["drafts", "look-ups"])
 def test_requests_in_slots_that_are_refilled(lookup):
     """In all kinds of rounds, tokens are plain decoding's, and everything is as it is alone."""
-    engine = Engine(tiny_target(), tiny_adapter(2), EngineConfig(3), draft_of(UNDECIDED, lookup))
+    engine = Engine(tiny_target(), tiny_adapter(2), EngineConfig(3), draft_of(OF_THREE, lookup))
     ids = [engine.add(request) for request in requests()]
     answers = run(engine)[0]
     seen = []
