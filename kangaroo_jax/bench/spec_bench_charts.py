@@ -20,19 +20,21 @@ def save_tasks(rows: Sequence[TaskSummary], path: str | pathlib.Path) -> None:
     """Two bars per row: Kangaroo's speed over plain decoding's, and its accept length. Rows without an answer are left
     out."""
     rows = [row for row in rows if row.questions]
-    figure = Figure(figsize=(10, 4), dpi=_DOTS_PER_INCH, layout="constrained")
+    names = [f"{row.task.replace('_', ' ')} ({row.questions})" for row in rows]
+    figure = Figure(figsize=(9, 3.5), dpi=_DOTS_PER_INCH, layout="constrained")
     for axes, title, values in zip(
-        figure.subplots(1, 2),
-        ("Speed-up over plain decoding", "Accept length (tokens per round)"),
+        figure.subplots(1, 2, sharey=True),
+        ("speed-up over plain decoding", "accept length (tokens per round)"),
         ([row.speedup for row in rows], [row.mean_accept_length for row in rows]),
         strict=True,
     ):
-        _named(axes, title, f"task (questions: {rows[-1].questions})", "")
-        bars = axes.bar([row.task.replace(" ", "\n") for row in rows], values, color=_COLOUR)
+        _named(axes, title, "", "")
+        bars = axes.barh(names, values, color=_COLOUR)
         axes.bar_label(bars, fmt="%.2f", padding=2)
-        axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
-        axes.tick_params(axis="x", labelsize=7)
-        axes.margins(y=0.12)
+        axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
+        axes.margins(x=0.12)
+    axes.invert_yaxis()  # of both
+    figure.suptitle("By task (questions)")
     figure.savefig(path)
 
 
