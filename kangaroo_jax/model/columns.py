@@ -79,6 +79,14 @@ def columns_where_faster(path: str, array: np.ndarray | Float[Array, ...]) -> Fl
         return jnp.asarray(array)
     # numpy, which sees an array on a CPU where it is: XLA would compile programs of one use.
     matrix = np.moveaxis(np.asarray(array), axis, 0).reshape(array.shape[axis], -1)
-    columns = np.zeros((len(matrix), (lines | 1) * line), array.dtype)
+    columns = _aligned_zeros((len(matrix), (lines | 1) * line), array.dtype)
     columns[:, : matrix.shape[1]] = matrix
-    return ColumnArray(jnp.asarray(columns), array.shape, axis)
+    return ColumnArray(jax.device_put(columns, may_alias=True), array.shape, axis)
+
+
+def _aligned_zeros(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+    """Of which JAX makes an array on a CPU without a copy: from the beginning of a cache line on."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + _LINE, np.uint8)
+    start = -memory.ctypes.data % _LINE
+    return memory[start : start + size].view(dtype).reshape(shape)
