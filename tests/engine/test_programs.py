@@ -44,7 +44,7 @@ print(json.dumps(sizes))
 @pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="resident memory is read from Linux's /proc")
 def test_two_more_shapes_take_less_memory_than_their_programs():
-    """Each shape has programs of about 13 MB each for rounds and for prompts."""
+    """Beyond the limit of programs, each new shape takes the place of an old one: about 15 MB of some 33."""
     done = subprocess.run(
         [sys.executable, "-c", _CALLS],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0", "PYTHONPATH": str(ROOT)},
@@ -54,4 +54,4 @@ def test_two_more_shapes_take_less_memory_than_their_programs():
     )
     assert done.returncode == 0, done.stderr
     sizes = json.loads(done.stdout.splitlines()[-1])
-    assert sizes[4] - sizes[2] < 20, sizes
+    assert sizes[4] - sizes[2] < 0.6 * (sizes[2] - sizes[0]), sizes
