@@ -43,8 +43,8 @@ _FIRST_LOSS, _LEAST_LOSS, _MOST_TRUST = 1.0, 0.3, 8.0
 # may lose, as those that are right bring more; and the share of a look-up that stands behind one that stood completely,
 # as text that is copied goes on.
 _FOUND, _FOUND_LOSS, _COPIED = 0.7, 1.5, 0.8
-# Of rounds, the share in which something is found, that in which a sequence drafts, before anything is known, and how
-# long either is remembered.
+# Before anything is known: the share of rounds in which something is found, and in which a sequence drafts. And how much
+# of either estimate is left after each further round.
 _USUAL_SHARE, _DRAFTING_SHARE, _RECENT_SHARE = 0.15, 0.5, 0.97
 # A probe is a round of a kind that has not paid lately. At most one round in so many may be lost to probes; and any
 # sequence's probe makes a round of the complete batch longer.
@@ -299,8 +299,8 @@ def _rate_of_drafted(pace: Pace, costs: Costs) -> Float[Array, " batch"]:
 
 
 def _paid_for(share: Float[Array, " batch"], costs: Costs) -> Float[Array, " batch"]:
-    """Rounds that are longer for each in which a sequence drafts, in a batch in which all draft in as large a share of
-    their rounds, each at its own times."""
+    """How many rounds of the batch become longer for each round in which a sequence drafts, if all sequences draft in
+    the same share of their rounds, independently."""
     share = jnp.maximum(share, 1e-3)  # the limit is `slots`
     return (1 - (1 - share) ** costs.slots) / share
 

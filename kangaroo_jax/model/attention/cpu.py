@@ -19,8 +19,8 @@ from kangaroo_jax.model.ops import precision
 Keys = Float[Array, "batch*kv_heads head_dim capacity"]
 Values = Float[Array, "batch*kv_heads capacity head_dim"]
 
-# Of a prompt's piece, whose widths are multiples of the smallest number, as many queries are taken at a time; and as
-# many positions.
+# A prompt's piece attends with so many queries at a time (the first number that divides its width; widths are multiples
+# of the last), to so many positions at a time.
 _QUERIES = (256, 128, 64)
 _POSITIONS = 256
 
