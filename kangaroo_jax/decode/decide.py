@@ -43,8 +43,8 @@ _FIRST_LOSS, _LEAST_LOSS, _MOST_TRUST = 1.0, 0.3, 8.0
 # may lose, as those that are right bring more; and the share of a look-up that stands behind one that stood completely,
 # as text that is copied goes on.
 _FOUND, _FOUND_LOSS, _COPIED = 0.7, 1.5, 0.8
-# Before anything is known: the share of rounds in which something is found, and in which a sequence drafts. And how much
-# of either estimate is left after each further round.
+# Before anything is known: the share of rounds in which something is found, and in which a sequence drafts. And how
+# much of either estimate is left after each further round.
 _USUAL_SHARE, _DRAFTING_SHARE, _RECENT_SHARE = 0.15, 0.5, 0.97
 # A probe is a round of a kind that has not paid lately. At most one round in so many may be lost to probes; and any
 # sequence's probe makes a round of the complete batch longer.
