@@ -21,6 +21,10 @@ class History:
     def empty(cls, batch: int, capacity: int) -> History:
         return cls(jnp.zeros((batch, capacity), jnp.int32))
 
+    @property
+    def capacity(self) -> int:
+        return self.tokens.shape[1]
+
     def written(self, tokens: Int[Array, "batch time"], start: Int[Array, " batch"]) -> History:
         """With tokens from `start` on; those beyond the capacity are dropped."""
 
@@ -31,7 +35,7 @@ class History:
 
     def resized(self, capacity: int) -> History:
         """The same tokens with room for `capacity`: more, or fewer."""
-        more = max(0, capacity - self.tokens.shape[1])
+        more = max(0, capacity - self.capacity)
         return History(jnp.pad(self.tokens[:, :capacity], ((0, 0), (0, more))))
 
     def row(self, row: Int[Array, ""]) -> History:

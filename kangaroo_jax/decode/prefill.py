@@ -19,7 +19,6 @@ from kangaroo_jax.model.cache import KVCache
 from kangaroo_jax.model.drafts.draft_model import DraftModel
 from kangaroo_jax.model.target import TargetModel, deep_apply, lm_head, shallow_apply
 
-Tree = TypeVar("Tree")
 Rows = TypeVar("Rows", Array, KVCache, History)  # what a state has of each sequence
 
 
@@ -283,9 +282,15 @@ def take_prompt(state: DecodeState, slot: Int[Array, ""]) -> Prompts:
     return jax.tree.map(take, held, is_leaf=_has_positions)
 
 
-def resize(state: Tree, capacity: int) -> Tree:
-    """The same sequences in caches with room for `capacity` positions."""
-    return jax.tree.map(lambda x: x.resized(capacity) if _has_positions(x) else x, state, is_leaf=_has_positions)
+def resize(state: DecodeState, capacity: int) -> DecodeState:
+    """The same sequences in caches with room for `capacity` positions; the draft model's stay as much larger as they
+    are."""
+    more = capacity - state.shallow.capacity
+
+    def resized(x: Array | KVCache | History) -> Array | KVCache | History:
+        return x.resized(x.capacity + more) if _has_positions(x) else x
+
+    return jax.tree.map(resized, state, is_leaf=_has_positions)
 
 
 def _has_positions(x: object) -> bool:

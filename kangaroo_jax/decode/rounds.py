@@ -97,13 +97,13 @@ class RoundShape:
 
     @property
     def positions(self) -> int:
-        """The most positions from x_n on that a round fills in the caches."""
+        """The most positions from x_n on that a round fills in the caches. (A draft model that catches up may fill more
+        of its own, which have room for that: `DraftModel.init`.)"""
         # While a tree grows, each level but the last has its frontier in the caches; then all that is verified.
         growing = 0 if self.tree is None else 1 + self.tree.topk * (self.max_draft_len - 1)
         # While others take draft steps, a sequence whose draft was looked up idles, and writes one position behind it.
         idling = 2 + self.lookup.max_tokens if self.lookup is not None and self.max_draft_len else 0
-        # A draft model that catches up writes as many as it keeps.
-        return max(growing, idling, self.widths[-1], self.kept if self.max_draft_len else 0)
+        return max(growing, idling, self.widths[-1])
 
     @property
     def beyond_window(self) -> int:

@@ -278,7 +278,7 @@ def test_rings_hold_the_window_and_what_rounds_write(monkeypatch: pytest.MonkeyP
     kinds = [AttentionKind(None, window) for window in (4096, None, 1024)]
     shapes = Shapes(RoundShape(2, 6, None, (7,)))  # 7 positions, and the one before the last token
     assert shapes.rings(kinds) == (4096 + 7, None, 1024 + 7)
-    assert Shapes(dataclasses.replace(shapes.round, kept=25)).rings(kinds)[0] == 4096 + 24 + 25
+    assert Shapes(dataclasses.replace(shapes.round, kept=25)).rings(kinds)[0] == 4096 + 6 + 25
     monkeypatch.setattr(shapes_module, "_RING_STEP", 128)
     assert shapes.rings(kinds) == (4224, None, 1152)
     assert shapes.rings(kinds[1:2]) == ()

@@ -55,8 +55,9 @@ class DraftModel(Protocol):
         ring: int | None = None,
     ) -> PyTree:
         """The state of `batch` sequences, with room for `capacity` positions each. `kept`, static: how many positions
-        at a sequence's end it may not have seen, of which it keeps what `catch_up` needs. 1: the last, which `begin`
-        sees to. `ring`: the most positions that its layers hold, where the target's first layer has a window."""
+        at a sequence's end it may not have seen, of which it keeps what `catch_up` needs; its caches and rings are then
+        larger by what that writes. 1: the last, which `begin` sees to. `ring`: the most positions that its layers hold,
+        where the target's first layer has a window."""
 
     def after_prefill(
         self,

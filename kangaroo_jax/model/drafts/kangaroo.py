@@ -27,6 +27,8 @@ from kangaroo_jax.model.layers import (
 )
 from kangaroo_jax.model.target import TargetModel, lm_head, logits
 
+_ROOM = 32  # the caches of a draft model that may have to catch up are larger by this many positions, or a multiple
+
 
 class AdapterLayer(nnx.Module):
     """A decoder layer without the MLP: norm, attention, residual."""
@@ -119,6 +121,9 @@ class Adapter(nnx.Module):
         ring: int | None = None,
     ) -> AdapterState:
         layers = len(self.layers)
+        if kept > 1:  # catching up writes so many positions, of which those at the end have no meaning
+            room = -(-kept // _ROOM) * _ROOM
+            capacity, ring = capacity + room, None if ring is None else ring + room
         cache = KVCache.empty(self.config, layers, batch, capacity, dtype, backend, (ring,) * layers)
         cache = cache.replace(numbers_only=True)
         return AdapterState(cache, jnp.zeros((batch, kept, self.config.hidden_size), dtype))
