@@ -206,7 +206,8 @@ class SamplingConfig:
     """How tokens are chosen from the target's distribution. The default is greedy decoding.
 
     The same prompt and seed give the same text whatever else is in the batch; so prompts that are equal, with one
-    seed, give equal texts. For several samples of one prompt, give it several times, with a seed for each.
+    seed, give equal texts. (Where sequences decide how far to draft, the text also depends on the number of slots.) For
+    several samples of one prompt, give it several times, with a seed for each.
 
     Attributes:
       temperature: logits are divided by it; 0 is greedy, and the other settings then have no effect.
@@ -351,7 +352,8 @@ class SynthesisConfig:
       answer_tokens: at most so many in an answer; a conversation ends with an answer that is cut there.
       conversation_tokens: at most so many in a conversation that the target asks itself. One long conversation makes
         the caches of all that are decoded with it as long.
-      batch_size: sequences decoded together; nothing that is written depends on it.
+      batch_size: sequences decoded together; what is written depends on it only where an adapter's sequences decide
+        how far to draft.
       openings: file of beginnings of questions, one on a line: each conversation's first question begins with one of
         them, which is drawn evenly, and the target writes the rest. An empty line leaves the question to the target,
         and so does an empty name. They say what is asked about.

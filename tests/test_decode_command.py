@@ -163,6 +163,8 @@ MISTAKES = [
     (["--chat", "--json"], "--json and --chat do not go together"),
     (["--chat", "--html=x"], "--html and --chat do not go together"),
     (["--chat", "--input=x", "--output=y"], "--chat and --input do not go together"),
+    (["--chat", "--messages=-"], "--chat and --messages=- both read standard input; give the messages in a file"),
+    (["--prompt=x", "--stop="], "--stop must not be empty"),
     (["--messages=x", "--prompt=y"], "--prompt and --messages do not go together"),
     (["--messages=x", "--raw"], "--raw and --messages do not go together"),
     (["--show_drafts", "--plain"], "--show_drafts and --plain do not go together"),

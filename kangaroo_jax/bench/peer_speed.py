@@ -16,6 +16,7 @@ from kangaroo_jax.bench import machine, parts
 from kangaroo_jax.bench.benchmark_prompts import held_out_tokens
 from kangaroo_jax.bench.interleaved import time_interleaved
 from kangaroo_jax.checkpoint.adapter import TrainedAdapter
+from kangaroo_jax.checkpoint.hub import find_checkpoint
 from kangaroo_jax.checkpoint.target import Target
 
 _VALID_TOKENS = 256
@@ -75,7 +76,7 @@ class StepSpeed:
 def decoders(
     target: Target, adapter: TrainedAdapter, draft: DraftConfig, max_new_tokens: int, threads: int
 ) -> dict[str, Decoder]:
-    """The ways to compare, by name. transformers reads the target's folder again; torch gets `threads` threads."""
+    """The ways to compare, by name. transformers reads the target's files again; torch gets `threads` threads."""
 
     def ours(out: Generation) -> PeerOutput:
         return PeerOutput(out.tokens[0], out.seconds.prefill + out.seconds.decode, out.mean_accept_length)
@@ -118,7 +119,11 @@ def _transformers_decoders(
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(target.name, dtype=torch.float32, trust_remote_code=False)
+    path = find_checkpoint(target.name)
+    where = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent if where else path, dtype=torch.float32, trust_remote_code=False, **where
+    )
     model.generation_config.eos_token_id = None
 
     def decoder(**mode: Any) -> Decoder:

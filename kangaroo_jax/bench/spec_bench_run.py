@@ -78,8 +78,9 @@ class SpecBenchRun:
         tree = "" if draft.tree is None else f"-tree{draft.tree.topk}x{draft.tree.budget}"
         if draft.lookup is not None:
             tree = f"-lookup{draft.lookup.max_tokens}n{draft.lookup.min_ngram}-{draft.lookup.max_ngram}"
+        how = f"eta{draft.threshold}" if draft.decide is None else "decides"
         return {
-            "kangaroo": f"{name}-kangaroo-gamma{draft.max_draft_len}-eta{draft.threshold}{tree}-exit{draft.exit_layer}",
+            "kangaroo": f"{name}-kangaroo-gamma{draft.max_draft_len}-{how}{tree}-exit{draft.exit_layer}",
             "plain": f"{name}-plain",
         }
 

@@ -18,6 +18,7 @@ from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.families import family_of, read_config
 from kangaroo_jax.model.families.config_json import token_ids
 
+_PEFT = "adapter_config.json"  # beside a model's weights, transformers adds what it names to them
 _BAND = 1 << 22  # values of two tensors that are compared at a time
 
 
@@ -31,6 +32,11 @@ def folder_source(folder: pathlib.Path, copied: Copy | None = None) -> Source:
     Raises:
       InputError: for a missing or corrupt file, or a model that is not supported.
     """
+    if (folder / _PEFT).exists():
+        raise InputError(
+            f"{folder}: has {_PEFT}, of an adapter of PEFT such as LoRA, which is not supported; merge it into its "
+            "base model (merge_and_unload) and save that, or remove the file where the weights are merged already"
+        )
     config_file = folder / "config.json"
     config = read_config(read_json(config_file, "a folder in Hugging Face format has one"), str(config_file))
     weights = open_weights(folder) if copied is None else open_bucket_weights(copied)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kangaroo_jax.checkpoint.gguf_file import GGUFFile
-from kangaroo_jax.checks import check_count, check_positive
+from kangaroo_jax.checks import check_count, check_positive, is_integer
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.families import read_config
@@ -71,6 +71,9 @@ def _config_json(file: GGUFFile, architecture: str) -> dict[str, Any]:
     if embedding is None or len(embedding.shape) != 2:
         raise InputError(f"{file.path}: expected the embedding, tensor token_embd.weight of two dimensions; found none")
     ends = [file.metadata.get(f"tokenizer.ggml.{key}") for key in _END_KEYS]
+    for key, id in zip(_END_KEYS, ends, strict=True):
+        if id is not None and not is_integer(id):
+            raise InputError(f"{file.path}: tokenizer.ggml.{key} must be a token id, found {id!r:.60}")
     return {
         "model_type": ARCHITECTURES[architecture],
         # Not the metadata's vocab_size, which old files have wrong.

@@ -56,12 +56,13 @@ def chat(
         elif _COMMAND.fullmatch(text):
             print(f"(unknown command {text}; {COMMANDS})\n")
         elif text:
-            try:
-                ids = conversation.ask(text)
-            except InputError as error:
-                _say(f"{error}; /reset begins a new conversation")
-                continue
-            _answer(engine, conversation, request(ids), printer(ids))
+            with _interrupts() as interrupted:
+                try:
+                    ids = conversation.ask(text)
+                except InputError as error:
+                    _say(f"{error}; /reset begins a new conversation")
+                    continue
+                _answer(engine, conversation, request(ids), printer(ids), interrupted)
 
 
 def _read_turn() -> str:
@@ -72,30 +73,37 @@ def _read_turn() -> str:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - input() edits lines with it
         return input("> ").strip()
-    line = sys.stdin.readline()
+    line = sys.stdin.buffer.readline()  # as text, a line that is no UTF-8 would take those behind it with it
     if not line:
         raise EOFError
-    print(f"> {line.strip()}")
-    return line.strip()
+    text = line.decode().strip()
+    print(f"> {text}")
+    return text
 
 
-def _answer(engine: Engine, conversation: Conversation, request: Request, printer: TextPrinter) -> None:
+def _answer(
+    engine: Engine,
+    conversation: Conversation,
+    request: Request,
+    printer: TextPrinter,
+    interrupted: Callable[[], bool],
+) -> None:
     """Prints the answer to the last turn, and adds it to the conversation; after Ctrl-C as far as it had come."""
     text, tokens, answer = "", [], None
     id = engine.add(request)
-    with _interrupts() as interrupted:
-        while answer is None and not interrupted():
-            for event in engine.step():
-                if isinstance(event, Finished):
-                    answer = event.answer
-                else:
-                    printer.feed(event)
-                    text, tokens = text + event.text, [*tokens, *event.tokens]
+    while answer is None and not interrupted():
+        for event in engine.step():
+            if isinstance(event, Finished):
+                answer = event.answer
+            else:
+                printer.feed(event)
+                text, tokens = text + event.text, [*tokens, *event.tokens]
     if answer is None:
         engine.abort(id)
         printer.interrupt()
         print("\n[ended by Ctrl-C]\n")
-        conversation.answered(tokens, text)
+        # Text may be held back that could begin a stop string, or a character.
+        conversation.answered(tokens, text, complete=False)
         return
     printer.finish(answer)
     if answer.error is not None:

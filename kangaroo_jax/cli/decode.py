@@ -184,6 +184,8 @@ def _check_flags() -> None:
     _exclude(_INPUT, _PROMPT, _PROMPT_FILE, _MESSAGES, _CHAT, _COMPARE, _SHOW_DRAFTS, _HTML, command_line.PROFILE)
     _exclude(_CHAT, _PROMPT, _PROMPT_FILE, _RAW, _COMPARE, _HTML, _JSON, command_line.PROFILE)
     _exclude(_MESSAGES, _PROMPT, _PROMPT_FILE, _RAW)
+    if _CHAT.value and _MESSAGES.value == "-":
+        raise InputError("--chat and --messages=- both read standard input; give the messages in a file")
     if _INPUT.value is not None:
         if _OUTPUT.value is None:
             raise InputError("--output is missing; name a file for the answers to --input")
@@ -208,6 +210,8 @@ def _check_flags() -> None:
                 raise InputError(f"--{flag.name} and --plain do not go together; give one")
     if _CONTEXT.present and preflight is None:
         raise InputError("--context belongs to --preflight, which is missing; give a machine")
+    if "" in _STOP.value:
+        raise InputError("--stop must not be empty; leave it out where nothing ends the text but the model")
     for flag in (_MAX_NEW_TOKENS, _BATCH_SIZE, _CONTEXT):
         if flag.value < 1:
             raise InputError(f"--{flag.name} must be at least 1, found {flag.value}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import time
 import zlib
@@ -108,7 +109,8 @@ def answer_prompts(
       prompts: with ids of their own.
       output: the file of answer_file.
       source: the prompts' file, for messages.
-      batch_size: as in `generate_many`, per process; the answers do not depend on it.
+      batch_size: as in `generate_many`, per process; the answers do not depend on it, but for sampled ones where
+        sequences decide how far to draft.
       max_new_tokens: of prompts that do not say.
       draft: exit layer, gamma, eta, trees and look-ups.
       sampling: with one seed, for prompts that do not say.
@@ -128,7 +130,7 @@ def answer_prompts(
         raise InputError(f"{target.name}: has no tokenizer; put its tokenizer files beside it")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
-    settings = _settings(target, adapter, max_new_tokens, draft, sampling, stop)
+    settings = _settings(target, adapter, max_new_tokens, draft.at(batch_size), sampling, stop, batch_size)
     if as_user_turns:
         settings["prompts"] = "user turns"
     by_id = {prompt.id: prompt for prompt in prompts}
@@ -200,9 +202,10 @@ def _settings(
     draft: DraftConfig,
     sampling: SamplingConfig,
     stop: list[str] | tuple[str, ...],
+    batch_size: int,
 ) -> dict[str, Any]:
-    """What an answer depends on, in terms that a message can name."""
-    return {
+    """What an answer depends on, in terms that a message can name: JSON values, as they are read again."""
+    settings = {
         "model": f"{pathlib.Path(target.name).name} ({target.fingerprint})",
         "dtype": target.model.arithmetic,
         "max_new_tokens": max_new_tokens,
@@ -211,6 +214,10 @@ def _settings(
         **dataclasses.asdict(sampling),
         "stop": list(stop),
     }
+    if draft.decide is not None and sampling.temperature > 0:
+        # A sampled text depends on what a sequence decides, and that on the number of slots.
+        settings["decide"] = dataclasses.asdict(draft.decide) | {"slots": batch_size}
+    return json.loads(json.dumps(settings))
 
 
 def _drafting(target: Target, adapter: TrainedAdapter, draft: DraftConfig) -> dict[str, Any]:
@@ -221,8 +228,6 @@ def _drafting(target: Target, adapter: TrainedAdapter, draft: DraftConfig) -> di
         "threshold": draft.threshold,
         "tree": None if draft.tree is None else dataclasses.asdict(draft.tree),
         "draft_vocabulary": _draft_vocabulary(adapter),
-        # In sampling, the text depends on what a sequence decides.
-        **({} if draft.decide is None else {"decide": dataclasses.asdict(draft.decide)}),
     }
 
 

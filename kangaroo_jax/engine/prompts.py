@@ -63,14 +63,26 @@ def encode_prompt(target: Target, prompt: Prompt, max_new_tokens: int, max_lengt
             raise InputError(f"{name}: {not_in_vocabulary(token, target.tokenizer, target.config.vocab_size)}")
     room = answer_room(target, ids, max_length)
     context = len(ids) + room
+    why = _why_context(target, context)
     if room < 1:
-        raise InputError(f"{name} has {len(ids)} tokens, but the context is {context}; shorten it")
+        raise InputError(f"{name} has {len(ids)} tokens, but the context is {context}{why}; shorten it")
     if max_new_tokens > room:
         raise InputError(
             f"{name} has {len(ids)} tokens and max_new_tokens is {max_new_tokens}: {len(ids) + max_new_tokens} "
-            f"exceed the context of {context}; shorten the prompt or lower max_new_tokens to {room}"
+            f"exceed the context of {context}{why}; shorten the prompt or lower max_new_tokens to {room}"
         )
     return ids
+
+
+def _why_context(target: Target, context: int) -> str:
+    """What to add where the context is shorter than the model's makers say."""
+    config = target.config
+    if context != config.context or config.context >= config.max_position_embeddings:
+        return ""
+    return (
+        f" (of the {config.max_position_embeddings} that the model was made for: beyond, longrope's long factors turn "
+        "all positions otherwise, which is not supported)"
+    )
 
 
 def check_new_tokens(max_new_tokens: Any) -> None:

@@ -188,6 +188,7 @@ def weights() -> dict:
         ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, ("rope type 'yarn' is not supported",)),
         ({"llama.expert_count": 8}, ("llama.expert_count 8 is not supported",)),
         ({"llama.attention.sliding_window": 4096}, ("sliding_window 4096 is not supported",)),
+        ({"tokenizer.ggml.eos_token_id": [257, 100]}, ("ggml.eos_token_id must be a token id, found [257, 100]",)),
         ({"tokenizer.ggml.pre": "klingon"}, ("pre 'klingon' is not supported",)),
         ({"llama.feed_forward_length": 128}, ("has the wrong shape",)),
         ({"llama.block_count": 3}, ("layers.2", "is missing")),
@@ -347,6 +348,12 @@ def test_greedy_tokens_of_smollm2_equal_those_of_transformers_and_of_its_adapter
     draft = DraftConfig(max_draft_len=6, threshold=0.6)
     drafted = generate(target, adapter, prompts[:10], max_new_tokens=64, draft=draft)
     assert drafted.tokens == found[:10]
+    # As it ships: look-ups, and sequences that decide; alone and in a batch.
+    assert adapter.draft.lookup is not None
+    assert adapter.draft.decide is not None
+    assert generate(target, adapter, prompts, max_new_tokens=64, draft=adapter.draft).tokens == found
+    for prompt, tokens in zip(prompts[:5], found, strict=False):
+        assert generate(target, adapter, [prompt], max_new_tokens=64, draft=adapter.draft).tokens == [tokens]
     rounds = [length for lengths in drafted.accept_lengths for length in lengths]
     assert np.mean(rounds) > 1.7  # 1.80; of the adapter before it, 1.60
 

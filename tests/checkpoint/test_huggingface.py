@@ -641,6 +641,11 @@ def test_bad_config(folder: pathlib.Path, content: bytes, words: tuple[str, ...]
     refused(folder, str(folder / "config.json"), *words)
 
 
+def test_a_peft_adapter_is_not_passed_over(folder: pathlib.Path) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    refused(folder, str(folder), "adapter_config.json", "merge it into its base model")
+
+
 def test_missing_config(folder: pathlib.Path) -> None:
     (folder / "config.json").unlink()
     refused(folder, str(folder / "config.json"), "no such file")

@@ -370,6 +370,29 @@ def test_prompts_are_answered_in_place_of_their_answers(tmp_path):
         Regenerated(target, settings, str(tmp_path / "p.jsonl"))
 
 
+def test_prompts_of_which_none_can_be_answered_are_named(tmp_path):
+    target = chat_target(f"{TEMPLATE}{{# with a token that the model has no row for #}}")
+    target.tokenizer.add_tokens(["kl"])
+    assert target.tokenizer.convert_tokens_to_ids("kl") == target.config.vocab_size
+    (tmp_path / "p.jsonl").write_text('{"prompt": "akla"}\n{"prompt": "%s"}\n' % ("a" * 600))
+    source = Regenerated(target, SETTINGS, str(tmp_path / "p.jsonl"))
+    with pytest.raises(InputError, match="0 of the 2 records that are wanted are usable, after 2 tries") as caught:
+        write(tmp_path / "a.jsonl", source.count, source=source, target=target)
+    for words in (
+        "1 no room",
+        f"token {target.config.vocab_size}",
+        "give other prompts, or raise the limit of answers",
+    ):
+        assert words in str(caught.value)
+
+
+def test_a_question_with_a_special_token_s_text_is_left_out_where_it_would_be_that_token(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "ab<e>"}\n')
+    for template, outcome in (("", None), ("vicuna_v1.1", "question not text")):
+        source = Regenerated(chat_target(), SETTINGS, str(tmp_path / "p.jsonl"), template)
+        assert source.job(0).start() == outcome
+
+
 def test_a_base_model_continues_texts(tmp_path):
     target = chat_target(None)
     (tmp_path / "t.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 40)

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from kangaroo_jax import DraftConfig, InputError, SamplingConfig, TreeConfig, generate_plain
+from kangaroo_jax import DecideConfig, DraftConfig, InputError, SamplingConfig, TreeConfig, generate_plain
+from kangaroo_jax.config import RoundCosts
 from kangaroo_jax.engine import answer_file
 from kangaroo_jax.engine.answer_prompts import answer_prompts
 from kangaroo_jax.engine.prompt_file import read_prompts
@@ -26,6 +27,8 @@ from tests.decode.models import lettered_target, tiny_adapter
 
 ROOT = pathlib.Path(__file__).parents[2]
 DRAFT = DraftConfig(1, 4, 0.1)
+COSTS = RoundCosts(1, 0.25, ((1, 1.0), (5, 1.3)), 0.05)
+DECIDING = dataclasses.replace(DRAFT, decide=DecideConfig((COSTS,), from_slots=2))
 LINES = [{"id": f"q{i}", "prompt": "abcdefghij"[i:] * 3, "max_new_tokens": 5 + 3 * i} for i in range(7)]
 
 
@@ -97,6 +100,25 @@ def test_after_a_kill_at_any_byte_each_id_is_there_once(whole, tmp_path):
         "answers.jsonl.settings.json",
         "prompts.jsonl",
     ]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_answers_of_sequences_that_decide_are_gone_on_with(tmp_path, temperature):
+    """With another batch size too, down to one that keeps to gamma and eta; but not sampled ones, which depend on it."""
+    source, output = write(tmp_path / "prompts.jsonl", LINES), tmp_path / "answers.jsonl"
+    how = {"draft": DECIDING, "sampling": SamplingConfig(temperature)}
+    answer(source, output, batch_size=2, **how)
+    expected, lines = read(output), output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:3]))
+    done = answer(source, output, batch_size=2, **how)
+    assert (done.before, done.prompts) == (3, len(LINES) - 3)
+    assert read(output) == expected
+    if temperature:
+        for batch_size in (1, 3):
+            with pytest.raises(InputError, match=r"made with decide .*'slots': 2.*, not "):
+                answer(source, output, batch_size=batch_size, **how)
+    else:
+        assert all(answer(source, output, batch_size=size, **how).before == len(LINES) for size in (1, 3))
 
 
 def test_more_prompts_in_the_same_file_are_answered_by_the_next_run(whole):

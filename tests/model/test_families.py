@@ -181,6 +181,13 @@ def _copy(value: object) -> object:
         hf("gemma3_text", num_hidden_layers=5, sliding_window_pattern=3, sliding_window=512),
         hf("gemma3_text", rope_theta=5e5, rope_local_base_freq=2e4, rope_scaling=STRETCHED, sliding_window_pattern=2),
         hf("gemma3_text", sliding_window_pattern=2, rope_parameters=LAYERED_ROPE),
+        hf("gemma3_text", sliding_window_pattern=2, rope_parameters=LAYERED_ROPE, rope_scaling=STRETCHED),
+        hf(
+            "gemma3_text",
+            sliding_window_pattern=2,
+            rope_scaling=STRETCHED,
+            rope_parameters={"full_attention": {"rope_theta": 5e6}, "sliding_attention": {"rope_theta": 3e4}},
+        ),
     ],
     ids=lambda config: ",".join(f"{k}={v}" for k, v in config.items() if k not in hf() or k == "model_type")[11:60],
 )
@@ -197,7 +204,9 @@ def test_each_layers_attention_is_what_it_is_in_transformers(config: dict[str, o
         rope = theirs.rope_parameters.get(name, theirs.rope_parameters)
         if kind.rotary is not None:
             assert kind.rotary.theta == rope["rope_theta"]
-            assert (kind.rotary.scaling is None) == (rope["rope_type"] == "default")
+            scaling = kind.rotary.scaling
+            found = ("default", None) if scaling is None else (scaling.kind, scaling.factor)
+            assert found == (rope["rope_type"], rope.get("factor"))
 
 
 @pytest.mark.parametrize(
@@ -251,6 +260,10 @@ def test_a_context_beyond_which_positions_turn_otherwise_ends_there() -> None:
     phi = hf("phi3", num_attention_heads=4, max_position_embeddings=131072, rope_scaling=LONGROPE)
     assert read_config(phi).context == 4096
     assert read_config(hf("gemma3_text", rope_scaling=STRETCHED)).context == 131072
+    # One of the two kinds of layers is enough.
+    long = LONGROPE | {"short_factor": [1.0] * 128, "long_factor": [2.0] * 128, "original_max_position_embeddings": 64}
+    assert read_config(hf("gemma3_text", rope_scaling=long)).context == 64
+    assert read_config(hf("gemma3_text", rope_parameters={"sliding_attention": long})).context == 64
     assert read_config(hf(rope_scaling=YARN, max_position_embeddings=1024)).context == 4096
     assert read_config(hf(rope_scaling=YARN, max_position_embeddings=8192)).context == 8192
 
@@ -284,6 +297,10 @@ def test_biases_that_only_llama_reads() -> None:
         (hf("mistral", sliding_window="4096"), "sliding_window must be a positive integer, found '4096'"),
         (hf("qwen2", layer_types=["full_attention", "linear_attention"]), "layer_types must be a list of 'full_att"),
         (hf("qwen3", layer_types=["sliding_attention"] * 2), "'sliding_attention', but there is no sliding_window"),
+        (
+            hf("qwen3", layer_types=["sliding_attention"] * 2, sliding_window=8, use_sliding_window=False),
+            "'sliding_attention', but use_sliding_window is false",
+        ),
         (hf("qwen2", layer_types=["full_attention"]), "one for each of 2 layers, found ['full_attention']"),
         (hf("qwen2", layer_types="full_attention"), "layer_types must be a list of"),
         (hf("qwen3", max_window_layers="1"), "max_window_layers must be a positive integer, found '1'"),
@@ -298,6 +315,13 @@ def test_biases_that_only_llama_reads() -> None:
         (hf("gemma2", use_bidirectional_attention=True), "use_bidirectional_attention true is not supported"),
         (hf("gemma3_text", attn_logit_softcapping=50.0), "attn_logit_softcapping must be null for gemma3_text"),
         (hf("gemma3_text", rope_parameters={"rope_theta": 1e4}), "'sliding_attention' alone, found 'rope_theta'"),
+        (hf("gemma2", sliding_window=None), "sliding_window must be a number, found null; give layer_types"),
+        (hf("gemma3_text", sliding_window=None), "sliding_window must be a number, found null; give layer_types"),
+        (hf("gemma3_text", partial_rotary_factor=0.5), "partial_rotary_factor must be 1 for gemma3_text, found 0.5"),
+        (
+            hf("gemma3_text", rope_parameters={"sliding_attention": LINEAR | {"partial_rotary_factor": 0.5}}),
+            "partial_rotary_factor must be 1 for gemma3_text, found 0.5 for 'sliding_attention'",
+        ),
         (hf("gemma3_text", sliding_window_pattern=0), "sliding_window_pattern must be a positive integer, found 0"),
         (hf("phi3", num_attention_heads=4, rope_scaling=LONGROPE | {"short_factor": [1.0]}), "must have 16 values"),
         (hf("phi3", num_attention_heads=4, rope_scaling=LONGROPE | {"long_factor": 3}), "must be a list of numbers"),
@@ -308,6 +332,11 @@ def test_biases_that_only_llama_reads() -> None:
         (hf(hidden_act="gelu"), "hidden_act 'gelu'"),
         (hf(quantization_config={"quant_method": "gptq"}), "quantized weights ('gptq')"),
         (hf(quantization_config="int8"), "quantized weights ('int8')"),
+        (
+            hf(quantization_config={"load_in_4bit": True, "llm_int8_threshold": 6.0}),
+            "quantized weights ('load_in_4bit')",
+        ),
+        (hf("qwen2", is_causal=False), "is_causal false is not supported: tokens see those before them alone"),
         (hf(partial_rotary_factor=0.5), "partial_rotary_factor must be 1 for llama, found 0.5"),
         (hf(vocab_size=None), "vocab_size must be a positive integer, found None"),
         (hf(vocab_size=True), "vocab_size must be a positive integer, found True"),
@@ -335,6 +364,7 @@ def test_biases_that_only_llama_reads() -> None:
         (hf(bos_token_id=[1, 2]), "bos_token_id must be one token id or null, found [1, 2]"),
         (hf(rope_scaling="linear"), "rope_scaling must be an object, found 'linear'"),
         (hf(rope_scaling={"type": "dynamic"}), "rope_scaling of rope type 'dynamic' needs 'factor', found ['type']"),
+        (hf(rope_scaling={"factor": 4.0}), "rope_scaling has 'factor' but no rope_type that takes it"),
         (hf(rope_scaling=YARN | {"factor": 0}), "rope factor must be a finite number above 0, found 0"),
         (hf(rope_scaling=YARN | {"beta_fast": -1}), "rope beta_fast must be a finite number above 0, found -1"),
         (hf(rope_scaling=YARN | {"truncate": 1}), "rope truncate must be true or false, found 1"),
@@ -394,7 +424,12 @@ def test_every_parameter_of_every_family_has_a_partition() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("shape", "parameters"),
-    [("qwen3_8b", 8_190_735_360), ("qwen3_4b", 4_022_468_096), ("mistral_7b", 7_248_023_552)],
+    [
+        ("llama3_8b", 8_030_261_248),
+        ("qwen3_8b", 8_190_735_360),
+        ("qwen3_4b", 4_022_468_096),
+        ("mistral_7b", 7_248_023_552),
+    ],
 )
 def test_known_shapes_have_as_many_parameters_as_the_hub_says(shape: str, parameters: int) -> None:
     model = nnx.eval_shape(lambda: TargetModel(SHAPES[shape], rngs=nnx.Rngs(0)))

@@ -34,9 +34,7 @@ def main() -> None:
     shared_flags.check_positive(_PROMPTS, _MAX_NEW_TOKENS, _RUNS)
     _DRAFT.given()  # names a value out of range before anything is loaded
     if importlib.util.find_spec("torch") is None:
-        raise InputError(
-            "torch is not installed, and transformers' models need it; pip install -r requirements-parity.txt"
-        )
+        raise InputError("torch is not installed, and transformers' models need it; pip install -e '.[parity]'")
     compilation_cache.enable()
     target = load_target_of(_MODEL.value, "float32")
     adapter = load_adapter_of(target, _ADAPTER.value)

@@ -52,7 +52,7 @@ def main() -> None:
     given, sampling = _draft_settings(), SamplingConfig(temperature=_TEMPERATURE.value)
     questions, chosen = _questions()
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("matplotlib is not installed, and the charts need it; pip install -r requirements-bench.txt")
+        raise InputError("matplotlib is not installed, and the charts need it; pip install -e '.[bench]'")
     compilation_cache.enable()
     target = load_target_of(_MODEL.value, _DTYPE.value)
     dtype = str(target.model.dtype)

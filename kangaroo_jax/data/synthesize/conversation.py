@@ -114,7 +114,9 @@ class Conversation:
 
     def _ask(self, question: str) -> Record | str | None:
         """Has a question answered."""
-        if self._answers and not self._frame.is_text(question):
+        # A tokenizer's own template takes special tokens' text as text; named ones, and what goes on from tokens, do
+        # not.
+        if (self._answers or self._template.name) and not self._frame.is_text(question):
             return self._finish("question not text")
         self._turns.append(Turn("user", question))
         if self._answers:

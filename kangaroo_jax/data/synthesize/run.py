@@ -114,8 +114,8 @@ def write_records(
 ) -> Tally:
     """Makes `output` hold `wanted` records, the first ones by index that are usable and no duplicates.
 
-    Killed at any moment, the next call does the rest. In float32 the file is the same whatever the batch size, and
-    whether and where it was interrupted.
+    Killed at any moment, the next call does the rest. In float32 the file is the same whether and where it was
+    interrupted, and whatever the batch size, unless sequences decide how far to draft.
 
     Args:
       target: from `load_target`, with a tokenizer.
@@ -132,11 +132,14 @@ def write_records(
       InputError: for records of other settings in `output`, or fewer usable ones than wanted. What was made stays for
         a run that wants fewer.
     """
+    drafts = f"{draft.at(batch_size)}"
+    if draft.at(batch_size).decide is not None:
+        drafts += f" in {batch_size} slots"
     settings = {
         "model": f"{pathlib.Path(target.name).name} ({target.fingerprint})",
         "dtype": str(target.model.dtype),
         # In sampling, an adapter draws other random numbers.
-        "adapter": None if adapter is None else f"{pathlib.Path(adapter.name).name}, {draft}",
+        "adapter": None if adapter is None else f"{pathlib.Path(adapter.name).name}, {drafts}",
         **source.settings,
     }
     with RecordFile(output, settings, source.key, flag) as file:
@@ -189,7 +192,7 @@ class _Run:
                 if isinstance(event, Finished):
                     self._take(event.answer)
             self.tally.compile_seconds = self.engine.compile_seconds
-        if len(self.file) < self.tally.wanted and self.source.count is None:
+        if len(self.file) < self.tally.wanted and (self.source.count is None or not len(self.file)):
             raise InputError(self._too_few())
 
     def _begin(self) -> None:
@@ -215,8 +218,12 @@ class _Run:
         if job.key is not None and self.file.is_duplicate(index, job.key):
             outcome = _DUPLICATE
         if outcome is None:
-            self.jobs[self.engine.add(job.request())] = (index, job)
-            return
+            try:
+                self.jobs[self.engine.add(job.request())] = (index, job)
+            except InputError as error:  # a token that the model has no row for
+                outcome = str(error)
+            else:
+                return
         if isinstance(outcome, str):
             self.tally.dropped[outcome] += 1
             self.file.add({"index": index, "dropped": outcome})

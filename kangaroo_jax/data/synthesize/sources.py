@@ -93,6 +93,8 @@ class Regenerated(_Source):
       InputError: for files that cannot be read, or a record without a question.
     """
 
+    advice = "give other prompts, or raise the limit of answers"
+
     def __init__(self, target: Target, settings: SynthesisConfig, files: str, template: str = ""):
         sources = find_sources(files)
         self._questions: list[tuple[Turn, ...]] = []

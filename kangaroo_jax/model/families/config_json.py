@@ -33,6 +33,7 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "truncate"),
     "longrope": ("attention_factor",),
 }
+_SCALING = sorted({"factor"}.union(*_NEEDED.values(), *_OPTIONAL.values()) - {_ORIGINAL})
 
 
 def shared_fields(
@@ -67,8 +68,12 @@ def shared_fields(
     """
     quantization = contents.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise InputError(f"quantized weights ({method!r}) are not supported; use the unquantized checkpoint")
+        raise InputError(
+            f"quantized weights ({_quantization_method(quantization)!r}) are not supported; use the unquantized "
+            "checkpoint"
+        )
+    if contents.get("is_causal") is False:
+        raise InputError("is_causal false is not supported: tokens see those before them alone")
     if contents.get("vision_config"):
         raise InputError("a model with a vision tower (vision_config) is not supported; give a model of text alone")
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -108,6 +113,15 @@ def shared_fields(
         "bos_token_id": first[0] if first else None,
         "eos_token_ids": token_ids(contents, "eos_token_id", eos),
     }
+
+
+def _quantization_method(quantization: Any) -> Any:
+    """What a config.json's quantization_config calls its method; bitsandbytes once gave only flags such as
+    load_in_4bit."""
+    if not isinstance(quantization, Mapping):
+        return quantization
+    flags = (key for key, value in quantization.items() if value is True)
+    return quantization.get("quant_method") or next(flags, "a method without a name")
 
 
 def shared_keys(config: ModelConfig) -> dict[str, Any]:
@@ -152,7 +166,8 @@ def layer_windows(
             f"found {kinds!r}"
         )
     if window is None and contents.get("layer_types") is not None and _SLIDING in kinds:
-        raise InputError(f"layer_types has {_SLIDING!r}, but there is no sliding_window; give one, or {_FULL!r} alone")
+        why = "there is no sliding_window" if contents.get("sliding_window") is None else "use_sliding_window is false"
+        raise InputError(f"layer_types has {_SLIDING!r}, but {why}; change that, or give {_FULL!r} alone")
     if _SLIDING in kinds and window is not None:
         check_count("sliding_window", window)
         return tuple(window if kind == _SLIDING else None for kind in kinds)
@@ -231,8 +246,11 @@ def rotary_settings(contents: Mapping[str, Any], theta: float, max_positions: in
     found = contents.get("rope_theta") if found is None else found
     theta = theta if found is None else found
     check_positive("rope_theta", theta)
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind is None or kind == "default":
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        scaled = [name for name in _SCALING if parameters.get(name) is not None]
+        if scaled:
+            raise InputError(f"{key} has {scaled[0]!r} but no rope_type that takes it; give one, or leave it out")
         return float(theta), None
     if not isinstance(kind, str) or kind not in ROPE_KINDS:
         raise InputError(f"rope type {kind!r} is not supported; supported: default, {', '.join(ROPE_KINDS)}")

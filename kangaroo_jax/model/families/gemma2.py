@@ -4,7 +4,7 @@ layer."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -91,6 +91,18 @@ def gemma_fields(contents: Mapping[str, Any], max_positions: int, **shared: Any)
     }
 
 
+def gemma_windows(contents: Mapping[str, Any], default: Callable[[int], bool]) -> tuple[int | None, ...]:
+    """`ModelConfig.windows`; `default` as for `layer_windows`.
+
+    Raises:
+      InputError: as `layer_windows`, and for layers with a window whose length is null.
+    """
+    window, kinds = contents.get("sliding_window", 4096), contents.get("layer_types")
+    if window is None and kinds is None and any(map(default, range(contents["num_hidden_layers"]))):
+        raise InputError("sliding_window must be a number, found null; give layer_types where no layer has a window")
+    return layer_windows(contents, window, default)
+
+
 def gemma_keys(config: GemmaConfig) -> dict[str, Any]:
     """The keys of a config.json that Gemma 2 and 3 have in common."""
     return (
@@ -108,7 +120,7 @@ def gemma_keys(config: GemmaConfig) -> dict[str, Any]:
 def _read_config(contents: Mapping[str, Any]) -> Gemma2Config:
     return Gemma2Config(
         **gemma_fields(contents, 8192),
-        windows=layer_windows(contents, contents.get("sliding_window", 4096), lambda index: index % 2 == 0),
+        windows=gemma_windows(contents, lambda index: index % 2 == 0),
         logits_soft_cap=contents.get("final_logit_softcapping", 30.0),
         attention_soft_cap=contents.get("attn_logit_softcapping", 50.0),
     )

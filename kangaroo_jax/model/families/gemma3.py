@@ -11,8 +11,8 @@ from kangaroo_jax.checks import check_count, check_positive
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import AttentionKind, RopeScaling, Rotary
 from kangaroo_jax.model.families import Family
-from kangaroo_jax.model.families.config_json import layer_windows, rotary_keys, rotary_settings
-from kangaroo_jax.model.families.gemma2 import GemmaConfig, GemmaLayer, gemma_fields, gemma_keys
+from kangaroo_jax.model.families.config_json import partial_rotary_factor, rotary_keys, rotary_settings
+from kangaroo_jax.model.families.gemma2 import GemmaConfig, GemmaLayer, gemma_fields, gemma_keys, gemma_windows
 
 _WINDOWED, _FULL = "sliding_attention", "full_attention"
 
@@ -31,7 +31,9 @@ class Gemma3Config(GemmaConfig):
 
     @property
     def context(self) -> int:
-        return self.max_position_embeddings  # the scaling is counted in it
+        # Scaling is counted in it; longrope is another one beyond the original context.
+        scalings = [x for x in (self.rope_scaling, self.local_rope_scaling) if x is not None and x.kind == "longrope"]
+        return min([self.max_position_embeddings, *(x.original_max_position_embeddings for x in scalings)])
 
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
@@ -51,10 +53,15 @@ def _read_config(contents: Mapping[str, Any]) -> Gemma3Config:
     fields = gemma_fields(contents, 131072, theta=1_000_000.0, rope=everywhere)
     pattern = contents.get("sliding_window_pattern", 6)
     check_count("sliding_window_pattern", pattern)
+    if partial_rotary_factor(local) != 1:
+        raise InputError(
+            f"partial_rotary_factor must be 1 for {contents['model_type']}, found {partial_rotary_factor(local)!r} for "
+            f"{_WINDOWED!r}"
+        )
     theta, scaling = rotary_settings(local, 10000.0, fields["max_position_embeddings"])
     return Gemma3Config(
         **fields,
-        windows=layer_windows(contents, contents.get("sliding_window", 4096), lambda index: (index + 1) % pattern != 0),
+        windows=gemma_windows(contents, lambda index: (index + 1) % pattern != 0),
         logits_soft_cap=contents.get("final_logit_softcapping"),
         local_rope_theta=theta,
         local_rope_scaling=scaling,
@@ -70,12 +77,21 @@ def _rotary_of_kinds(contents: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     unknown = sorted(set(parameters) - {_WINDOWED, _FULL})
     if unknown:
         raise InputError(f"rope_parameters must have {_FULL!r} and {_WINDOWED!r} alone, found {unknown[0]!r}")
+    scaling, full = contents.get("rope_scaling"), parameters.get(_FULL)
+    if scaling and isinstance(scaling, Mapping) and isinstance(full, Mapping):
+        scaling = dict(full) | dict(scaling)  # as transformers does
+    parts = contents.get("partial_rotary_factor")
     everywhere = {
         "rope_theta": contents.get("rope_theta"),
-        "rope_scaling": contents.get("rope_scaling"),
-        "rope_parameters": parameters.get(_FULL),
+        "rope_scaling": scaling,
+        "rope_parameters": full,
+        "partial_rotary_factor": parts,
     }
-    local = {"rope_theta": contents.get("rope_local_base_freq"), "rope_parameters": parameters.get(_WINDOWED)}
+    local = {
+        "rope_theta": contents.get("rope_local_base_freq"),
+        "rope_parameters": parameters.get(_WINDOWED),
+        "partial_rotary_factor": parts,
+    }
     return everywhere, local
 
 
