@@ -75,6 +75,9 @@ class Launched:
     def __sub__(self, other: Launched) -> Launched:
         return Launched(self.kernels - other.kernels, self.cycles - other.cycles)
 
+    def __mul__(self, times: int) -> Launched:
+        return Launched(self.kernels * times, self.cycles * times)
+
 
 @dataclasses.dataclass(frozen=True)
 class Body:
@@ -91,6 +94,11 @@ class Body:
     loops: tuple[Body, ...]
 
     @property
+    def without_loops(self) -> Launched | None:
+        """One run; None where loops are inside, as how often they turn is not said."""
+        return None if self.loops else self.all
+
+    @property
     def all(self) -> Launched:
         """One run without its loops."""
         return sum((launched for _, launched in self.instructions), Launched())
@@ -105,6 +113,7 @@ _FREE = re.compile(
     "parameter|constant|tuple|get-tuple-element|bitcast|after-all|add-dependency|opt-barrier|partition-id|"
     "(copy|slice|async)-(start|update|done)"
 )
+_DONE = re.compile(f"({'|'.join(KINDS)}|send|recv)-done")  # the second half of what was launched
 
 
 def body(text: str) -> Body:
@@ -123,7 +132,8 @@ def body(text: str) -> Body:
                 loops.append(read(_LOOP_BODY.search(line).group(1), label))
                 continue
             cycles = _CYCLES.search(line)
-            instructions.append((label, Launched(1, 0 if cycles is None else int(cycles.group(1)))))
+            kernels = 0 if _DONE.fullmatch(found.group(2)) else 1
+            instructions.append((label, Launched(kernels, 0 if cycles is None else int(cycles.group(1)))))
         return Body(name, tuple(instructions), tuple(loops))
 
     return read(entry, "")

@@ -1,6 +1,7 @@
 """What a preflight predicts, against counts by hand, and what compilers make of small models."""
 
 import collections
+import dataclasses
 import importlib.util
 import re
 
@@ -12,13 +13,14 @@ from jax.sharding import AbstractMesh, NamedSharding
 from kangaroo_jax import DraftConfig, program
 from kangaroo_jax.cli.preflight_flag import show
 from kangaroo_jax.engine.part_costs import PartCounts
+from kangaroo_jax.engine.shapes import PIECE
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.drafts.kinds import abstract_adapter
 from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.target import TargetModel
 from kangaroo_jax.preflight import compiling
-from kangaroo_jax.preflight.decoding import decoding
-from kangaroo_jax.preflight.machines import Limits, find_machine
+from kangaroo_jax.preflight.decoding import Work, decoding
+from kangaroo_jax.preflight.machines import Limits, Machine, find_machine
 from kangaroo_jax.preflight.prediction import PartPredictor, RoundWork, decoding_prediction, part
 from kangaroo_jax.program import Body, Launched
 from tests.bench.models import CONFIG
@@ -89,6 +91,24 @@ def test_the_cost_of_a_round_follows_from_its_parts():
     assert {x.name: x.cycles for x in found.parts}["verification of 8"] == 0
     without = decoding_prediction(PartPredictor(LIMITS, "float32", *counted, None), prefill, **settings)
     assert (without.cycles, without.times.plain_step) == (None, 20)
+
+
+def test_a_long_prompt_s_prefill_reads_weights_and_its_own_caches_in_each_piece():
+    config = dataclasses.replace(CONFIG, max_position_embeddings=4096)
+    machine = Machine("here", jax.devices(), None, LIMITS)
+    draft, prompt = DraftConfig(1, 2), 2 * PIECE + 76  # 3 pieces
+    attention, mlp, norms, head = 32 * 64 + 32 * 32, 3 * 32 * 48, 2 * 32, 100 * 32
+    for batch in (1, 8):
+        mesh = sharding.decoding_mesh(1, machine.devices[:1])
+        work = Work(config, None, "float32", draft, prompt, 32, machine, mesh, batch)
+        capacity = work._plan.prompt_capacity
+        assert capacity < work._capacity  # that of slots, with room for the answer
+        read = 4 * 2 * (attention + mlp + norms + 2 * 2 * 8 * capacity)  # keys and values of 2 heads of 8
+        found = work.predicted_prefill(Launched(5, 70))
+        assert (found.num_bytes, found.kernels, found.cycles) == (3 * read + 4 * head, 15, 210)
+        # Of each of its tokens: the products of both layers, and 2 of attention for 4 heads; of the last, the head.
+        operations = 2 * 2 * (attention + mlp) + 2 * 2 * 2 * 4 * 8 * capacity
+        assert found.operations == prompt * operations + 2 * head
 
 
 def test_what_a_round_launches_is_told_apart_by_loops_and_scopes():

@@ -13,9 +13,11 @@ import pytest
 from kangaroo_jax import DraftConfig, TreeConfig
 from kangaroo_jax.cli.preflight_flag import show
 from kangaroo_jax.errors import InputError, MachineError
+from kangaroo_jax.model import sharding
 from kangaroo_jax.preflight import machines
 from kangaroo_jax.preflight.decoding import decoding
 from kangaroo_jax.preflight.machines import Limits, Machine, find_machine
+from kangaroo_jax.preflight.report import Program
 from kangaroo_jax.preflight.training import training
 from kangaroo_jax.train import step
 from tests.train.runs import configured
@@ -102,6 +104,25 @@ def test_a_program_that_the_compiler_finds_no_room_for_does_not_fit(monkeypatch,
     assert "no room: Ran out of memory on HBM" in out
     assert "21.51G" in out
     assert out.endswith("\ndoes not fit\n")
+
+
+def test_a_kernel_without_room_of_its_own_is_no_want_of_the_device_s_memory(monkeypatch):
+    class Kernel(NoRoom):
+        def compile(self, compiler_options):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 17.1M")
+
+    monkeypatch.setattr(step, "compiled", lambda *_: (Kernel(), None))
+    with pytest.raises(MachineError, match=r"training step could not be compiled \(RESOURCE_EXHAUSTED: .* vmem"):
+        training(configured(SMALL), Machine("here", jax.devices(), memory=2**30))
+
+
+def test_weights_that_each_device_holds_all_of_are_named(monkeypatch):
+    monkeypatch.setattr(sharding, "undivided", lambda shapes, mesh: [f"{name} is not split" for name in shapes])
+    monkeypatch.setattr(
+        "kangaroo_jax.preflight.decoding.Work.prefill", lambda _: Program("", 0, 0, 0, 0, 0, *[None] * 4)
+    )
+    report = decoding(str(TARGET), "float32", DraftConfig(2, 2), 64, 32, 1, Machine("here", jax.devices(), None))
+    assert "layers.0.mlp.gate_up_proj is not split" in report.notes
 
 
 def test_weights_and_caches_that_a_device_cannot_hold_need_no_compiler(monkeypatch, capsys):

@@ -87,6 +87,13 @@ def test_a_body_has_its_own_instructions_by_scope_and_loops_apart():
     assert (inner.name, inner.all) == ("jit(f)/while/body/draft/while", Launched(1, 7))
 
 
+def test_what_is_launched_in_two_halves_counts_once_and_a_run_with_loops_is_not_known():
+    assert body(TEXT).all == Launched(4, 0)
+    assert body(TEXT).without_loops is None
+    (loop,) = body(TEXT).loops
+    assert loop.without_loops * 3 == Launched(3, 0)
+
+
 def test_matmul_operations_count_loops_branches_and_remade_products():
     def work(x, weights):
         def layer(x, weight):

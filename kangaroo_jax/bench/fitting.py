@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from kangaroo_jax.config import DraftConfig
+from kangaroo_jax.errors import MachineError
 from kangaroo_jax.preflight.decoding import decoding
 from kangaroo_jax.preflight.machines import Machine
 from kangaroo_jax.preflight.report import Report
@@ -37,8 +38,11 @@ class Decoding:
         return decoding(*shape, weights=self.weights, batch_size=batch_size)
 
 
-def first_that_fits(work: Decoding, machines: Sequence[Machine], batch_size: int, prompt_tokens: int) -> Report | None:
-    """The preflight of the first machine that decoding fits; None where it fits none.
+def first_that_fits(
+    work: Decoding, machines: Sequence[Machine], batch_size: int, prompt_tokens: int
+) -> tuple[Report | None, list[str]]:
+    """The preflight of the first machine that decoding fits, and why machines before it could not be compiled for;
+    without a preflight where it fits none.
 
     Args:
       work: what is decoded.
@@ -47,7 +51,15 @@ def first_that_fits(work: Decoding, machines: Sequence[Machine], batch_size: int
       prompt_tokens: of each.
 
     Raises:
-      InputError, MachineError: as `decoding`.
+      InputError: as `decoding`.
     """
-    reports = (work.on(machine, batch_size, prompt_tokens) for machine in machines)
-    return next((report for report in reports if report.fits), None)
+    failures = []
+    for machine in machines:
+        try:
+            report = work.on(machine, batch_size, prompt_tokens)
+        except MachineError as error:  # of this program alone
+            failures.append(str(error))
+            continue
+        if report.fits:
+            return report, failures
+    return None, failures

@@ -223,9 +223,10 @@ def tune_for(
         work, launched = there.work(target, variants[vocabulary], draft, size), None
         # What programs launch takes time on GPUs alone. Elsewhere one of each size is compiled, to see that it fits.
         if launches or size not in peaks:
+            if size not in peaks:
+                peaks[size] = _fitting(there.machine, work.no_room() or work.prefill(), size)
             rounds = work.rounds()
-            _check_fit(there.machine, rounds, size)
-            peaks[size] = max(rounds.peak, peaks.get(size, 0))
+            peaks[size] = max(peaks[size], _fitting(there.machine, rounds, size))
         if launches:
             plain[size] = plain.get(size) or work.plain_rounds()
             launched = RoundWork.of(plain[size].body, rounds.body)
@@ -274,7 +275,9 @@ def _vocabularies(adapter: TrainedAdapter, vocab_size: int) -> dict[int, Trained
     return variants
 
 
-def _check_fit(machine: Machine, rounds: Program, batch_size: int) -> None:
-    if rounds.no_room is not None or (machine.memory is not None and rounds.peak > machine.memory):
-        why = rounds.no_room or f"{rounds.peak / 2**30:.2f} GiB of {machine.memory / 2**30:.2f}"
+def _fitting(machine: Machine, program: Program, batch_size: int) -> float:
+    """The program's peak; raises `MachineError` where that is more than a device has."""
+    if program.no_room is not None or (machine.memory is not None and program.peak > machine.memory):
+        why = program.no_room or f"{program.peak / 2**30:.2f} GiB of {machine.memory / 2**30:.2f}"
         raise MachineError(f"machine {machine.name}: decoding a batch of {batch_size} does not fit ({why})")
+    return program.peak

@@ -30,7 +30,7 @@ def print_prediction(prediction: Prediction) -> None:
         line = f"{part.name:24}{part.num_bytes / 1e9:9.3f}{part.operations / 1e9:11.1f}"
         line += f"{part.kernels or '':>9}" if counted else ""
         line += f"{part.seconds * 1e3:10.3f}" + (f"{part.seconds / first.seconds:10.3f}" if prediction.times else "")
-        if part.cycles:
+        if part.cycles and first.cycles:
             line += f"{part.cycles / 1e6:10.2f}{part.cycles / first.cycles:10.3f}"
             line += f"{part.cycles / limits.clock * 1e3:10.3f}" if limits.clock else ""
         print(line)

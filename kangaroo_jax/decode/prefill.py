@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import flax.struct
@@ -291,6 +293,24 @@ def resize(state: DecodeState, capacity: int) -> DecodeState:
         return x.resized(x.capacity + more) if _has_positions(x) else x
 
     return jax.tree.map(resized, state, is_leaf=_has_positions)
+
+
+def in_layers(
+    state: DecodeState,
+) -> tuple[list[Array | KVCache | History], Callable[[list[Array | KVCache | History]], DecodeState]]:
+    """The parts of a state, of caches each layer as one; and what makes a state of them again."""
+    leaves, structure = jax.tree.flatten(state, is_leaf=_has_positions)
+    counts = [len(x.keys) if isinstance(x, KVCache) else 1 for x in leaves]
+    parts = [part for x in leaves for part in (x.layers() if isinstance(x, KVCache) else [x])]
+
+    def joined(parts: list[Array | KVCache | History]) -> DecodeState:
+        rest = iter(parts)
+        groups = [list(itertools.islice(rest, count)) for count in counts]
+        return jax.tree.unflatten(
+            structure, [KVCache.of_layers(x) if isinstance(x[0], KVCache) else x[0] for x in groups]
+        )
+
+    return parts, joined
 
 
 def _has_positions(x: object) -> bool:

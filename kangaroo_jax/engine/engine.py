@@ -18,6 +18,7 @@ from kangaroo_jax.checkpoint.adapter import TrainedAdapter, check_exit_layer
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.checks import is_integer
 from kangaroo_jax.config import DraftConfig, EngineConfig, SamplingConfig
+from kangaroo_jax.decode.lookup import History
 from kangaroo_jax.decode.pick import NO_TOKEN
 from kangaroo_jax.decode.prefill import (
     Admission,
@@ -25,9 +26,9 @@ from kangaroo_jax.decode.prefill import (
     begin_batch,
     empty_prompts,
     empty_slots,
+    in_layers,
     prefill_and_admit,
     prefill_piece,
-    resize,
     take_prompt,
 )
 from kangaroo_jax.decode.rounds import RoundShape, run_rounds
@@ -41,7 +42,7 @@ from kangaroo_jax.engine.shapes import CHUNK, MAX_EOS, ONLINE_CHUNK, PIECE, Plan
 from kangaroo_jax.engine.text import TextStream
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.attention.backend import choose_backend
-from kangaroo_jax.model.cache import batch_shardings
+from kangaroo_jax.model.cache import KVCache, batch_shardings
 
 _MAX_NEW_TOKENS = 128  # of a request that does not say
 _MAX_PROGRAMS = 64
@@ -497,11 +498,7 @@ class Engine:
         if self._state is None:
             needed = max(needed, self._capacity)
         elif needed > self._capacity or (needed and 2 * needed <= self._capacity):
-            where = None
-            if self.target.mesh is not None:
-                where = batch_shardings(jax.eval_shape(lambda x: resize(x, needed), self._state), self.target.mesh)
-            program = self._program("resize", (self._capacity, needed), resize, (), where, self._state, capacity=needed)
-            self._state = program(self._state)
+            self._resize(needed)
             for slot in self._slots:
                 # An idle row runs too, and writes behind what it holds.
                 if slot.run is None and slot.filled > needed:
@@ -509,6 +506,30 @@ class Engine:
         else:
             return
         self._capacity = needed
+
+    def _resize(self, capacity: int) -> None:
+        """Puts the batch into caches of another capacity, layer by layer: a program for all at once would have the old
+        and the new ones in memory together."""
+        (parts, joined), more = in_layers(self._state), capacity - self._capacity
+        cached = [i for i, part in enumerate(parts) if isinstance(part, KVCache | History)]
+
+        def resized(part: KVCache | History, capacity: int) -> KVCache | History:
+            return part.resized(capacity)
+
+        def compile() -> dict[int, Callable[..., Any]]:
+            programs = {}
+            for part in (parts[i] for i in cached):
+                if signature(part) not in programs:
+                    static = {"capacity": part.capacity + more}
+                    where = self._places(resized, static, part)
+                    programs[signature(part)] = compile_program(resized, (), where, self._platform, part, **static)
+            return programs
+
+        programs = self._stored("resize", (self._capacity, capacity), compile)
+        self._state = self._newest = None  # which hold the old ones
+        for i in cached:
+            parts[i] = programs[signature(parts[i])](parts[i])
+        self._state = self._newest = joined(parts)
 
     # --- Results.
 
@@ -637,23 +658,28 @@ class Engine:
     ) -> Callable[..., Any]:
         """`function` with `static` settings, compiled for arguments like `args`; `name` and `key` say which it is, of
         the programs for these weights."""
-        key = (name, key, self._signature)
-
-        def build() -> Callable[..., Any]:
-            # What ran while this compiles would seem to take no time: a prefill, say.
-            jax.block_until_ready(self._newest)
-            start = time.perf_counter()
-            program = compile_program(function, donated, out_shardings, self._platform, *args, **static)
-            self.compile_seconds += time.perf_counter() - start
-            return program
-
-        program = self._programs.get(key, lambda: SHARED.get(key, build))
+        compile = functools.partial(compile_program, function, donated, out_shardings, self._platform, *args, **static)
+        program = self._stored(name, key, compile)
 
         def launch(*inputs: Any) -> Any:
             self._newest = program(*inputs)
             return self._newest
 
         return launch
+
+    def _stored(self, name: str, key: tuple[Any, ...], compile: Callable[[], Any]) -> Any:
+        """What `compile` gives: one program, or several that are kept as one."""
+        key = (name, key, self._signature)
+
+        def build() -> Any:
+            # What ran while this compiles would seem to take no time: a prefill, say.
+            jax.block_until_ready(self._newest)
+            start = time.perf_counter()
+            compiled = compile()
+            self.compile_seconds += time.perf_counter() - start
+            return compiled
+
+        return self._programs.get(key, lambda: SHARED.get(key, build))
 
     def _running_state(self) -> DecodeState:
         """The running batch, of empty slots where nothing has run."""

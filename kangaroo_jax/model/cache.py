@@ -83,6 +83,16 @@ class KVCache:
 
         return self._mapped(resize).replace(capacity=capacity)
 
+    def layers(self) -> list[KVCache]:
+        """Each layer's, as a cache of its own; `of_layers` makes one of them again."""
+        each = zip(self.keys, self.values, self.rings, strict=True)
+        return [self.replace(keys=(keys,), values=(values,), rings=(ring,)) for keys, values, ring in each]
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[KVCache]) -> KVCache:
+        keys, values, rings = ([getattr(x, name)[0] for x in layers] for name in ("keys", "values", "rings"))
+        return layers[0].replace(keys=tuple(keys), values=tuple(values), rings=tuple(rings))
+
     def row(self, row: Int[Array, ""]) -> KVCache:
         """One sequence, as a cache of its own."""
         batch = len(self.length)

@@ -71,7 +71,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
       devices: all of the run's by default.
 
     Raises:
-      InputError: for sizes that do not multiply to the number of devices.
+      InputError: for sizes that do not multiply to the number of devices, or devices that form no grid.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {axis: sizes[axis] for axis in AXES}
@@ -86,7 +86,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             f"{shown}: expected sizes whose product is {kind} {len(devices)}, the number of devices; found {fixed}"
         )
     shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    try:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError):  # some of a TPU's chips, that are no rectangle of it
+        raise InputError(
+            f"{shown}: {len(devices)} of these devices form no grid; give as many as are along one or more axes"
+        ) from None
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,9 @@ from kangaroo_jax.model.quantized import abstract_quantized
 from kangaroo_jax.model.target import TargetModel
 from kangaroo_jax.preflight.machines import Machine
 from kangaroo_jax.preflight.report import Program
+
+# Memory of a kernel's own, which runs out by what is in one program: no matter how much of the device's there is.
+_OWN_MEMORY = re.compile("vmem|smem|shared memory", re.IGNORECASE)
 
 
 def placed(x: Any, where: Sharding | Format) -> jax.ShapeDtypeStruct:
@@ -87,7 +91,7 @@ def compiled(
     try:
         compiled = traced.lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error) or _OWN_MEMORY.search(str(error)):
             raise MachineError(f"preflight {machine.name}: {name} could not be compiled ({one_line(error)})") from None
         reason = str(error).split("RESOURCE_EXHAUSTED:")[-1].strip().splitlines()[0]
         return Program(name, 0, 0, float("inf"), operations, 0.0, None, reason, None, None)

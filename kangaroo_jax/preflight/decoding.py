@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,10 +29,12 @@ from kangaroo_jax.model.cache import batch_shardings
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.drafts.kinds import abstract_adapter
+from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.preflight.compiling import abstract, abstract_target, compiled, in_dtype, numbers
 from kangaroo_jax.preflight.machines import Machine
 from kangaroo_jax.preflight.prediction import Part, PartPredictor, RoundWork, decoding_prediction, part
 from kangaroo_jax.preflight.report import Program, Report
+from kangaroo_jax.program import Launched
 
 
 def decoding(
@@ -77,13 +80,19 @@ def decoding(
     sharding.check_batch_size(batch_size, mesh)
     work = Work(config, None, dtype, draft, prompt_tokens, max_new_tokens, machine, mesh, batch_size, weights)
     programs = [work.no_room() or work.prefill()]
-    prediction = None
+    prediction, notes = None, work.undivided
     if programs[0].outputs is not None:
         programs.append(work.rounds())
     if machine.limits is not None and programs[-1].outputs is not None:
+        launched = RoundWork.of(work.plain_rounds().body, programs[-1].body)
+        if launched is None:
+            notes.append(
+                "the parts of a round were not found in the compiled program: predicted without the start of its "
+                "kernels and without cycles"
+            )
         prediction = decoding_prediction(
-            work.predictor(RoundWork.of(work.plain_rounds().body, programs[-1].body)),
-            work.predicted_prefill(),
+            work.predictor(launched),
+            work.predicted_prefill(None if programs[0].body is None else programs[0].body.without_loops),
             width=work.shape.widths[-1],
             rows=1 if draft.tree is None else draft.tree.topk,
             max_draft_len=draft.max_draft_len,
@@ -96,7 +105,7 @@ def decoding(
         f"decoding {'one sequence' if batch_size == 1 else f'{batch_size} sequences'}: {target_name}, exit layer "
         f"{draft.exit_layer}, {draft}, prompt of {prompt_tokens} tokens, {max_new_tokens} new, "
         f"{numbers(dtype, weights)}",
-        [],
+        notes,
         programs,
         prediction,
     )
@@ -137,9 +146,16 @@ class Work:
         adapter = abstract_adapter(self.config, dtype) if self.adapter is None else in_dtype(self.adapter, dtype)
         return abstract_target(self.config, self.dtype, self.mesh, self.weights), abstract(adapter, self.mesh)
 
+    @property
+    def undivided(self) -> list[str]:
+        """A line for each kind of parameter that each device holds all of, where it should have a part."""
+        target = self.models[0]
+        return sharding.undivided(dict(zip(parameter_paths(target), jax.tree.leaves(target), strict=True)), self.mesh)
+
     @functools.cached_property
     def shape(self) -> RoundShape:
-        """Of a round. Where sequences decide how far to draft, rounds need as much, or less."""
+        """Of a round. Where sequences decide how far to draft, rounds need as much, or less; but the draft model's
+        caches have room for a few positions more."""
         draft = dataclasses.replace(self.draft, decide=None)
         num_tokens = self.models[1].num_tokens(self.config.vocab_size)
         shape = RoundShape.kangaroo(draft.exit_layer, draft, num_tokens, self.machine.platform)
@@ -284,29 +300,39 @@ class Work:
         operations = self._operations(self._batch, self.cached)
         return PartPredictor(self.machine.limits, self.dtype, self.num_bytes, operations, launched)
 
-    def predicted_prefill(self) -> Part:
-        """All prompts that are prefilled together, in all their pieces. The machine's limits must be known."""
-        rows, batch = self._prompt_rows, self._batch
+    def predicted_prefill(self, launched: Launched | None = None) -> Part:
+        """All prompts that are prefilled together, in all their pieces. The machine's limits must be known. `launched`:
+        by the compiled piece."""
+        groups, capacity = self.mesh.shape["data"], self._plan.prompt_capacity
+        # On one device.
+        rows = self._prompt_rows // groups if self._prompt_rows % groups == 0 else self._prompt_rows
         pieces = -(-self.prompt_tokens // PIECE)
 
-        def attended(ring: int | None) -> int:
-            """Places that each token of the prompt attends to in a layer: in a ring's, also the piece behind it."""
-            if ring is None or ring >= self._plan.prompt_capacity:
-                return self._plan.prompt_capacity
-            return ring + (self._plan.width if self.prompt_tokens <= PIECE else PIECE)
+        def in_caches(places: Callable[[int], int]) -> list[int]:
+            """Numbers of these prompts in each layer's caches, of which `places` says how many places count, given how
+            many there are."""
+            found = zip(self.cached, self._rings or (None,) * len(self.cached), strict=True)
+            return [
+                rows
+                * numbers
+                // self._batch
+                * places(min(ring or capacity, capacity))
+                // min(ring or self._capacity, self._capacity)
+                for numbers, ring in found
+            ]
 
+        def attended(held: int) -> int:
+            """Places that each token attends to: in a ring, also those of the piece behind it."""
+            return held if held == capacity else held + (self._plan.width if self.prompt_tokens <= PIECE else PIECE)
+
+        read = PartCounts.of_bytes(*self.models, self.draft.exit_layer, in_caches(lambda held: held))
         # Of the head, a prompt needs one row.
-        multiplied = self._operations(
-            rows,
-            [
-                rows * numbers // batch * attended(ring) // min(ring or self._capacity, self._capacity)
-                for numbers, ring in zip(self.cached, self._rings or (None,) * len(self.cached), strict=True)
-            ],
-        )
+        multiplied = self._operations(rows, in_caches(attended))
         return part(
-            f"prefill of {rows} x {self.prompt_tokens}",
-            pieces * (self.num_bytes.plain_step - self.num_bytes.head) + self.num_bytes.head,
+            f"prefill of {self._prompt_rows} x {self.prompt_tokens}",
+            pieces * (read.plain_step - read.head) + read.head,
             self.prompt_tokens * (multiplied.plain_step - multiplied.head) + multiplied.head,
             self.machine.limits,
             self.dtype,
+            None if launched is None else launched * pieces,
         )

@@ -67,7 +67,7 @@ class Machine:
 
     Attributes:
       name: as the user gave it.
-      devices: make the mesh; they need not be attached.
+      devices: make the mesh; they need not be attached. Of a TPU7x, a chip is two.
       memory: bytes per device; None where it is not known.
       limits: of each device; None where they are not known.
     """

@@ -44,7 +44,8 @@ def training(config: TrainConfig, machine: Machine) -> Report:
     if machine.limits is not None and programs[0].outputs is not None:
         # What a step reads at least: its arguments once.
         each = programs[0].arguments, programs[0].operations // mesh.size
-        parts = [part("training step", *each, machine.limits, config.dtype)]
+        launched = None if programs[0].body is None else programs[0].body.without_loops
+        parts = [part("training step", *each, machine.limits, config.dtype, launched)]
         tokens = config.batch_size * config.sequence_length
         prediction = Prediction(machine.limits, config.dtype, parts, None, None, 0, tokens)
     if config.teacher == "cached":

@@ -33,6 +33,7 @@ MISTAKES = [
     (["tune", "--machine=v9"], "preflight v9: expected local, GPUs (h100, h200, a100-80, b200;"),
     (["tune", "--machine=local"], "--machine=local: what rounds cost on this machine is measured; leave the flag out"),
     (["fit", "--machines=v5e:1x1"], "expected --model and --machines, such as"),
+    (["fit", "--model=llama7b", "--machines=h100", "--prompt_tokens=9,80000"], "--prompt_tokens: 80000 and 128 new"),
     (["fit", "--model=llama7b", "--machines=v9:1"], "preflight v9:1: expected local, GPUs"),
     (["fit", "--model=llama7b", "--machines=local"], "--machines: what this machine is like is not known beforehand"),
     (["fit", "--model=llama7b", "--machines=h100", "--accept_lengths=9"], "--accept_lengths: expected 1 to 7"),

@@ -104,7 +104,7 @@ def test_after_a_kill_at_any_byte_each_id_is_there_once(whole, tmp_path):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_answers_of_sequences_that_decide_are_gone_on_with(tmp_path, temperature):
-    """With another batch size too, down to one that keeps to gamma and eta; but not sampled ones, which depend on it."""
+    """With another batch size too, down to one that keeps to gamma and eta; but not sampled ones: they depend on it."""
     source, output = write(tmp_path / "prompts.jsonl", LINES), tmp_path / "answers.jsonl"
     how = {"draft": DECIDING, "sampling": SamplingConfig(temperature)}
     answer(source, output, batch_size=2, **how)

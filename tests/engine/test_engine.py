@@ -27,11 +27,11 @@ from kangaroo_jax import (
 )
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.engine import engine as engine_module
-from kangaroo_jax.engine.programs import ProgramStore
+from kangaroo_jax.engine.programs import ProgramStore, compile_program
 from kangaroo_jax.engine.shapes import PIECE, Shapes, capacity_class
 from kangaroo_jax.model.attention.dense import DenseBackend
 from kangaroo_jax.model.target import TargetModel
-from tests.decode.models import CONFIG, LETTERS, VOCABULARY, lettered_target, tiny_adapter, tiny_target
+from tests.decode.models import CONFIG, LAYERS, LETTERS, VOCABULARY, lettered_target, tiny_adapter, tiny_target
 
 DRAFT = DraftConfig(2, 4, 0.1)
 TREE = DraftConfig(2, 3, 0.1, TreeConfig(3, 9))
@@ -336,6 +336,34 @@ def test_caches_grow_with_what_is_filled_and_shrink_again():
     engine.add(Request([4, 5], 10, eos_token_ids=()))
     run(engine)
     assert engine._capacity == 128
+
+
+def test_caches_that_grow_are_not_all_there_twice(monkeypatch):
+    def in_memory(arrays):
+        return sum(x.nbytes for x in arrays if x.ndim > 2)
+
+    def measured(*args, **static):
+        program = compile_program(*args, **static)
+
+        def launch(part):
+            out = jax.block_until_ready(program(part))
+            seen.append(in_memory(jax.live_arrays()) - others)
+            return out
+
+        return launch
+
+    engine, seen = engine_of(2), []
+    engine.add(Request([1, 2, 3], 5, eos_token_ids=()))
+    run(engine)
+    before = in_memory(jax.tree.leaves(engine._state))
+    others = in_memory(jax.live_arrays()) - before
+    monkeypatch.setattr(engine_module, "compile_program", measured)
+    engine._resize(2 * engine._capacity)
+    after = in_memory(jax.tree.leaves(engine._state))
+    layer = in_memory([engine._state.deep.keys[0], engine._state.deep.values[0]])
+    assert after > 1.8 * before
+    assert len(seen) == LAYERS + 1  # and the draft model's
+    assert max(seen) <= after + layer
 
 
 def test_padded_groups_of_an_accelerator_give_each_request_its_own_tokens(monkeypatch):

@@ -18,9 +18,10 @@ import itertools
 from absl import flags
 
 from kangaroo_jax.bench.fitting import Decoding, first_that_fits
+from kangaroo_jax.checkpoint.known_models import model_config
 from kangaroo_jax.cli.bench import shared_flags
 from kangaroo_jax.config import DraftConfig
-from kangaroo_jax.errors import InputError, MachineError
+from kangaroo_jax.errors import InputError
 from kangaroo_jax.preflight import machines
 from kangaroo_jax.preflight.report import Report
 
@@ -46,6 +47,12 @@ def main() -> None:
         raise InputError("expected --model and --machines, such as --model=llama7b --machines=v5e:1x1,v5e:2x2")
     if machines.LOCAL in _MACHINES.value:
         raise InputError("--machines: what this machine is like is not known beforehand; see bench roofline")
+    room = model_config(_MODEL.value).context - _MAX_NEW_TOKENS.value
+    if max(prompts) > room:  # named before any of the others is compiled
+        raise InputError(
+            f"--prompt_tokens: {max(prompts)} and {_MAX_NEW_TOKENS.value} new tokens are more than the target's "
+            f"context; give at most {room}"
+        )
     found = [machines.find_machine(name) for name in _MACHINES.value]
     draft = DraftConfig(_EXIT_LAYER.value, _MAX_DRAFT_LEN.value)
     work = Decoding(_MODEL.value, _DTYPE.value, _WEIGHTS.value, draft, _MAX_NEW_TOKENS.value)
@@ -59,12 +66,10 @@ def main() -> None:
         + "".join(f"{f'at {length:g}':>15}" for length in lengths)
     )
     for prompt_tokens, batch in itertools.product(prompts, batches):
-        try:
-            report = first_that_fits(work, found, batch, prompt_tokens)
-            row = "does not fit" if report is None else _row(report, lengths)
-        except MachineError as error:  # of this program alone
-            row = str(error)
-        print(f"{batch:5}{prompt_tokens:8}  {row}", flush=True)
+        report, failures = first_that_fits(work, found, batch, prompt_tokens)
+        rows = failures if report is None else [*failures, _row(report, lengths)]
+        for row in rows or ["does not fit"]:
+            print(f"{batch:5}{prompt_tokens:8}  {row}", flush=True)
 
 
 def _row(report: Report, lengths: list[float]) -> str:

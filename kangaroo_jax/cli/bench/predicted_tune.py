@@ -25,7 +25,7 @@ from kangaroo_jax.preflight.machines import Machine
 
 
 def find_machine(name: str) -> Machine:
-    """The machine that --machine names: one device whose limits are known.
+    """The machine that --machine names: one chip whose limits are known. One of its devices decodes.
 
     Raises:
       InputError, MachineError: as `machines.find_machine`, and for this machine or several devices.
@@ -33,10 +33,11 @@ def find_machine(name: str) -> Machine:
     if name == machines.LOCAL:
         raise InputError(f"--machine={name}: what rounds cost on this machine is measured; leave the flag out")
     machine = machines.find_machine(name)
-    if len(machine.devices) > 1:
+    chips = {device.coords for device in machine.devices} if machine.platform == "tpu" else machine.devices
+    if len(chips) > 1:
         raise InputError(
-            f"--machine={name}: expected one device, such as v5e:1x1 or h100, found {len(machine.devices)}; what they "
-            "send each other is not predicted"
+            f"--machine={name}: expected one chip, such as v5e:1x1 or h100, found {len(chips)}; what they send each "
+            "other is not predicted"
         )
     return machine
 
