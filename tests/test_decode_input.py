@@ -261,3 +261,16 @@ def test_a_run_that_is_killed_is_finished_by_the_next(results, work):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{len(PROMPTS) - left} prompts answered, {left} were before, 0 could not be")
     assert read(output) == expected
+
+
+@pytest.mark.long
+def test_all_devices_that_divide_the_batch_take_prompts(results, work):
+    command = [sys.executable, "decode.py", *flags(work, "spread.jsonl", "--batch_size=6")]
+    variables = environment(work) | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {os.environ['XLA_FLAGS']}",
+    }
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "note: the prompts are spread over 3 of 4 devices (--data_parallel)\n" in done.stderr
+    assert read(work / "spread.jsonl") == read(work / "batch1.jsonl")

@@ -143,7 +143,10 @@ _WEIGHTS = flags.DEFINE_enum(
 )
 _MODEL_PARALLEL = flags.DEFINE_integer("model_parallel", 1, "Devices that hold the target together, each layer split.")
 _DATA_PARALLEL = flags.DEFINE_integer(
-    "data_parallel", 1, "Groups of such devices that the prompts of --input are spread over."
+    "data_parallel",
+    None,
+    "Groups of such devices that the prompts of --input are spread over. Default: as many as there are and divide "
+    "--batch_size.",
 )
 _COMPARE = flags.DEFINE_bool("compare", False, "Decode plainly too: three interleaved runs each, medians.")
 _SHOW_DRAFTS = flags.DEFINE_bool(
@@ -212,8 +215,8 @@ def _check_flags() -> None:
         raise InputError("--context belongs to --preflight, which is missing; give a machine")
     if "" in _STOP.value:
         raise InputError("--stop must not be empty; leave it out where nothing ends the text but the model")
-    for flag in (_MAX_NEW_TOKENS, _BATCH_SIZE, _CONTEXT):
-        if flag.value < 1:
+    for flag in (_MAX_NEW_TOKENS, _BATCH_SIZE, _CONTEXT, _DATA_PARALLEL):
+        if flag.value is not None and flag.value < 1:
             raise InputError(f"--{flag.name} must be at least 1, found {flag.value}")
 
 
@@ -256,7 +259,7 @@ def _fits(given: DraftOverrides) -> bool:
         preflight_flag.find_machine(),
         weights=_WEIGHTS.value,
         batch_size=_BATCH_SIZE.value if _BATCH_SIZE.present else 1,
-        data_parallel=_DATA_PARALLEL.value,
+        data_parallel=_DATA_PARALLEL.value or 1,
     )
     return preflight_flag.show(report)
 
@@ -271,14 +274,27 @@ def _load(given: DraftOverrides) -> tuple[Target, TrainedAdapter | None, DraftCo
     from kangaroo_jax.model import sharding
 
     compilation_cache.enable()
-    split = (_MODEL_PARALLEL.value, _DATA_PARALLEL.value)
-    mesh = None if split == (1, 1) else sharding.decoding_mesh(split[0], jax.local_devices(), split[1])
+    devices = jax.local_devices()
+    groups = _DATA_PARALLEL.value or _data_parallel(len(devices))
+    split = (_MODEL_PARALLEL.value, groups)
+    mesh = None if split == (1, 1) else sharding.decoding_mesh(split[0], devices, split[1])
     target = load_target_of(_MODEL.value, _DTYPE.value, mesh, _WEIGHTS.value)
     if _PLAIN.value:
         return target, None, DraftConfig()
     adapter = load_adapter_of(target, _ADAPTER.value)
     draft = draft_of(given.over(adapter.draft), 1 if _INPUT.value is None else _BATCH_SIZE.value)
     return target, adapter, draft
+
+
+def _data_parallel(devices: int) -> int:
+    """How many groups of devices the prompts are spread over where the command line does not say."""
+    if _INPUT.value is None:
+        return 1
+    most, batch = max(1, devices // max(1, _MODEL_PARALLEL.value)), _BATCH_SIZE.value
+    groups = max(count for count in range(1, most + 1) if batch % count == 0)
+    if groups > 1:
+        print(f"note: the prompts are spread over {groups} of {devices} devices (--data_parallel)", file=sys.stderr)
+    return groups
 
 
 def _answer_file(command: str, given: DraftOverrides, sampling: SamplingConfig) -> None:

@@ -227,13 +227,14 @@ for data, model in meshes:
     state = engine._state
     parts = [cache.keys[0] for cache in (state.shallow, state.deep, state.draft.cache)] + [state.token]
     rounds = functools.partial(run_rounds, shape=engine.shapes.round, sampled=False, tokens=32)
-    gathered = 0
+    gathered = moved = 0
     if data * model > 1:
         inputs = (*engine._weights, state, np.ones(4, bool), np.float32(0), 0, 32)
         text = jax.jit(rounds).lower(*inputs).compile().as_text()
-        gathered = sum(x.num_bytes for kind, x in program.collectives(text).items() if kind == "all-gather")
+        found = {kind: x.num_bytes for kind, x in program.collectives(text).items()}
+        gathered, moved = found.get("all-gather", 0), sum(found.values())
     shapes = [list(x.addressable_shards[0].data.shape) for x in parts]
-    result = {"mesh": [data, model], "decoded": decoded, "shapes": shapes, "gathered": gathered}
+    result = {"mesh": [data, model], "decoded": decoded, "shapes": shapes, "gathered": gathered, "moved": moved}
     results.append(result | {"looked_up": looked_up})
 print(json.dumps(results))
 """
@@ -390,6 +391,8 @@ def test_a_round_gathers_no_cache(batches):
     for mesh in meshes:
         # Logits of the split heads are gathered to choose tokens from.
         assert mesh["gathered"] < cache / 2, mesh["mesh"]
+        if mesh["mesh"][1] == 1:  # devices agree on whether to go on, and on nothing of the size of a state or logits
+            assert mesh["moved"] < 4 * 4 * CONFIG.hidden_size, mesh["mesh"]
 
 
 @pytest.mark.long
