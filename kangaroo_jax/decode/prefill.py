@@ -228,7 +228,7 @@ def begin_batch(
 def prefill_and_admit(
     target: TargetModel,
     draft_model: DraftModel | None,
-    state: DecodeState,
+    state: DecodeState | None,
     prompts: Prompts | None,
     tokens: Int[Array, "rows time"],
     start: Int[Array, " rows"],
@@ -242,12 +242,13 @@ def prefill_and_admit(
     kept: int = 0,
     rings: tuple[int | None, ...] = (),
 ) -> tuple[DecodeState, Int[Array, " rows"]]:
-    """The last piece of each prompt, and its row of a running batch. With `state` donated, in place.
+    """The last piece of each prompt, and its row of a running batch. With `state` donated, in place; without one, the
+    batch is the prompts, in their caches where those are donated.
 
     Args:
       target: the model.
       draft_model: None for plain decoding.
-      state: whose caches hold as many positions as those of the prompts, or more.
+      state: whose caches hold as many positions as those of the prompts, or more; None for a batch of its own.
       prompts: what came before the piece; None where it is all of each prompt.
       tokens: the pieces, padded on the right.
       start: position of each piece's first token.
@@ -270,6 +271,8 @@ def prefill_and_admit(
     prompts, last = prefill_piece(target, draft_model, prompts, tokens, start, lengths, exit_layer=exit_layer)
     with jax.named_scope("admit"):
         new = first_tokens(target, prompts, last, admission, sampled=sampled, decides=kept > 0)
+        if state is None:
+            return new, new.token
         state = jax.tree.map(lambda old, new: _put(old, new, slots), state, new, is_leaf=_has_positions)
         return state, new.token
 

@@ -346,13 +346,21 @@ class Engine:
         return min(done, max(0, capacity - self.shapes.prompt_width(len(run.ids) - done)))
 
     def _begin_long(self, run: _Run, slot: int, reused: int) -> None:
-        """Begins a prompt that is not one fresh piece: it is long, or its slot holds its beginning."""
+        """Begins a prompt that is not one fresh piece: it is long, or its slot holds its beginning. In a batch of one
+        it gets the batch's own caches, or new ones in their place, so that those of a long context are there once."""
         run.start, run.reused = self._clock(), reused
-        if reused:
-            take = self._program("take a prompt", (self._capacity,), take_prompt, (), None, self._state, np.int32(0))
-            prompts = take(self._state, np.int32(slot))
+        state, alone = self._state, len(self._slots) == 1
+        if alone:
+            self._state = self._newest = None
+        if not reused:
+            state = None  # its memory may be needed
+            capacity = self._capacity if alone else run.plan.prompt_capacity
+            prompts = empty_prompts(*self._weights, 1, capacity=capacity, **self._static)
+        elif alone:
+            prompts = Prompts(state.shallow, state.deep, state.draft, state.history)
         else:
-            prompts = empty_prompts(*self._weights, 1, capacity=run.plan.prompt_capacity, **self._static)
+            take = self._program("take a prompt", (self._capacity,), take_prompt, (), None, state, np.int32(0))
+            prompts = take(state, np.int32(slot))
         self._slots[slot].run, self._slots[slot].held = run, []
         self._long_prompt = _LongPrompt(run, slot, prompts, reused)
         self._prefill_piece()
@@ -399,6 +407,8 @@ class Engine:
         before = self._clock()
         if self._state is None and prompts is None and slots == list(range(len(self._slots))):
             first = self._begin_batch(tokens, lengths, admission, sampled)
+        elif prompts is not None and len(self._slots) == 1:
+            first = self._admit_alone(prompts, tokens, start, lengths, places, admission, sampled)
         else:
             first = self._put_into_slots(prompts, tokens, start, lengths, places, admission, sampled)
         for run, slot in zip(runs, slots, strict=True):
@@ -418,6 +428,25 @@ class Engine:
         where = self._places(begin_batch, static, *inputs)
         key = (self._capacity, *tokens.shape, sampled)
         program = self._program("begin", key, begin_batch, (), where, *inputs, **static)
+        self._state, first = program(*inputs)
+        return first
+
+    def _admit_alone(
+        self,
+        prompts: Prompts,
+        tokens: np.ndarray,
+        start: np.ndarray,
+        lengths: np.ndarray,
+        places: np.ndarray,
+        admission: Admission,
+        sampled: bool,
+    ) -> Int[Array, " rows"]:
+        """The last piece of a prompt that is the batch, in the caches that it has; its first token."""
+        inputs = (*self._weights, None, prompts, tokens, start, lengths, places, admission)
+        static = {name: x for name, x in self._static.items() if name != "looks_up"} | {"sampled": sampled}
+        where = self._places(prefill_and_admit, static, *inputs)
+        key = (self._capacity, *tokens.shape, sampled)
+        program = self._program("admit alone", key, prefill_and_admit, (3,), where, *inputs, **static)
         self._state, first = program(*inputs)
         return first
 

@@ -171,7 +171,7 @@ class Work:
 
     @property
     def _capacity(self) -> int:
-        # Caches as large as the answer's end needs; prompts are prefilled in caches of their own beside them.
+        # As large as the answer's end needs. In a batch of several, prompts are prefilled in caches of their own.
         return capacity_class(max(self._plan.positions, self._plan.prompt_capacity))
 
     @functools.cached_property
@@ -224,16 +224,26 @@ class Work:
         """Prompts that are prefilled together: those of several pieces one at a time."""
         return self._shapes.group(self.batch_size, self.batch_size)[1] if self.prompt_tokens <= PIECE else 1
 
+    @property
+    def _alone(self) -> bool:
+        """Whether the batch is one long prompt, which is prefilled in the only caches that there are."""
+        return self.batch_size == 1 and self.prompt_tokens > PIECE
+
+    @property
+    def _prompt_capacity(self) -> int:
+        return self._capacity if self._alone else self._plan.prompt_capacity
+
     @functools.cached_property
     def _prefill_inputs(self) -> tuple[Any, ...]:
         rows, prompts, array = self._prompt_rows, None, self._array
+        state = None if self._alone else self._state
         if self.prompt_tokens > PIECE:
-            static = self._static | {"capacity": self._plan.prompt_capacity, "looks_up": self._looks_up}
+            static = self._static | {"capacity": self._prompt_capacity, "looks_up": self._looks_up}
             prompts = self._rows_of(jax.eval_shape(functools.partial(empty_prompts, rows=1, **static), *self.models))
         each = array((rows,))
         admission = Admission(each, array((rows, MAX_EOS)), jax.eval_shape(lambda: Sampling.greedy(rows)))
         admission = jax.tree.map(lambda x: array(x.shape, x.dtype), admission)
-        return *self.models, self._state, prompts, array((rows, self._plan.width)), each, each, each, admission
+        return *self.models, state, prompts, array((rows, self._plan.width)), each, each, each, admission
 
     def no_room(self) -> Program | None:
         """Prefill, where weights and caches alone are more than a device holds, which needs no compiler to tell."""
@@ -246,10 +256,14 @@ class Work:
 
     def prefill(self) -> Program:
         """Prompts prefilled and admitted to their slots; of a long one, its last piece."""
+        function = functools.partial(prefill_and_admit, sampled=False, **self._static)
+        state = self._state
+        if self._alone:
+            state = self._rows_of(jax.eval_shape(function, *self._prefill_inputs)[0])
         first = jax.jit(
-            functools.partial(prefill_and_admit, sampled=False, **self._static),
-            donate_argnums=2,
-            out_shardings=(jax.tree.map(lambda x: x.sharding, self._state), self._everywhere),
+            function,
+            donate_argnums=3 if self._alone else 2,
+            out_shardings=(jax.tree.map(lambda x: x.sharding, state), self._everywhere),
         )
         name = "prefill, its last piece" if self.prompt_tokens > PIECE else "prefill"
         return compiled(name, first, self._prefill_inputs, self.machine, compiler_options(self.machine.platform))
@@ -303,7 +317,7 @@ class Work:
     def predicted_prefill(self, launched: Launched | None = None) -> Part:
         """All prompts that are prefilled together, in all their pieces. The machine's limits must be known. `launched`:
         by the compiled piece."""
-        groups, capacity = self.mesh.shape["data"], self._plan.prompt_capacity
+        groups, capacity = self.mesh.shape["data"], self._prompt_capacity
         # On one device.
         rows = self._prompt_rows // groups if self._prompt_rows % groups == 0 else self._prompt_rows
         pieces = -(-self.prompt_tokens // PIECE)

@@ -338,10 +338,34 @@ def test_caches_grow_with_what_is_filled_and_shrink_again():
     assert engine._capacity == 128
 
 
-def test_caches_that_grow_are_not_all_there_twice(monkeypatch):
-    def in_memory(arrays):
-        return sum(x.nbytes for x in arrays if x.ndim > 2)
+def in_memory(arrays):
+    """Bytes of caches, and of what else has more than two axes."""
+    return sum(x.nbytes for x in arrays if x.ndim > 2)
 
+
+@pytest.mark.long
+def test_a_long_prompt_in_a_batch_of_one_has_the_only_caches():
+    engine = Engine(long_target(), tiny_adapter(2), EngineConfig(1), DRAFT)
+    engine.add(Request([1, 2, 3], 1300, eos_token_ids=()))  # caches as large as the prompts need
+    run(engine)
+    others = in_memory(jax.live_arrays()) - in_memory(jax.tree.leaves(engine._state))
+    prompt, reused = np.random.default_rng(0).integers(0, VOCABULARY, 1100).tolist(), []
+    for more in (0, 700):  # another prompt, and one that goes on from its answer
+        prompt = prompt + [5] * more
+        id = engine.add(Request(prompt, 20, eos_token_ids=()))
+        engine.step()
+        caches = jax.tree.leaves(engine._long_prompt.prompts)
+        assert engine._state is None
+        assert in_memory(jax.live_arrays()) - others == in_memory(caches)
+        answer = run(engine)[0][id]
+        assert answer.tokens == generate_plain(long_target(), [prompt], 20, eos_token_ids=[]).tokens[0]
+        reused.append(answer.reused_tokens)
+        prompt = prompt + answer.tokens
+    assert reused[0] == 0
+    assert reused[1] > 1100
+
+
+def test_caches_that_grow_are_not_all_there_twice(monkeypatch):
     def measured(*args, **static):
         program = compile_program(*args, **static)
 
