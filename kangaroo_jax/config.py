@@ -47,7 +47,7 @@ class TreeConfig:
 @dataclasses.dataclass(frozen=True)
 class LookupConfig:
     """Drafts that are looked up in the sequence's own tokens: its last few tokens are searched for in what comes before
-    them, and what followed there is drafted (section "Drafts from the text itself" of docs/decode.md).
+    them, and what followed there is drafted (section "Drafts from the text itself" of docs/drafts.md).
 
     Attributes:
       max_tokens: tokens that a look-up drafts; may be more than gamma, as each costs no draft step.
@@ -109,7 +109,7 @@ class RoundCosts:
 @dataclasses.dataclass(frozen=True)
 class DecideConfig:
     """Each sequence decides before each round what to draft, and how far (section "Deciding how far to draft" of
-    docs/decode.md).
+    docs/drafts.md).
 
     Attributes:
       costs: by batch size; an engine takes those of the nearest one. None at all: they are predicted from the bytes

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -89,6 +90,23 @@ def test_plain_decoding_gives_the_same_text_without_drafts(results):
     assert (result["draft_steps"], result["mean_accept_length"]) == (0, 1.0)
     assert any(line.split() == ["plain"] for line in shown)
     assert "Kangaroo" not in "".join(shown)
+
+
+@pytest.mark.long
+def test_int8_weights_are_said_and_counted():
+    lines = [
+        ["--weights=int8", "--compare", "--json", "--max_new_tokens=24", "--prompt=import os\n", "--max_draft_len=2"],
+        ["--preflight=local", "--context=16", "--max_new_tokens=8"],
+        ["--preflight=local", "--context=16", "--max_new_tokens=8", "--weights=int8"],
+    ]
+    (compared, out, note), *preflights = decode_in_one_process(lines, dict(os.environ))
+    assert compared == 0, note
+    assert "(int8 weights): the output is that of plain decoding with these, not with the checkpoint's own" in note
+    assert json.loads(out.splitlines()[-1])["identical"] is True
+    assert [code for code, _, _ in preflights] == [0, 0]
+    floats, int8 = (float(re.search(r"arguments, per device +(\S+) ", out)[1]) for _, out, _ in preflights)
+    assert int8 < 0.6 * floats  # with caches, and a scale for each row
+    assert "float32, int8 weights" in preflights[1][1]
 
 
 @pytest.mark.long

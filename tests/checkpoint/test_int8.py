@@ -25,6 +25,7 @@ from tests.checkpoint.gguf_files import TYPE, metadata, tensors, write
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "fixtures" / "golden"
+FIXTURES = ROOT / "tests" / "fixtures" / "hf_logits"
 TOKENS = jnp.asarray([[72, 101, 108, 108, 111, 32, 119, 111]])
 
 
@@ -54,6 +55,16 @@ def test_logits_are_those_of_a_float_target_with_the_dequantized_weights(variant
     assert np.abs(np.asarray(forward(load_target(original, "float32").model, TOKENS)) - expected).max() > 0
     assert (target.model.weights, target.model.arithmetic) == ("int8", "float32, int8 weights")
     assert (target.model.dtype, exact.model.weights) == (jnp.float32, "float")
+
+
+@pytest.mark.parametrize("name", ["phi3", *(pytest.param(x, marks=pytest.mark.long) for x in ("gemma2", "olmo2"))])
+def test_other_families_too_fused_tensors_among_them(name, tmp_path):
+    original = FIXTURES / name
+    tokens = np.load(original / "tokens.npy")
+    target = load_target(original, "float32", weights="int8")
+    exact = load_target(rounded_copy(original, tmp_path / "copy"), "float32")
+    assert_same_logits(forward(target.model, tokens), np.asarray(forward(exact.model, tokens)), 1e-5)
+    assert target.model.layers[0].mlp.gate_up_proj[...].values.dtype == jnp.int8
 
 
 def test_a_draft_vocabulary_takes_rows_of_the_int8_head():
@@ -120,6 +131,16 @@ def test_a_checkpoint_that_is_quantized_already(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(InputError, match=r"quantized weights \('gptq'\) are not supported; use the unquantized"):
+        load_target(folder, weights="int8")
+
+
+def test_a_matrix_that_is_int8_already(tmp_path):
+    folder = tmp_path / "int8"
+    shutil.copytree(GOLDEN / "tiny-gqa", folder)
+    file, name = folder / "model.safetensors", "model.layers.1.mlp.down_proj.weight"
+    found = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file(found | {name: np.ones(found[name].shape, np.int8)}, file)
+    with pytest.raises(InputError, match=f"{name} has an unsupported dtype; expected F32, F16, BF16, found I8"):
         load_target(folder, weights="int8")
 
 

@@ -14,8 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kangaroo_jax import generate, generate_plain
-from kangaroo_jax.checkpoint.adapter import abstract_adapter, adapter_from_parameters, load_adapter, named_leaves
+from kangaroo_jax import generate, generate_plain, load_target
+from kangaroo_jax.checkpoint.adapter import (
+    abstract_adapter,
+    adapter_from_parameters,
+    load_adapter,
+    named_leaves,
+    read_metadata,
+)
 from kangaroo_jax.config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import adapter_apply
@@ -32,6 +38,17 @@ def test_training_improves_held_out_acceptance(run):
     _, result, said = run
     before = float(re.search(r"step 0: .*expected acceptance ([\d.]+)", said).group(1))
     assert result["expected_acceptance"] > before + 0.02
+
+
+@pytest.mark.long
+def test_a_run_trains_for_the_weights_that_it_names(settings, target_folder, tmp_path):
+    short = settings | {"steps": 2, "save_every": 2, "optimizer.warmup_steps": 1}
+    train(configured(short, output=str(tmp_path / "run"), weights="int8"))
+    assert read_metadata(tmp_path / "run" / "2")["target"]["fingerprint"].endswith(":int8")
+    assert load_adapter(tmp_path / "run", load_target(target_folder, "float32", weights="int8")).other_target is None
+    assert "int8" in load_adapter(tmp_path / "run", load_target(target_folder, "float32")).other_target
+    with pytest.raises(InputError, match="another target"):  # not gone on with for others
+        train(configured(short | {"steps": 4}, output=str(tmp_path / "run")))
 
 
 def test_checkpoint_holds_the_adapter_and_its_optimizer_alone(run, target):

@@ -2,7 +2,8 @@
 
     python -m kangaroo_jax.bench weights --model=smollm2-135m --text=docs/decode.md,docs/train.md --dtype=float32
 
-The target is loaded twice, one after the other. Prompts are pieces of the text.
+The target is loaded with float and with int8 weights, one after the other; the last line is the int8 one with the float
+one's embedding and head. Prompts are pieces of the text.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from absl import flags
 
 from kangaroo_jax import compilation_cache, paths
 from kangaroo_jax.bench import machine, weights_quality
+from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.cli.bench import shared_flags
 from kangaroo_jax.cli.models import load_target_of
 from kangaroo_jax.errors import InputError
@@ -33,10 +35,10 @@ def main() -> None:
     text = "\n".join(_read(path) for path in _TEXT.value)
     compilation_cache.enable()
     print(machine.describe())
-    print(f"{'':32}{'bytes':>14}{'loss':>10}{'changed':>10}{'same answers':>14}")
-    reference = None
-    for weights in WEIGHTS:
-        target = load_target_of(_MODEL.value, _DTYPE.value, weights=weights)
+    print(f"{'':46}{'bytes':>14}{'loss':>10}{'changed':>10}{'same answers':>14}")
+    reference = tables = None
+
+    def measure(target: Target, name: str) -> weights_quality.Quality:
         found = weights_quality.measure(
             target,
             weights_quality.windows(target, text, _LENGTH.value, _PIECES.value),
@@ -45,12 +47,20 @@ def main() -> None:
             None if reference is None else reference.answers,
         )
         print(
-            f"{target.model.arithmetic:32}{found.num_bytes:14}{found.loss:10.4f}{found.changed:10.2%}"
-            f"{found.same:10} of {_PROMPTS.value}",
+            f"{name:46}{found.num_bytes:14}{found.loss:10.4f}{found.changed:10.2%}{found.same:10} of {_PROMPTS.value}",
             flush=True,
         )
-        reference = reference or found
-        del target  # the next one needs the memory
+        return found
+
+    for weights in WEIGHTS:
+        target = load_target_of(_MODEL.value, _DTYPE.value, weights=weights)
+        found = measure(target, target.model.arithmetic)
+        if reference is None:
+            reference, tables = found, (target.model.embed_tokens, target.model.lm_head)
+            del target  # the next one needs the memory
+    name = target.model.arithmetic
+    target.model.embed_tokens, target.model.lm_head = tables
+    measure(target, f"{name}, float embedding and head")
 
 
 def _read(path: str) -> str:
