@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import io
 import json
 import math
@@ -112,6 +113,7 @@ def adapter_metadata(
     """The `metadata` item: what is stored, what it belongs to, and how it was trained."""
     return {
         "format": _FORMAT,
+        "written_by": _written_by(),
         "version": _VERSION,
         "kind": kind,
         "exit_layer": exit_layer,
@@ -481,10 +483,18 @@ def check_format(metadata: Any, folder: pathlib.Path) -> None:
     kind = kind_of(metadata)
     if kind not in KINDS:
         raise InputError(
-            f"{folder}: metadata: a draft model of kind {kind!r}, written as {_FORMAT!r} {metadata['version']}, is not "
-            f"supported; supported: {', '.join(map(repr, KINDS))}; load it with the version of kangaroo_jax that wrote "
-            "it"
+            f"{folder}: metadata: a draft model of kind {kind!r}, written by "
+            f"{metadata.get('written_by', 'another version of kangaroo_jax')}, is not supported by {_written_by()}; "
+            f"supported: {', '.join(map(repr, KINDS))}; load it with the version that wrote it"
         )
+
+
+def _written_by() -> str:
+    """This package and its version, where it is installed."""
+    try:
+        return f"kangaroo_jax {importlib.metadata.version('kangaroo_jax')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "kangaroo_jax"
 
 
 def kind_of(metadata: dict[str, Any]) -> str:

@@ -342,9 +342,10 @@ def test_the_kind_of_draft_model_is_recorded_and_another_is_named(tmp_path, save
     assert metadata.pop("kind") == "kangaroo"
     file.write_text(json.dumps(metadata))  # as before kinds were recorded
     assert_same(load_adapter(folder, target).model, adapter)
-    file.write_text(json.dumps(metadata | {"kind": "remembering"}))
+    assert metadata["written_by"].startswith("kangaroo_jax ")
+    file.write_text(json.dumps(metadata | {"kind": "remembering", "written_by": "kangaroo_jax 7.0"}))
     message = one_line(folder, target)
-    assert "draft model of kind 'remembering', written as 'kangaroo_jax adapter' 1, is not supported" in message
+    assert "draft model of kind 'remembering', written by kangaroo_jax 7.0, is not supported by kangaroo" in message
 
 
 def test_saving_leaves_what_is_there_alone(tmp_path, adapter, target):
