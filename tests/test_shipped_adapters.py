@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from kangaroo_jax import adapters, demo, load_adapter, load_target
-from kangaroo_jax.checkpoint.adapter import save_adapter
+from kangaroo_jax.checkpoint.adapter import read_metadata, save_adapter
 from kangaroo_jax.cli.models import load_adapter_of, load_target_of
 from kangaroo_jax.errors import InputError
 
@@ -25,8 +25,10 @@ def shipped(tmp_path_factory):
 def test_each_adapter_of_the_package_is_a_folder_that_is_found_by_its_target():
     target = load_target(demo.MODEL, "float32")
     assert adapters.find(target) == demo.ADAPTER
+    assert len(adapters.folders()) > 1
     for folder in adapters.folders():
-        assert (folder / "metadata" / "metadata").is_file()
+        recorded = read_metadata(folder)["target"]["fingerprint"]
+        assert adapters.find(dataclasses.replace(target, fingerprint=recorded, other_fingerprints=())) == folder
 
 
 def test_the_very_target_comes_before_one_of_the_same_shapes(shipped):

@@ -17,17 +17,17 @@ import dataclasses
 import importlib.util
 import pathlib
 import sys
-from typing import Any
 
 from absl import flags
 from tqdm import tqdm
 
-from kangaroo_jax import DraftConfig, SamplingConfig, compilation_cache
+from kangaroo_jax import SamplingConfig, compilation_cache
 from kangaroo_jax.bench import parts, spec_bench_answers
 from kangaroo_jax.bench.spec_bench_ask import conversation_ids
 from kangaroo_jax.bench.spec_bench_questions import Question, load_questions, spread_over_tasks
 from kangaroo_jax.bench.spec_bench_run import SpecBenchRun, write_report
 from kangaroo_jax.cli.bench import shared_flags
+from kangaroo_jax.cli.draft_overrides import DraftOverrides
 from kangaroo_jax.cli.models import load_adapter_of, load_target_of
 from kangaroo_jax.errors import InputError
 
@@ -42,6 +42,17 @@ _RUNS = shared_flags.define_runs()
 _LIMIT = flags.DEFINE_integer("limit", None, "Ask only this many questions, evenly spread over the six tasks.")
 _EXIT_LAYER = flags.DEFINE_integer("exit_layer", None, "Shallow layers. Default: what the adapter was trained for.")
 _DRAFT = shared_flags.define_draft()
+_LOOKUP_TOKENS = flags.DEFINE_integer(
+    "lookup_tokens",
+    None,
+    "Tokens that a look-up drafts; 0 looks nothing up. Default: as the adapter's decode.json has it.",
+)
+_DECIDE = flags.DEFINE_bool(
+    "decide",
+    None,
+    "Each sequence decides how far to draft; or (--nodecide) gamma and eta say it. Default: as the adapter's "
+    "decode.json has it.",
+)
 _TEMPERATURE = flags.DEFINE_float(
     "temperature", 0.0, "Sample both methods' answers at this temperature, with seed 0; 0 is greedy."
 )
@@ -57,11 +68,7 @@ def main() -> None:
     target = load_target_of(_MODEL.value, _DTYPE.value)
     dtype = str(target.model.dtype)
     adapter = load_adapter_of(target, _ADAPTER.value)
-    if {"threshold", "tree"} & given.keys():  # these go before deciding how far to draft
-        given["decide"] = None
-    if "tree" in given:  # and before look-ups
-        given["lookup"] = None
-    draft = dataclasses.replace(adapter.draft, **given)
+    draft = given.over(adapter.draft)
     draft = dataclasses.replace(draft, exit_layer=parts.exit_layer_of(target, adapter, draft))
     if target.tokenizer is None:
         raise InputError(f"{target.name}: has no tokenizer; put its tokenizer files beside the weights")
@@ -84,14 +91,12 @@ def main() -> None:
     print(write_report(folder, run), end="")
 
 
-def _draft_settings() -> dict[str, Any]:
+def _draft_settings() -> DraftOverrides:
     """The given settings of drafting; all flags that need no file are checked here."""
     shared_flags.check_positive(_MAX_NEW_TOKENS, _RUNS, _LIMIT)
-    given = _DRAFT.given()
-    if _EXIT_LAYER.value is not None:
-        given["exit_layer"] = _EXIT_LAYER.value
-        DraftConfig(**given)  # raises for a value out of range
-    return given
+    return DraftOverrides(
+        exit_layer=_EXIT_LAYER.value, lookup_tokens=_LOOKUP_TOKENS.value, decide=_DECIDE.value, **_DRAFT.given()
+    )
 
 
 def _questions() -> tuple[list[Question], list[Question]]:
