@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kangaroo_jax.decode.decide import Costs, learn
 from kangaroo_jax.decode.pick import NO_TOKEN, Verdict, pick_verified
