@@ -63,13 +63,14 @@ def encode_prompt(target: Target, prompt: Prompt, max_new_tokens: int, max_lengt
             raise InputError(f"{name}: {not_in_vocabulary(token, target.tokenizer, target.config.vocab_size)}")
     room = answer_room(target, ids, max_length)
     context = len(ids) + room
-    why = _why_context(target, context)
     if room < 1:
+        why = _why_context(target, context)
         raise InputError(f"{name} has {len(ids)} tokens, but the context is {context}{why}; shorten it")
     if max_new_tokens > room:
         raise InputError(
             f"{name} has {len(ids)} tokens and max_new_tokens is {max_new_tokens}: {len(ids) + max_new_tokens} "
-            f"exceed the context of {context}{why}; shorten the prompt or lower max_new_tokens to {room}"
+            f"exceed the context of {context}{_why_context(target, context)}; shorten the prompt or lower "
+            f"max_new_tokens to {room}"
         )
     return ids
 

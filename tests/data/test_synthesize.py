@@ -380,7 +380,7 @@ def test_prompts_of_which_none_can_be_answered_are_named(tmp_path):
         write(tmp_path / "a.jsonl", source.count, source=source, target=target)
     for words in (
         "1 no room",
-        f"token {target.config.vocab_size}",
+        f"'kl' (id {target.config.vocab_size})",
         "give other prompts, or raise the limit of answers",
     ):
         assert words in str(caught.value)

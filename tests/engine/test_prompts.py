@@ -38,7 +38,7 @@ def chat_target(target_with):
     def make(tokenizer, template, context=4000):
         tokenizer.chat_template = template
         target = target_with(tokenizer)
-        target.config.context = context
+        target.config.context = target.config.max_position_embeddings = context
         return target
 
     return make
@@ -109,6 +109,13 @@ def test_bad_prompts_are_one_line(template, prompt, message, chat_target):
         encode(target, prompt, 8)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(("the prompt", "test target"))
+
+
+def test_a_context_that_ends_before_the_models_own_says_why(chat_target):
+    target = chat_target(byte_tokenizer(*SPECIAL), CHATML, context=200)
+    target.config.max_position_embeddings = 131072
+    with pytest.raises(InputError, match=r"the context is 200 \(of the 131072 that .* longrope's long factors .*\);"):
+        encode(target, "a" * 200, 8)
 
 
 def test_a_message_in_place_of_a_list_is_named(chat_target):
