@@ -182,6 +182,7 @@ MISTAKES = [
     (["--chat", "--html=x"], "--html and --chat do not go together"),
     (["--chat", "--input=x", "--output=y"], "--chat and --input do not go together"),
     (["--chat", "--messages=-"], "--chat and --messages=- both read standard input; give the messages in a file"),
+    (["--prompt=x", "--long_context"], "long_context changes nothing for this llama, whose context is 1024; leave it"),
     (["--prompt=x", "--stop="], "--stop must not be empty"),
     (["--messages=x", "--prompt=y"], "--prompt and --messages do not go together"),
     (["--messages=x", "--raw"], "--raw and --messages do not go together"),

@@ -43,6 +43,7 @@ _VERSION_2 = (
 )
 # No logit depends on these.
 _WITHOUT_EFFECT = ("max_position_embeddings", "bos_token_id", "eos_token_ids")
+_ROPE_OF_TEXTS = ("long",)  # the same target, loaded for longer texts
 _ROPE_SCALING = ("kind", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -143,7 +144,7 @@ def _constants(config: ModelConfig, names: Sequence[str]) -> dict[str, Any]:
     scaling = config.rope_scaling
     if scaling is not None:
         rope = {name: getattr(scaling, name) for name in _ROPE_SCALING}
-        constants["rope_scaling"] = rope | _later(scaling, _ROPE_SCALING)
+        constants["rope_scaling"] = rope | _later(scaling, _ROPE_SCALING + _ROPE_OF_TEXTS)
     return constants
 
 

@@ -104,6 +104,7 @@ def load_target(
     mesh: Mesh | None = None,
     compute_dtype: str | jnp.dtype | None = None,
     weights: str = "float",
+    long_context: bool = False,
 ) -> Target:
     """Loads a target from a local folder, a GGUF file or the Hugging Face hub.
 
@@ -118,10 +119,12 @@ def load_target(
       compute_dtype: of activations and caches, as `dtype`; None means that of the weights.
       weights: "float", or "int8": matrices are rounded to int8 as they are read, with a scale for each output channel,
         whatever they are in the file (a GGUF file's blocks are dequantized first). `dtype` is then that of the rest.
+      long_context: for texts beyond the context that a model with longrope was first trained on (Phi): its long
+        factors turn all texts, `ModelConfig.for_long_texts`.
 
     Raises:
-      InputError: for unknown `weights`, a missing or corrupt file, an unknown architecture, or tensors that do not fit
-        the config.
+      InputError: for unknown `weights`, `long_context` of a model that has none, a missing or corrupt file, an unknown
+        architecture, or tensors that do not fit the config.
     """
     name = os.fspath(name)
     dtype = _supported_dtype("dtype", default_dtype(mesh) if dtype is None else dtype)
@@ -129,7 +132,16 @@ def load_target(
     if weights not in WEIGHTS:
         raise InputError(f"weights must be {' or '.join(WEIGHTS)}, found {weights!r}")
     with _opened(name) as source:
+        if long_context:
+            source = dataclasses.replace(source, config=_for_long_texts(source.config, name))
         return _load(source, name, dtype, mesh, compute_dtype, weights)
+
+
+def _for_long_texts(config: ModelConfig, name: str) -> ModelConfig:
+    try:
+        return config.for_long_texts()
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -141,6 +141,12 @@ _WEIGHTS = flags.DEFINE_enum(
     ["float", "int8"],
     "int8: matrices are rounded when they are loaded; --dtype is that of the rest, and of what is computed.",
 )
+_LONG_CONTEXT = flags.DEFINE_bool(
+    "long_context",
+    False,
+    "For a model with longrope (Phi): texts beyond the context that it was first trained on. Its long factors then "
+    "turn all texts.",
+)
 _MODEL_PARALLEL = flags.DEFINE_integer("model_parallel", 1, "Devices that hold the target together, each layer split.")
 _DATA_PARALLEL = flags.DEFINE_integer(
     "data_parallel",
@@ -258,6 +264,7 @@ def _fits(given: DraftOverrides) -> bool:
         _MODEL_PARALLEL.value,
         preflight_flag.find_machine(),
         weights=_WEIGHTS.value,
+        long_context=_LONG_CONTEXT.value,
         batch_size=_BATCH_SIZE.value if _BATCH_SIZE.present else 1,
         data_parallel=_DATA_PARALLEL.value or 1,
     )
@@ -278,7 +285,7 @@ def _load(given: DraftOverrides) -> tuple[Target, TrainedAdapter | None, DraftCo
     groups = _DATA_PARALLEL.value or _data_parallel(len(devices))
     split = (_MODEL_PARALLEL.value, groups)
     mesh = None if split == (1, 1) else sharding.decoding_mesh(split[0], devices, split[1])
-    target = load_target_of(_MODEL.value, _DTYPE.value, mesh, _WEIGHTS.value)
+    target = load_target_of(_MODEL.value, _DTYPE.value, mesh, _WEIGHTS.value, _LONG_CONTEXT.value)
     if _PLAIN.value:
         return target, None, DraftConfig()
     adapter = load_adapter_of(target, _ADAPTER.value)

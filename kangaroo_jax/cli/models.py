@@ -14,16 +14,25 @@ from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.errors import InputError
 
 
-def load_target_of(model: str | None, dtype: str | None, mesh: Mesh | None = None, weights: str = "float") -> Target:
+def load_target_of(
+    model: str | None,
+    dtype: str | None,
+    mesh: Mesh | None = None,
+    weights: str = "float",
+    long_context: bool = False,
+) -> Target:
     """The target that --model names, the demo for None. The demo is in float32 on accelerators too, unless --dtype says
     otherwise: it is small, and drafted decoding's tokens are then exactly those of plain decoding. Says in one line
     what int8 weights mean for the output."""
     name = model or str(demo.MODEL)
     if dtype is None and paths.expanded(name).resolve() == demo.MODEL.resolve():
         dtype = "float32"
-    target = load_target(name, dtype, mesh, weights=weights)
+    target = load_target(name, dtype, mesh, weights=weights, long_context=long_context)
     if weights == "int8":
         _note(f"{target.title}: the output is that of plain decoding with these, not with the checkpoint's own")
+    if long_context:
+        original = target.config.rope_scaling.original_max_position_embeddings
+        _note(f"{target.name}: longrope's long factors turn all texts, also those of up to {original} tokens")
     return target
 
 

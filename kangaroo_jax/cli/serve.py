@@ -48,6 +48,12 @@ _WEIGHTS = flags.DEFINE_enum(
     ["float", "int8"],
     "int8: matrices are rounded when they are loaded; --dtype is that of the rest, and of what is computed.",
 )
+_LONG_CONTEXT = flags.DEFINE_bool(
+    "long_context",
+    False,
+    "For a model with longrope (Phi): texts beyond the context that it was first trained on. Its long factors then "
+    "turn all texts.",
+)
 _MODEL_PARALLEL = flags.DEFINE_integer("model_parallel", 1, "Devices that hold the target together, each layer split.")
 _MAX_BATCH = flags.DEFINE_integer("max_batch", 8, "Sequences that are decoded at a time.")
 _MAX_LENGTH = flags.DEFINE_integer(
@@ -142,7 +148,7 @@ def _load() -> tuple[Target, TrainedAdapter | None, DraftConfig]:
     mesh = None
     if _MODEL_PARALLEL.value != 1:
         mesh = sharding.decoding_mesh(_MODEL_PARALLEL.value, jax.local_devices(), 1)
-    target = load_target_of(_MODEL.value, _DTYPE.value, mesh, _WEIGHTS.value)
+    target = load_target_of(_MODEL.value, _DTYPE.value, mesh, _WEIGHTS.value, _LONG_CONTEXT.value)
     adapter = None if _PLAIN.value else load_adapter_of(target, _ADAPTER.value)
     draft = DraftConfig() if adapter is None else draft_of(adapter.draft, _MAX_BATCH.value)
     name = _DEMO_NAME

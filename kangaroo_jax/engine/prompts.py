@@ -81,8 +81,8 @@ def _why_context(target: Target, context: int) -> str:
     if context != config.context or config.context >= config.max_position_embeddings:
         return ""
     return (
-        f" (of the {config.max_position_embeddings} that the model was made for: beyond, longrope's long factors turn "
-        "all positions otherwise, which is not supported)"
+        f" (of the {config.max_position_embeddings} that the model was made for; --long_context takes longrope's long "
+        "factors, for longer texts)"
     )
 
 

@@ -18,7 +18,8 @@ class RopeScaling:
     `kind` is "linear" (all frequencies divided by `factor`), "llama3" (low frequencies divided by `factor`, high ones
     kept, a smooth ramp between), "yarn" (the same, with a ramp over dimensions), "dynamic" or "longrope". The last two
     have other frequencies for texts that are longer than a limit, in all of their positions. Such a text's first
-    tokens would have to be computed again, so the limit is the model's context here: `ModelConfig.context`.
+    tokens would have to be computed again, so the limit is the model's context here (`ModelConfig.context`), unless
+    all texts are turned as longer ones are.
 
     Attributes:
       kind: of the scaling.
@@ -32,6 +33,7 @@ class RopeScaling:
       attention_factor: of "yarn" and "longrope": cosines and sines are multiplied by it.
       short_factor: of "longrope": what each frequency is divided by.
       long_factor: of "longrope": the same for longer texts.
+      long: of "longrope": whether all texts are turned as longer ones are.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class RopeScaling:
     attention_factor: float = 1.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    long: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
@@ -176,7 +179,24 @@ class ModelConfig:
             return int(positions * scaling.factor)
         if scaling.kind == "yarn":
             return max(positions, int(scaling.original_max_position_embeddings * scaling.factor))
-        return min(positions, scaling.original_max_position_embeddings) if scaling.kind == "longrope" else positions
+        if scaling.kind == "longrope" and not scaling.long:
+            return min(positions, scaling.original_max_position_embeddings)
+        return positions
+
+    def for_long_texts(self) -> ModelConfig:
+        """The same with longrope's long factors for all texts, and so the context that the model was made for. Texts
+        within the original context are then turned otherwise than the model's makers turn them.
+
+        Raises:
+          InputError: where that is no other model.
+        """
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind != "longrope" or self.context >= self.max_position_embeddings:
+            raise InputError(
+                f"long_context changes nothing for this {self.model_type}, whose context is {self.context}; leave it "
+                "out"
+            )
+        return dataclasses.replace(self, rope_scaling=dataclasses.replace(scaling, long=True))
 
     @property
     def rotary(self) -> Rotary:

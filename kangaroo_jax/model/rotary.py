@@ -61,7 +61,7 @@ def _yarn(frequencies: Array, rotary: Rotary, scaling: RopeScaling) -> Array:
 
 
 def _longrope(frequencies: Array, rotary: Rotary, scaling: RopeScaling) -> Array:
-    return frequencies / jnp.asarray(scaling.short_factor, jnp.float32)
+    return frequencies / jnp.asarray(scaling.long_factor if scaling.long else scaling.short_factor, jnp.float32)
 
 
 _SCALED = {"linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}

@@ -49,6 +49,7 @@ def decoding(
     weights: str = "float",
     batch_size: int = 1,
     data_parallel: int = 1,
+    long_context: bool = False,
 ) -> Report:
     """What decoding needs on a machine: prefill, and rounds of draft and verification.
 
@@ -63,12 +64,15 @@ def decoding(
       weights: as `load_target`.
       batch_size: sequences decoded together.
       data_parallel: groups of such devices that the sequences are split over.
+      long_context: as `load_target`.
 
     Raises:
       InputError: for settings that are wrong, do not fit the machine's devices, or name a target of unknown shape.
       MachineError: as `compiled`.
     """
     config = model_config(target_name)
+    if long_context:
+        config = config.for_long_texts()
     check_exit_layer(draft.exit_layer, config)
     longest = config.context - max_new_tokens
     if prompt_tokens > longest:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kangaroo_jax import generate_plain
 from kangaroo_jax.checkpoint.target import load_target, save_target
 from kangaroo_jax.model.config import ROPE_KINDS
 from kangaroo_jax.model.families import all_families
@@ -222,6 +223,36 @@ def test_windows_as_long_as_the_context_and_one_shorter(model_type: str, window:
     target = load_target(tmp_path, "float32")
     assert bool(target.config.windows) == (window < LENGTH)
     assert_same_logits(forward(target.model, tokens), logits_of(model.double(), tokens), 1e-4)
+
+
+@needs_torch
+def test_texts_beyond_the_original_context_are_turned_by_the_long_factors(tmp_path: pathlib.Path) -> None:
+    """As transformers does where a text, with what it has written, is longer; and by the short ones within it."""
+    import torch
+
+    from tests.fixtures.make_hf_logits import logits_of, make_model
+
+    original, rng = 24, np.random.default_rng(0)
+    settings = random_settings("phi3", 0) | {"original_max_position_embeddings": original, "sliding_window": None}
+    turned = settings["head_dim"] // 2
+    factors = {f"{name}_factor": rng.uniform(1, 4, turned).tolist() for name in ("short", "long")}
+    settings["rope_parameters"] = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0} | factors
+    settings["rope_parameters"]["original_max_position_embeddings"] = original
+    model = make_model("phi3", settings, 0)
+    tokens = rng.integers(0, model.config.vocab_size, (2, LENGTH))
+    model.save_pretrained(tmp_path)
+    short, long = (load_target(tmp_path, "float32", long_context=x) for x in (False, True))
+    assert (short.config.context, long.config.context) == (original, 128)
+    assert short.fingerprint == long.fingerprint
+    written = generate_plain(long, tokens.tolist(), 12, eos_token_ids=[]).tokens
+    theirs = model.generate(
+        torch.from_numpy(tokens), attention_mask=torch.ones(tokens.shape), max_new_tokens=12, do_sample=False
+    )
+    assert written == theirs[:, LENGTH:].tolist()
+    model.double()
+    assert_same_logits(forward(long.model, tokens), logits_of(model, tokens), 1e-4)
+    assert_same_logits(forward(short.model, tokens[:, :original]), logits_of(model, tokens[:, :original]), 1e-4)
+    assert np.abs(np.asarray(forward(short.model, tokens)) - logits_of(model, tokens)).max() > 1e-2
 
 
 _SHARDED = """

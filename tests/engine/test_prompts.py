@@ -114,7 +114,7 @@ def test_bad_prompts_are_one_line(template, prompt, message, chat_target):
 def test_a_context_that_ends_before_the_models_own_says_why(chat_target):
     target = chat_target(byte_tokenizer(*SPECIAL), CHATML, context=200)
     target.config.max_position_embeddings = 131072
-    with pytest.raises(InputError, match=r"the context is 200 \(of the 131072 that .* longrope's long factors .*\);"):
+    with pytest.raises(InputError, match=r"the context is 200 \(of the 131072 that .* --long_context takes .*\);"):
         encode(target, "a" * 200, 8)
 
 

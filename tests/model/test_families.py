@@ -19,6 +19,7 @@ import safetensors.numpy
 import transformers
 from flax import nnx
 
+from kangaroo_jax.checkpoint import fingerprint
 from kangaroo_jax.checkpoint.known_models import SHAPES
 from kangaroo_jax.checkpoint.target import load_target, save_target
 from kangaroo_jax.errors import InputError
@@ -266,6 +267,17 @@ def test_a_context_beyond_which_positions_turn_otherwise_ends_there() -> None:
     assert read_config(hf("gemma3_text", rope_parameters={"sliding_attention": long})).context == 64
     assert read_config(hf(rope_scaling=YARN, max_position_embeddings=1024)).context == 4096
     assert read_config(hf(rope_scaling=YARN, max_position_embeddings=8192)).context == 8192
+
+
+def test_a_model_loaded_for_long_texts_is_the_same_target_with_its_full_context() -> None:
+    config = read_config(hf("phi3", num_attention_heads=4, max_position_embeddings=131072, rope_scaling=LONGROPE))
+    longer = config.for_long_texts()
+    assert (config.context, longer.context) == (4096, 131072)
+    assert fingerprint.same_constants(fingerprint.constants(config), longer)
+    assert family_of(longer).write_config(longer) == family_of(config).write_config(config)
+    for other in (hf(), hf(rope_scaling=LLAMA3), hf("phi3", num_attention_heads=4)):
+        with pytest.raises(InputError, match="long_context changes nothing for this"):
+            read_config(other).for_long_texts()
 
 
 def test_no_key_value_heads_means_as_many_as_heads() -> None:

@@ -129,7 +129,8 @@ def read_config(contents: Mapping[str, Any], source: str = "config.json") -> Mod
 def _without_idle_windows(config: ModelConfig) -> ModelConfig:
     """Without windows that no text is longer than: a target with them is the same as one without, and has its
     fingerprint. They stay where they also say how positions turn queries and keys, as in Gemma 3."""
-    if any(window is not None and window < config.context for window in config.windows):
+    longest = max(config.context, config.max_position_embeddings)  # also once it is loaded for long texts
+    if any(window is not None and window < longest for window in config.windows):
         return config
     without = dataclasses.replace(config, windows=())
     kinds = zip(config.attention_kinds, without.attention_kinds, strict=True)

@@ -32,8 +32,12 @@ class Gemma3Config(GemmaConfig):
     @property
     def context(self) -> int:
         # Scaling is counted in it; longrope is another one beyond the original context.
-        scalings = [x for x in (self.rope_scaling, self.local_rope_scaling) if x is not None and x.kind == "longrope"]
-        return min([self.max_position_embeddings, *(x.original_max_position_embeddings for x in scalings)])
+        ends = [
+            x.original_max_position_embeddings
+            for x in (self.rope_scaling, self.local_rope_scaling)
+            if x is not None and x.kind == "longrope" and not x.long
+        ]
+        return min([self.max_position_embeddings, *ends])
 
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
