@@ -41,17 +41,17 @@ def compiled(machine, model_parallel=1, batch=1):
     return texts, reports
 
 
-def copies(text, shape):
-    """Instructions that copy an array of this shape to another order of axes, of a parameter or a loop's state.
-    (A copy between a TPU's memories keeps the order.)"""
+def copies(text, shape, memories=1):
+    """Instructions that copy an array of this shape. On a machine of several `memories` per device, as a TPU, those
+    that give it another order of axes: a copy between memories keeps the order."""
     order = rf"\w+\[{shape}\]\{{([\d,]+)"
     found = []
     for line in text.splitlines():
-        match = re.search(rf"= {order}\S* (?:copy|transpose)\(%?([\w.\-]+)\)", line)
+        match = re.search(rf"= \(?{order}\S* .*?\b(?:copy|copy-start|transpose)\(%?([\w.\-]+)\)", line)
         if match is None:
             continue
-        source = re.search(rf"^\s*%?{re.escape(match.group(2))} = {order}", text, re.MULTILINE)
-        if source is None or source.group(1) != match.group(1):
+        source = re.search(rf"^\s*%?{re.escape(match.group(2))} = \(?{order}", text, re.MULTILINE)
+        if memories == 1 or source is None or source.group(1) != match.group(1):
             found.append(line.strip()[:120])
     return found
 
@@ -61,7 +61,7 @@ def copies(text, shape):
 def test_no_cache_is_copied_in_a_loop_or_at_its_edges(machine, name):
     texts, _ = compiled(machine)
     assert re.search(rf"\w+\[{CACHE}\]", texts[name])
-    assert copies(texts[name], CACHE) == []
+    assert copies(texts[name], CACHE, 2 if machine == "v5e:1x1" else 1) == []
 
 
 @pytest.mark.parametrize("name", ["rounds", "plain_rounds"])
@@ -69,7 +69,7 @@ def test_no_weight_of_the_shallow_layers_is_copied_to_another_order(name):
     texts, _ = compiled("v5e:1x1")
     assert re.search(rf"bf16\[{MLP}\]", texts[name])
     outside = re.sub(r"^%?[\w.\-]*fus[\w.\-]* \(.*?^\}", "", texts[name], flags=re.MULTILINE | re.DOTALL)
-    assert copies(outside, MLP) == []
+    assert copies(outside, MLP, 2) == []
 
 
 @pytest.mark.parametrize("machine", ["v5e:2x2", "h100:2"])
@@ -78,8 +78,9 @@ def test_with_tensor_parallelism_no_weight_is_gathered(machine):
     _, reports = compiled(machine, 2)
     for report in reports.values():
         assert report.collectives["all-reduce"].count > 0
-        gathered = report.collectives.get("all-gather")
-        assert gathered is None or gathered.num_bytes <= 8 * CONFIG.vocab_size  # plain rounds may gather logits
+        # Plain rounds may gather logits. Sums are of activations, a row of hidden states each.
+        others = {kind: found.num_bytes for kind, found in report.collectives.items() if kind != "all-reduce"}
+        assert sum(others.values()) <= 8 * CONFIG.vocab_size, others
 
 
 @pytest.mark.parametrize(("machine", "model_parallel"), [("v5e:1x1", 1), ("v5e:2x2", 2), ("h100", 1)])
