@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import types
@@ -240,6 +241,35 @@ print(json.dumps(results))
 """
 
 
+# In a batch of one, a prompt of several pieces, and a second turn behind it; on one device and on two.
+_ALONE = """
+import json, sys
+import jax
+from flax import nnx
+
+from kangaroo_jax import DraftConfig, Engine, EngineConfig, Request, load_target
+from kangaroo_jax.checkpoint.adapter import TrainedAdapter
+from kangaroo_jax.engine.requests import Finished
+from kangaroo_jax.model import sharding
+from kangaroo_jax.model.drafts.kangaroo import Adapter
+
+results = []
+for mesh in (None, sharding.decoding_mesh(2, jax.devices())):
+    target = load_target(sys.argv[1], "float32", mesh)
+    trained = TrainedAdapter(Adapter(target.config, rngs=nnx.Rngs(3)), 1, "random", None)
+    engine = Engine(target, trained, EngineConfig(1), DraftConfig(None, 2, 0.0))
+    prompt, answers = [7 * i % 250 for i in range(700)], []
+    for _ in range(2):
+        engine.add(Request(prompt, 20, eos_token_ids=()))
+        while engine.busy:
+            finished = [event.answer for event in engine.step() if isinstance(event, Finished)]
+        answers.append([finished[0].tokens, finished[0].reused_tokens])
+        prompt = prompt + finished[0].tokens + [9] * 600
+    results.append(answers)
+print(json.dumps(results))
+"""
+
+
 @pytest.fixture(scope="module")
 def small_target(tmp_path_factory):
     """The folder of a random target with bytes as tokens."""
@@ -372,6 +402,16 @@ def test_a_batch_on_a_mesh_gives_each_request_the_tokens_of_one_device(batches):
         if mesh["mesh"] == [4, 1]:
             assert mesh["looked_up"] == one["looked_up"]
             assert sum(map(bool, itertools.chain.from_iterable(lengths for _, _, lengths in one["looked_up"]))) > 10
+
+
+@pytest.mark.long
+def test_a_long_prompt_alone_has_the_tokens_of_one_device(small_target, tmp_path):
+    folder = shutil.copytree(small_target, tmp_path / "longer")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    one, two = on_virtual_devices(_ALONE, folder)
+    assert one == two
+    assert [reused > 700 for _, reused in one] == [False, True]
 
 
 @pytest.mark.long
