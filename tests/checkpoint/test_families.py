@@ -141,6 +141,7 @@ def random_settings(model_type: str, seed: int) -> dict[str, Any]:
     if rope["rope_type"] == "longrope":
         rope |= {f"{name}_factor": rng.uniform(1, 4, turned // 2).tolist() for name in ("short", "long")}
     if model_type == "gemma3_text":
+        rope.pop("truncate", None)  # transformers reads it of all layers alone
         local = {"rope_type": "default", "rope_theta": float(rng.uniform(100, 1e4))}
         settings["rope_parameters"] = {_FULL: rope, _SLIDING: local}
     windowed = {"sliding_window": window} if model_type in ("qwen2", "qwen3", "smollm3") else {}

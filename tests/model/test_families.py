@@ -334,6 +334,7 @@ def test_biases_that_only_llama_reads() -> None:
             hf("gemma3_text", rope_parameters={"sliding_attention": LINEAR | {"partial_rotary_factor": 0.5}}),
             "partial_rotary_factor must be 1 for gemma3_text, found 0.5 for 'sliding_attention'",
         ),
+        (hf("gemma3_text", rope_scaling=YARN | {"truncate": False}), "truncate false is not supported for gemma3_text"),
         (hf("gemma3_text", sliding_window_pattern=0), "sliding_window_pattern must be a positive integer, found 0"),
         (hf("phi3", num_attention_heads=4, rope_scaling=LONGROPE | {"short_factor": [1.0]}), "must have 16 values"),
         (hf("phi3", num_attention_heads=4, rope_scaling=LONGROPE | {"long_factor": 3}), "must be a list of numbers"),

@@ -84,6 +84,12 @@ def _rotary_of_kinds(contents: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     scaling, full = contents.get("rope_scaling"), parameters.get(_FULL)
     if scaling and isinstance(scaling, Mapping) and isinstance(full, Mapping):
         scaling = dict(full) | dict(scaling)  # as transformers does
+    for settings in (scaling, full, parameters.get(_WINDOWED)):
+        if isinstance(settings, Mapping) and settings.get("truncate") is False:
+            raise InputError(
+                "truncate false is not supported for gemma3_text, for which transformers does not read it; leave it out "
+                "for its numbers"
+            )
     parts = contents.get("partial_rotary_factor")
     everywhere = {
         "rope_theta": contents.get("rope_theta"),
