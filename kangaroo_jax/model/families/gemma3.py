@@ -87,8 +87,8 @@ def _rotary_of_kinds(contents: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     for settings in (scaling, full, parameters.get(_WINDOWED)):
         if isinstance(settings, Mapping) and settings.get("truncate") is False:
             raise InputError(
-                "truncate false is not supported for gemma3_text, for which transformers does not read it; leave it out "
-                "for its numbers"
+                "truncate false is not supported for gemma3_text, for which transformers does not read it; leave it "
+                "out for its numbers"
             )
     parts = contents.get("partial_rotary_factor")
     everywhere = {
