@@ -407,8 +407,6 @@ class Engine:
         before = self._clock()
         if self._state is None and prompts is None and slots == list(range(len(self._slots))):
             first = self._begin_batch(tokens, lengths, admission, sampled)
-        elif prompts is not None and len(self._slots) == 1:
-            first = self._admit_alone(prompts, tokens, start, lengths, places, admission, sampled)
         else:
             first = self._put_into_slots(prompts, tokens, start, lengths, places, admission, sampled)
         for run, slot in zip(runs, slots, strict=True):
@@ -431,25 +429,6 @@ class Engine:
         self._state, first = program(*inputs)
         return first
 
-    def _admit_alone(
-        self,
-        prompts: Prompts,
-        tokens: np.ndarray,
-        start: np.ndarray,
-        lengths: np.ndarray,
-        places: np.ndarray,
-        admission: Admission,
-        sampled: bool,
-    ) -> Int[Array, " rows"]:
-        """The last piece of a prompt that is the batch, in the caches that it has; its first token."""
-        inputs = (*self._weights, None, prompts, tokens, start, lengths, places, admission)
-        static = {name: x for name, x in self._static.items() if name != "looks_up"} | {"sampled": sampled}
-        where = self._places(prefill_and_admit, static, *inputs)
-        key = (self._capacity, *tokens.shape, sampled)
-        program = self._program("admit alone", key, prefill_and_admit, (3,), where, *inputs, **static)
-        self._state, first = program(*inputs)
-        return first
-
     def _put_into_slots(
         self,
         prompts: Prompts | None,
@@ -460,12 +439,18 @@ class Engine:
         admission: Admission,
         sampled: bool,
     ) -> Int[Array, " rows"]:
-        """The last piece of prompts, whose rows go to `places` of the running batch; their first tokens."""
-        inputs = (*self._weights, self._running_state(), prompts, tokens, start, lengths, places, admission)
-        static = {name: x for name, x in self._static.items() if name != "looks_up"}  # the state says so
+        """The last piece of prompts, whose rows go to `places` of the running batch; their first tokens. A prompt of
+        several pieces in a batch of one becomes the batch, in the caches that it has."""
+        alone = prompts is not None and len(self._slots) == 1
+        state = None if alone else self._running_state()
+        inputs = (*self._weights, state, prompts, tokens, start, lengths, places, admission)
+        # Whether rounds look up, the caches say.
+        static = {name: x for name, x in self._static.items() if name != "looks_up"} | {"sampled": sampled}
         capacity = 0 if prompts is None else prompts.deep.capacity
         key = (self._capacity, capacity, *tokens.shape, sampled)
-        program = self._program("admit", key, prefill_and_admit, (2,), self._kept(), *inputs, sampled=sampled, **static)
+        donated = (3,) if alone else (2,)
+        where = self._places(prefill_and_admit, static, *inputs) if alone else self._kept()
+        program = self._program("admit", key, prefill_and_admit, donated, where, *inputs, **static)
         self._state, first = program(*inputs)
         return first
 

@@ -88,7 +88,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
     try:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    except (AssertionError, NotImplementedError, ValueError):  # some of a TPU's chips, that are no rectangle of it
+    except (AssertionError, NotImplementedError, ValueError):  # chips of a TPU that form no rectangle
         raise InputError(
             f"{shown}: {len(devices)} of these devices form no grid; give as many as are along one or more axes"
         ) from None

@@ -282,6 +282,15 @@ def small_target(tmp_path_factory):
     return folder
 
 
+def test_devices_that_form_no_grid_are_named(monkeypatch):
+    def fails(*_, **__):
+        raise AssertionError("physical_mesh must be a cuboid")  # as JAX does for three of the four chips of a v5e:2x2
+
+    monkeypatch.setattr("kangaroo_jax.model.sharding.mesh_utils.create_device_mesh", fails)
+    with pytest.raises(InputError, match=r"mesh.model 3: 3 of these devices form no grid"):
+        make_mesh({"data": 1, "fsdp": 1, "model": 3}, [None] * 3)
+
+
 def on_virtual_devices(script, *arguments):
     """What a script prints last, in a process with 8 virtual CPU devices."""
     environment = os.environ | {
