@@ -44,6 +44,10 @@ class TreeConfig:
         return min(self.budget, self.topk + (levels - 1) * self.topk**2)
 
 
+_MOST_SEARCHED = 32  # last tokens; each is a comparison in the compiled program
+_MOST_SLOTS, _MOST_STEPS = 1 << 20, 1e6  # beyond any machine's batch size, and cost of a round
+
+
 @dataclasses.dataclass(frozen=True)
 class LookupConfig:
     """Drafts that are looked up in the sequence's own tokens: its last few tokens are searched for in what comes before
@@ -66,6 +70,8 @@ class LookupConfig:
         check_count("lookup_tokens", self.max_tokens)
         check_count("lookup_min_ngram", self.min_ngram)
         check_count("lookup_max_ngram", self.max_ngram)
+        if self.max_ngram > _MOST_SEARCHED:
+            raise InputError(f"lookup_max_ngram must be at most {_MOST_SEARCHED}, found {self.max_ngram!r:.40}")
         if self.max_ngram < self.min_ngram:
             raise InputError(
                 f"lookup_max_ngram must be at least lookup_min_ngram ({self.min_ngram}), found {self.max_ngram}"
@@ -94,16 +100,21 @@ class RoundCosts:
 
     def __post_init__(self) -> None:
         check_count("batch_size", self.batch_size)
+        if self.batch_size > _MOST_SLOTS:
+            raise InputError(f"batch_size must be at most {_MOST_SLOTS}, found {self.batch_size!r:.40}")
         for name, value in (("draft_step", self.draft_step), ("shallow", self.shallow)):
-            if not is_number(value) or not 0 <= value < math.inf:
-                raise InputError(f"{name} must be a finite number, 0 or above, found {value!r}")
+            if not is_number(value) or not 0 <= value <= _MOST_STEPS:
+                raise InputError(f"{name} must be a number of plain steps, 0 to {_MOST_STEPS}, found {value!r:.40}")
         tokens = [pair[0] for pair in self.verification]
         if not tokens or tokens[0] != 1 or sorted(set(tokens)) != tokens:
             raise InputError(f"verification must be of ascending numbers of tokens, from 1 on, found {tokens}")
         for count, cost in self.verification:
             check_count("verification", count)
-            if not is_number(cost) or not 0 < cost < math.inf:
-                raise InputError(f"the cost of verifying {count} must be a finite number above 0, found {cost!r}")
+            if not is_number(cost) or not 0 < cost <= _MOST_STEPS:
+                raise InputError(
+                    f"the cost of verifying {count} must be a number of plain steps, above 0 and at most "
+                    f"{_MOST_STEPS}, found {cost!r:.40}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -439,8 +450,8 @@ class AdapterConfig:
     """The adapter that is trained.
 
     Attributes:
-      kind: what drafts: kangaroo, the paper's adapter; or memory, which also takes the target's own newest hidden
-        state (model/drafts/memory.py).
+      kind: what drafts: memory, which also takes the target's own newest hidden state (model/drafts/memory.py), and is
+        accepted further (docs/dev/adapter-ablations.md); or kangaroo, the paper's adapter.
       num_layers: layers of norm and attention. The paper's adapter has one; each more makes every draft step longer.
       mlp_size: width of an MLP after them. 0: none, as in the paper; what it adds makes every draft step longer.
 
@@ -448,7 +459,7 @@ class AdapterConfig:
       InputError: for a value of the wrong type or out of range.
     """
 
-    kind: Literal["kangaroo", "memory"] = "kangaroo"
+    kind: Literal["kangaroo", "memory"] = "memory"
     num_layers: int = 1
     mlp_size: int = 0
 

@@ -103,6 +103,15 @@ def test_a_conversation_begins_with_messages_and_goes_on_after_a_bad_turn(work):
 
 
 @pytest.mark.long
+def test_a_stop_string_that_cannot_be_is_named_before_a_turn_is_read(work):
+    special = load_target(work / "model", "float32").tokenizer.all_special_tokens[0]
+    done = chat(work, f"--stop=a{special}", said="hello you\n")
+    assert done.returncode == 2
+    assert "hello you" not in done.stdout
+    assert "has the special token" in done.stderr
+
+
+@pytest.mark.long
 def test_a_turn_without_an_answer_is_taken_back(work):
     """NaN for the embedding of "~": no turn with it has a first token."""
     shutil.copytree(work / "model", work / "broken")

@@ -147,6 +147,7 @@ def test_a_given_rule_goes_before_deciding_how_far_to_draft(given, over_single, 
         ({"lookup_min_ngram": 0}, "lookup_min_ngram must be a positive integer, found 0"),
         ({"lookup_max_ngram": 0}, "lookup_max_ngram must be a positive integer, found 0"),
         ({"lookup_min_ngram": 4, "lookup_max_ngram": 3}, "lookup_max_ngram must be at least lookup_min_ngram (4)"),
+        ({"lookup_tokens": 4, "lookup_max_ngram": 33}, "lookup_max_ngram must be at most 32, found 33"),
         ({"lookup_tokens": 0, "lookup_min_ngram": 4}, "change nothing with --lookup_tokens=0; leave them out"),
         ({"tree": False, "tree_topk": 3}, "change nothing with --notree"),
         ({"tree_topk": 0}, "tree_topk must be a positive integer, found 0"),
@@ -158,6 +159,19 @@ def test_a_given_rule_goes_before_deciding_how_far_to_draft(given, over_single, 
 def test_what_cannot_be_given_is_named_before_anything_is_read(given, message) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         DraftOverrides(**given)
+
+
+@pytest.mark.parametrize(
+    ("costs", "message"),
+    [
+        ((1, 1e307, ((1, 1.0),), 0.1), "draft_step must be a number of plain steps, 0 to 1000000.0, found 1e+307"),
+        ((1, 0.1, ((1, 1e307),), 0.1), "the cost of verifying 1 must be a number of plain steps, above 0 and at most"),
+        ((10**400, 0.1, ((1, 1.0),), 0.1), "batch_size must be at most 1048576, found 1000"),
+    ],
+)
+def test_costs_that_no_machine_has_are_named(costs, message) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        RoundCosts(*costs)
 
 
 def test_how_settings_are_named_in_reports() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from kangaroo_jax.checkpoint.adapter import adapter_from_parameters, save_adapter
 from kangaroo_jax.checkpoint.target import load_target
+from kangaroo_jax.config import AdapterConfig
 from kangaroo_jax.train.step import initial_parameters
 from tests.decode.models import LETTERS, lettered_target
 from tests.decode.test_families import SETTINGS
@@ -69,7 +70,8 @@ def test_compare_says_identical_and_gives_the_text_of_transformers(tmp_path: pat
         prompt = np.random.default_rng(seed).integers(0, len(LETTERS), PROMPT_TOKENS).tolist()
         expected.append("".join(LETTERS[token] for token in write_checkpoint(model_type, folder, prompt)))
         target = load_target(folder, "float32")
-        parameters = initial_parameters(target.model, EXIT_LAYER, "layer", 0)  # where training starts
+        # Where training starts.
+        parameters = initial_parameters(target.model, EXIT_LAYER, "layer", 0, AdapterConfig("kangaroo"))
         adapter = adapter_from_parameters(target.config, parameters)
         save_adapter(folder / "adapter", adapter, exit_layer=EXIT_LAYER, target=target)
         text = "".join(LETTERS[token] for token in prompt)

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from kangaroo_jax import DraftConfig, program
 from kangaroo_jax.cli.preflight_flag import show
+from kangaroo_jax.config import AdapterConfig
 from kangaroo_jax.engine.part_costs import PartCounts
 from kangaroo_jax.engine.shapes import PIECE
 from kangaroo_jax.model import sharding
@@ -41,7 +42,7 @@ def test_a_device_reads_and_multiplies_its_part_of_what_is_split():
         return jax.tree.unflatten(structure, shapes)
 
     model = placed(nnx.eval_shape(lambda: TargetModel(CONFIG, rngs=nnx.Rngs(0), dtype=jax.numpy.bfloat16)))
-    adapter = placed(abstract_adapter(CONFIG, jax.numpy.bfloat16))
+    adapter = placed(abstract_adapter(CONFIG, jax.numpy.bfloat16, AdapterConfig("kangaroo")))
     assert isinstance(jax.tree.leaves(model)[0].sharding, NamedSharding)
     attention, mlp, norms, head = 32 * 64 + 32 * 32, 3 * 32 * 48, 2 * 32, 100 * 32
     cached = 2 * 3 * 1 * 128 * 8  # keys and values of 3 sequences, 1 of the 2 heads

@@ -290,9 +290,9 @@ class Tuning:
       costs: by batch size, which sequences decide by how far to draft.
       acceptance: share of the drafted tokens that were accepted, of those whose predecessors were, with the best
         predicted single sequence.
-      deciding: measured speed-up where each sequence decides how far to draft, otherwise as the best predicted setting
-        without a tree.
-      beside: that of this setting itself.
+      decided: each sequence decides how far to draft, otherwise as the best predicted setting without a tree.
+      deciding: measured speed-up of that.
+      beside: that of the same setting with gamma and eta.
     """
 
     reference: DraftConfig
@@ -301,17 +301,22 @@ class Tuning:
     batches: dict[int, tuple[DraftConfig, float]]
     costs: tuple[RoundCosts, ...]
     acceptance: float
+    decided: DraftConfig
     deciding: float
     beside: float
-
-    def decide(self, machine: str) -> DecideConfig:
-        """What decode.json says about deciding how far to draft: in batches, and alone where it was measured to be as
-        fast as not. `machine`: this one."""
-        return DecideConfig(self.costs, self.acceptance, machine, 1 if self.deciding >= self.beside else 2)
 
     @property
     def fastest(self) -> TunedSetting:
         return max(self.settings, key=lambda setting: setting.measured)
+
+    def draft(self, machine: str) -> DraftConfig:
+        """What decode.json says: the fastest setting alone, or deciding how far to draft, where that was measured to be
+        as fast; in batches the latter, but for a tree, which has no such rule. `machine`: this one."""
+        alone = self.deciding >= self.fastest.measured
+        draft = self.decided if alone else self.fastest.draft
+        if draft.tree is not None:
+            return draft
+        return dataclasses.replace(draft, decide=DecideConfig(self.costs, self.acceptance, machine, 1 if alone else 2))
 
 
 def tune(
@@ -383,7 +388,7 @@ def tune(
         steps, committed = mean_round(recordings, draft)
         settings.append(TunedSetting(draft, committed, steps, speeds[draft], speedup))
     beside = measured[drafts.index(best)]
-    return Tuning(_REFERENCE, correction, settings, batches, in_plain_steps, accepted, decided, beside)
+    return Tuning(_REFERENCE, correction, settings, batches, in_plain_steps, accepted, deciding, decided, beside)
 
 
 def _measure(

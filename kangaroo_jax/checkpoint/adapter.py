@@ -481,7 +481,7 @@ def check_format(metadata: Any, folder: pathlib.Path) -> None:
                 "copy or train the adapter again"
             )
     kind = kind_of(metadata)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise InputError(
             f"{folder}: metadata: a draft model of kind {kind!r}, written by "
             f"{metadata.get('written_by', 'another version of kangaroo_jax')}, is not supported by {_written_by()}; "

@@ -41,6 +41,10 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
     for key in _NOT_COMPUTED:
         if value := file.metadata.get(f"{architecture}.{key}"):
             raise InputError(f"{file.path}: {architecture}.{key} {value!r} is not supported")
+    if file.metadata.get(f"{architecture}.attention.causal") is False:
+        raise InputError(
+            f"{file.path}: {architecture}.attention.causal false is not supported: tokens see those before"
+        )
     return read_config(_config_json(file, architecture), str(file.path))
 
 

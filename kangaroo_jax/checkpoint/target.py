@@ -111,7 +111,7 @@ def load_target(
     Args:
       name: a folder with config.json and weights (*.safetensors, or pytorch_model*.bin where torch is installed);
         such a folder in a bucket (safetensors alone); a GGUF file, or a folder with one and no config.json; one of
-        `known_models.CHECKPOINTS`; or a hub id.
+        `hub.CHECKPOINTS`; or a hub id.
       dtype: of the weights on the device: float32, bfloat16 or float16; None means `default_dtype`. One parameter at
         a time is on the host.
       mesh: splits the weights over its devices (model/sharding.py says how). Each process reads only the parts of

@@ -15,6 +15,7 @@ from kangaroo_jax.checkpoint.json_file import read_json
 from kangaroo_jax.checkpoint.mapping import check_tensors, fill_module
 from kangaroo_jax.checkpoint.target import Target
 from kangaroo_jax.checkpoint.weights import Pieces, open_weights
+from kangaroo_jax.config import AdapterConfig
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import Adapter
 from kangaroo_jax.model.drafts.kinds import abstract_adapter
@@ -62,7 +63,7 @@ def load_upstream(folder: str | pathlib.Path, target: Target, dtype: jnp.dtype) 
     prefix = _WRAPPED if all(name.startswith(_WRAPPED) for name in weights.found) else ""
     found = {name.removeprefix(prefix): x for name, x in weights.found.items()}
     files = {name.removeprefix(prefix): x for name, x in weights.files.items()}
-    abstract = abstract_adapter(target.config, dtype)
+    abstract = abstract_adapter(target.config, dtype, AdapterConfig(Adapter.kind))
     check_tensors(abstract, found, files)
 
     def read(name: str, pieces: Pieces) -> np.ndarray:

@@ -36,6 +36,7 @@ def chat(
       request: a turn's request, from the prompt's token ids.
       printer: of an answer, from the prompt's token ids.
     """
+    engine.abort(engine.add(request([0])))  # settings that cannot be are named before anything is typed
     while True:
         try:
             text = _read_turn()
@@ -60,7 +61,7 @@ def chat(
                 try:
                     ids = conversation.ask(text)
                 except InputError as error:
-                    _say(f"{error}; /reset begins a new conversation")
+                    _say(f"{error}; /reset begins a new conversation" if conversation.has_turns else str(error))
                     continue
                 _answer(engine, conversation, request(ids), printer(ids), interrupted)
 

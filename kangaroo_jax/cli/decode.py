@@ -122,7 +122,7 @@ _DECIDE = flags.DEFINE_bool(
     "decide",
     None,
     "Each sequence decides how far to draft, down to nothing where it does not pay; or (--nodecide) --max_draft_len "
-    "and --threshold say it for all. Default: decide where the adapter's decode.json has measured costs.",
+    "and --threshold say it for all. Default: as the adapter's decode.json says.",
 )
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Sample at this temperature; 0 is greedy.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the most probable tokens that have this probability together.")
@@ -289,7 +289,8 @@ def _load(given: DraftOverrides) -> tuple[Target, TrainedAdapter | None, DraftCo
     if _PLAIN.value:
         return target, None, DraftConfig()
     adapter = load_adapter_of(target, _ADAPTER.value)
-    draft = draft_of(given.over(adapter.draft), 1 if _INPUT.value is None else _BATCH_SIZE.value)
+    slots = 1 if _INPUT.value is None else _BATCH_SIZE.value
+    draft = draft_of(given.over(adapter.draft), slots, _MODEL.value, _ADAPTER.value)
     return target, adapter, draft
 
 

@@ -47,8 +47,8 @@ def load_adapter_of(target: Target, path: str | None) -> TrainedAdapter:
     if found is None:
         raise InputError(
             f"--adapter is missing, and none comes with the package for {target.name}; train one with `python train.py "
-            f"--config=configs/llama7b.py --config.target={target.name}`, then give its output folder; or decode "
-            "without one: --plain"
+            f"--config=configs/llama7b.py --config.target={target.name} --config.data.template= "
+            "--config.data.files=self`, then give its output folder; or decode without one: --plain"
         )
     adapter = load_adapter(found, target)
     if path is None and found != demo.ADAPTER:
@@ -61,20 +61,22 @@ def load_adapter_of(target: Target, path: str | None) -> TrainedAdapter:
     return adapter
 
 
-def draft_of(draft: DraftConfig, slots: int) -> DraftConfig:
+def draft_of(draft: DraftConfig, slots: int, model: str | None, adapter: str | None) -> DraftConfig:
     """How an engine of so many slots drafts (`DraftConfig.at`). Says which costs of rounds its sequences decide by,
-    where those are of another batch size or machine."""
+    where those are of another batch size or machine, and how to measure them for what --model and --adapter name."""
+    named = [f" --{name}={value}" for name, value in (("model", model), ("adapter", adapter)) if value is not None]
+    tune = "python -m kangaroo_jax.bench tune" + "".join(named)
     draft = draft.at(slots)
     if draft.decide is None:
         return draft
     if not draft.decide.costs:
-        _note("costs of rounds are predicted; `python -m kangaroo_jax.bench tune` measures them")
+        _note(f"costs of rounds are predicted; `{tune}` measures them")
         return draft
     costs, here = draft.decide.nearest(slots), machine.name()
     if costs.batch_size != slots or draft.decide.machine != here:
         _note(
             f"how far to draft is decided by costs of batch {costs.batch_size} on {draft.decide.machine}, for batch "
-            f"{slots} on {here}; `python -m kangaroo_jax.bench tune --batch_sizes={slots}` measures them"
+            f"{slots} on {here}; `{tune} --batch_sizes={slots}` measures them"
         )
     return draft
 

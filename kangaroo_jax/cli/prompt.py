@@ -68,6 +68,8 @@ def _read_text(path: str) -> str:
     paths.check_not_named_pipe(path, name)
     try:
         if path == "-":
+            if sys.stdin is None or sys.stdin.closed:
+                raise InputError("standard input is closed; give a file")
             return sys.stdin.buffer.read().decode()
         with open(path, "rb") as file:
             return file.read().decode()

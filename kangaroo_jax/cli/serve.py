@@ -150,7 +150,9 @@ def _load() -> tuple[Target, TrainedAdapter | None, DraftConfig]:
         mesh = sharding.decoding_mesh(_MODEL_PARALLEL.value, jax.local_devices(), 1)
     target = load_target_of(_MODEL.value, _DTYPE.value, mesh, _WEIGHTS.value, _LONG_CONTEXT.value)
     adapter = None if _PLAIN.value else load_adapter_of(target, _ADAPTER.value)
-    draft = DraftConfig() if adapter is None else draft_of(adapter.draft, _MAX_BATCH.value)
+    draft = DraftConfig()
+    if adapter is not None:
+        draft = draft_of(adapter.draft, _MAX_BATCH.value, _MODEL.value, _ADAPTER.value)
     name = _DEMO_NAME
     if _MODEL.value is not None:
         folder = paths.expanded(_MODEL.value)

@@ -38,6 +38,9 @@ class Conversation:
                 "the conversation begins with messages that end with a user's turn, which nothing answers; end with an "
                 "assistant's or a system turn"
             )
+        if messages:  # a template that refuses them refuses every turn
+            turn = {"role": "user", "content": "turn"}
+            encode_prompt(target, [*messages, turn], 1, max_length, "the conversation")
         self._target = target
         self._beginning = tuple(messages)
         self._max_length = max_length
@@ -48,6 +51,11 @@ class Conversation:
         self.messages: list[Message] = list(self._beginning)
         self._text = ""  # of the last prompt
         self._ids: list[int] | None = None  # of the last prompt and its answer; None where they cannot be gone on from
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether there are turns that `reset` forgets."""
+        return len(self.messages) > len(self._beginning)
 
     def ask(self, text: str) -> list[int]:
         """Adds a user's turn; returns the prompt's token ids.

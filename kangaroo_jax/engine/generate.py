@@ -125,7 +125,8 @@ def generate_many(
 ) -> Iterator[Answer]:
     """Decodes any number of prompts, `batch_size` at a time: as soon as one ends, the next takes its place.
 
-    Each answer's tokens are those that `generate` gives its prompt alone.
+    Each answer's tokens are those that `generate` gives its prompt alone. (Where sequences decide how far to draft, a
+    sampled one also depends on the number of slots.)
 
     Args:
       target: from `load_target`.

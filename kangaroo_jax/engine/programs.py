@@ -12,6 +12,7 @@ import jax
 from jaxtyping import PyTree
 
 from kangaroo_jax import processor
+from kangaroo_jax.errors import MachineError, one_line
 
 
 class ProgramStore:
@@ -87,10 +88,22 @@ def compile_program(
       platform: of the devices.
       args: arrays, or their shapes.
       static: part of the program.
+
+    Raises:
+      MachineError: where the compiler does not know an option.
     """
     where = {} if out_shardings is None else {"out_shardings": out_shardings}
     jitted = jax.jit(functools.partial(function, **static), donate_argnums=donated, **where)
-    program = jitted.lower(*args).compile(compiler_options=compiler_options(platform))
+    lowered, options = jitted.lower(*args), compiler_options(platform)
+    try:
+        program = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if not any(name in str(error) for name in options):
+            raise
+        raise MachineError(
+            f"the compiler for {platform} does not take {' or '.join(options)} ({one_line(error)}); install a "
+            "jaxlib that pyproject.toml allows"
+        ) from None
     _return_freed_memory()
     return program
 

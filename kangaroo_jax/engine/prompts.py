@@ -99,7 +99,8 @@ def user_turn(prompt: Prompt) -> Prompt:
 
 def answer_room(target: Target, ids: Sequence[int], max_length: int | None) -> int:
     """The most new tokens that a prompt leaves room for; `max_length` as for `encode_prompt`."""
-    return (target.config.context if max_length is None else max_length) - len(ids)
+    context = target.config.context
+    return (context if max_length is None else min(max_length, context)) - len(ids)
 
 
 def require_template(target: Target) -> None:

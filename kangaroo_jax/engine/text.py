@@ -60,24 +60,26 @@ class TextStream:
         """Takes all the tokens, if their text is one that ends with the last of them; else returns False, and they are
         to be taken one at a time: a decoder may turn a complete character into an incomplete one for the bytes that
         follow it, and a stop string ends the sequence within them."""
-        pending = [*self._pending, *tokens]
-        fresh, context = self._decode_behind(pending)
-        text = self._settled + fresh
-        # A stop string that ends in the new text begins at most its own length before it.
-        stop = self._find_stop(text, max(0, len(self._settled) - self._longest_stop))
-        if len(tokens) > 1 and (stop is not None or _INCOMPLETE in fresh):
-            return False
-        self._pending = pending
-        self.num_tokens += len(tokens)
-        self.text = text if stop is None else text[:stop]
-        self.stopped = stop is not None
-        if fresh and not fresh.endswith(_INCOMPLETE):
-            self._settle(len(pending), fresh, context)
-        elif len(pending) > _MAX_BYTES and not fresh.rstrip(_INCOMPLETE):
-            # The first token begins no character. What follows it may.
-            self._settle(1, self._decode(pending[:1]), context)
-            return self._take([])
-        return True
+        while True:
+            pending = [*self._pending, *tokens]
+            fresh, context = self._decode_behind(pending)
+            text = self._settled + fresh
+            # A stop string that ends in the new text begins at most its own length before it.
+            stop = self._find_stop(text, max(0, len(self._settled) - self._longest_stop))
+            if len(tokens) > 1 and (stop is not None or _INCOMPLETE in fresh):
+                return False
+            self._pending = pending
+            self.num_tokens += len(tokens)
+            self.text = text if stop is None else text[:stop]
+            self.stopped = stop is not None
+            if fresh and not fresh.endswith(_INCOMPLETE):
+                self._settle(len(pending), fresh, context)
+            elif len(pending) > _MAX_BYTES and not fresh.rstrip(_INCOMPLETE):
+                # The first token begins no character. What follows it may.
+                self._settle(1, self._decode(pending[:1]), context)
+                tokens = ()
+                continue
+            return True
 
     def _settle(self, count: int, text: str, context: tuple[list[int], str]) -> None:
         """`text` is that of the first `count` pending tokens, whatever comes."""

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from kangaroo_jax.checkpoint.adapter import check_exit_layer
 from kangaroo_jax.checkpoint.known_models import model_config
-from kangaroo_jax.config import DraftConfig
+from kangaroo_jax.config import AdapterConfig, DraftConfig
 from kangaroo_jax.decode.prefill import Admission, empty_prompts, empty_slots, prefill_and_admit
 from kangaroo_jax.decode.rounds import RoundShape, run_rounds
 from kangaroo_jax.decode.sampling import Sampling
@@ -147,7 +147,10 @@ class Work:
     def models(self) -> tuple[Any, Adapter]:
         """Target and draft model."""
         dtype = jnp.dtype(self.dtype)
-        adapter = abstract_adapter(self.config, dtype) if self.adapter is None else in_dtype(self.adapter, dtype)
+        if self.adapter is None:
+            adapter = abstract_adapter(self.config, dtype, AdapterConfig(Adapter.kind))
+        else:
+            adapter = in_dtype(self.adapter, dtype)
         return abstract_target(self.config, self.dtype, self.mesh, self.weights), abstract(adapter, self.mesh)
 
     @property

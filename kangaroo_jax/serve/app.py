@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import hashlib
 import importlib.resources
 import re
@@ -71,6 +72,7 @@ class Server:
         self._make_engine(plain=False)  # refuses what cannot be, before anything listens
         self._metrics = Metrics()
         self._encoder = PromptEncoder(target, length)
+        self._tokenizer = copy.deepcopy(target.tokenizer)  # of replies, which are made on neither of the two threads
         slots = engine.max_batch
         self._thread = EngineThread(
             self._make_engine, slots + config.queue_size, slots, self._metrics.event, on_failure
@@ -179,9 +181,7 @@ class Server:
         prompts, requests = await self._encoder.requests(asked)
         job = Job(requests, asked.plain and self._adapter is not None, self._config.deadline)
         self._thread.submit(job)
-        return AnswerResponse(
-            self._thread, job, asked, prompts, reply, self._encoder.tokenizer, request.scope["kangaroo_log"]
-        )
+        return AnswerResponse(self._thread, job, asked, prompts, reply, self._tokenizer, request.scope["kangaroo_log"])
 
 
 async def _api_error(request: Request, error: ApiError) -> Response:

@@ -30,10 +30,6 @@ class PromptEncoder:
         # One thread: a tokenizer that two threads encode with at a time may refuse.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "prompts")
 
-    @property
-    def tokenizer(self):
-        return self._target.tokenizer
-
     async def requests(self, asked: Asked) -> tuple[list[list[int]], list[Request]]:
         """Token ids of each prompt, and the requests for all answers to the first prompt, to the second, ...
 

@@ -44,7 +44,7 @@ class StepBytes:
     head_row: int
 
     @classmethod
-    def of(cls, target: Target, exit_layer: int, adapter: AdapterConfig = AdapterConfig()) -> StepBytes:  # noqa: B008 - frozen
+    def of(cls, target: Target, exit_layer: int, adapter: AdapterConfig) -> StepBytes:
         model = target.model
         layers = [_nbytes(layer) for layer in model.layers]
         head = _nbytes(model.embed_tokens if model.lm_head is None else model.lm_head)

@@ -118,6 +118,11 @@ def _train(
         report.say(f"{output}: complete, {saved.step} steps" + (f"; {_describe(held_out)}" if held_out else ""))
         return held_out
 
+    if config.data.template and getattr(target.tokenizer, "chat_template", None):
+        report.say(
+            f"note: conversations are read by data.template={config.data.template}, and decoding takes the "
+            "tokenizer's own template; give --config.data.template= to train with that"
+        )
     process = _process(config.batch_size, mesh)
     data = own_data.write(config, target, output.path, on_data) if config.data.is_self else config.data
     rows, held_out = load_rows(data, target, config.sequence_length, config.seed, report)

@@ -119,8 +119,8 @@ def check_same_run(config: TrainConfig, stored: dict[str, Any], folder: pathlib.
     fixed = [name for name in settings if name in _FIXED or name.startswith("optimizer.")]
     if config.optimizer.schedule == "cosine":
         fixed.append("steps")  # the schedule depends on it
-    # A run from before a setting was added was trained as its default says.
-    stored = _defaults() | stored
+    # A run from before a setting was added was trained as its default says, or said then.
+    stored = _defaults() | {"adapter.kind": "kangaroo"} | stored
     for name in fixed:
         if settings[name] != stored.get(name):
             raise InputError(

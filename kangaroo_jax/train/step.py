@@ -59,7 +59,7 @@ def initial_parameters(
     exit_layer: int,
     initialization: str,
     seed: int,
-    adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 - frozen
+    adapter: AdapterConfig,
 ) -> Parameters:
     """float32 parameters to start from.
 

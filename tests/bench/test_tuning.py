@@ -9,7 +9,17 @@ import pytest
 from kangaroo_jax import DecideConfig, DraftConfig, InputError, LookupConfig, TreeConfig, load_adapter
 from kangaroo_jax.bench import parts, tuning
 from kangaroo_jax.bench.acceptance import NOT_IN_TREE, Chains, Found, Trees
-from kangaroo_jax.bench.tuning import Costs, Effort, Recording, best_of, measure_costs, predict, settings_of_trees
+from kangaroo_jax.bench.tuning import (
+    Costs,
+    Effort,
+    Recording,
+    TunedSetting,
+    Tuning,
+    best_of,
+    measure_costs,
+    predict,
+    settings_of_trees,
+)
 from kangaroo_jax.checkpoint.adapter import read_draft_settings, save_adapter, write_draft_settings
 from kangaroo_jax.config import RoundCosts
 from kangaroo_jax.decode import rounds
@@ -133,16 +143,35 @@ def test_predictions_are_corrected_by_what_decoding_takes(monkeypatch):
     )
     found = tuning.tune(small_target(), small_adapter(), EXIT_LAYER, [[1, 2, 3]], [], Effort(confirm=3))
     assert (found.deciding, found.beside) == pytest.approx((0.8 * found.fastest.measured, found.fastest.measured))
-    assert found.decide("here").from_slots == 2
+    assert found.draft("here").decide.from_slots == 2
     shares[True] = 0.5
     again = tuning.tune(small_target(), small_adapter(), EXIT_LAYER, [[1, 2, 3]], [], Effort(confirm=3))
-    assert again.decide("here").from_slots == 1
+    assert again.draft("here") == dataclasses.replace(again.decided, decide=again.draft("here").decide)
+    assert again.draft("here").decide.from_slots == 1
     assert found.correction == pytest.approx(0.5)
     assert len(found.settings) == 3
     for setting in found.settings:
         assert setting.predicted == pytest.approx(setting.measured)
         assert setting.measured == predict([recording], costs, setting.draft) / 2
     assert found.fastest.measured == max(setting.measured for setting in found.settings)
+
+
+def test_what_is_written_is_what_was_measured_to_be_fastest():
+    predicted_best, other = DraftConfig(None, 6, 0.1), DraftConfig(None, 4, 0.6)
+    settings = [TunedSetting(predicted_best, 2.0, 3.0, 1.3, 1.2), TunedSetting(other, 2.0, 2.0, 1.25, 1.3)]
+    costs = (RoundCosts(1, 0.1, ((1, 1.0), (5, 1.2)), 0.1),)
+    decided = dataclasses.replace(predicted_best, decide=DecideConfig())
+
+    def written(deciding: float) -> DraftConfig:
+        return Tuning(predicted_best, 1.0, settings, {}, costs, 0.7, decided, deciding, 1.2).draft("here")
+
+    slower, faster = DecideConfig(costs, 0.7, "here", 2), DecideConfig(costs, 0.7, "here", 1)
+    # Faster than the setting that it was measured beside, and not than the fastest.
+    assert written(1.25) == dataclasses.replace(other, decide=slower)
+    assert written(1.35) == dataclasses.replace(predicted_best, decide=faster)
+    tree = DraftConfig(None, 4, 0.1, TreeConfig(2, 8))
+    settings.append(TunedSetting(tree, 3.0, 4.0, 1.4, 1.5))
+    assert written(1.35) == tree
 
 
 def test_written_settings_are_those_an_adapter_is_loaded_with(tmp_path):

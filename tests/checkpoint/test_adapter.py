@@ -346,6 +346,8 @@ def test_the_kind_of_draft_model_is_recorded_and_another_is_named(tmp_path, save
     file.write_text(json.dumps(metadata | {"kind": "remembering", "written_by": "kangaroo_jax 7.0"}))
     message = one_line(folder, target)
     assert "draft model of kind 'remembering', written by kangaroo_jax 7.0, is not supported by kangaroo" in message
+    file.write_text(json.dumps(metadata | {"kind": ["kangaroo"]}))
+    assert "draft model of kind ['kangaroo']" in one_line(folder, target)
 
 
 def test_saving_leaves_what_is_there_alone(tmp_path, adapter, target):

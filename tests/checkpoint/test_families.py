@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import importlib.util
 import itertools
+import json
 import os
 import pathlib
 import subprocess
@@ -204,6 +205,27 @@ def test_logits_equal_those_of_transformers_both_ways(model_type: str, seed: int
     )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     np.testing.assert_allclose(logits_of(read.eval(), tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", ["llama3", "yarn"])
+def test_an_original_context_beside_the_rotary_settings_goes_first(kind: str, tmp_path: pathlib.Path) -> None:
+    from tests.fixtures.make_hf_logits import logits_of, make_model
+
+    def model(**more: int):
+        factors = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+        rope = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4} | factors
+        return make_model("llama", random_settings("llama", 0) | {"rope_parameters": rope, "head_dim": 16} | more, 0)
+
+    theirs = model(original_max_position_embeddings=8)
+    tokens = np.random.default_rng(0).integers(0, theirs.config.vocab_size, (2, LENGTH))
+    expected = logits_of(theirs.double(), tokens)
+    assert np.abs(logits_of(model(), tokens) - expected).max() > 0.1 * np.abs(expected).max()
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"]["original_max_position_embeddings"] = 64  # transformers has written its own into both
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same_logits(forward(load_target(tmp_path, "float32").model, tokens), expected, 1e-4)
 
 
 @needs_torch

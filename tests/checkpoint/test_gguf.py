@@ -189,6 +189,7 @@ def weights() -> dict:
         ({"llama.expert_count": 8}, ("llama.expert_count 8 is not supported",)),
         ({"llama.attention.sliding_window": 4096}, ("sliding_window 4096 is not supported",)),
         ({"tokenizer.ggml.eos_token_id": [257, 100]}, ("ggml.eos_token_id must be a token id, found [257, 100]",)),
+        ({"llama.attention.causal": False}, ("llama.attention.causal false is not supported",)),
         ({"tokenizer.ggml.pre": "klingon"}, ("pre 'klingon' is not supported",)),
         ({"llama.feed_forward_length": 128}, ("has the wrong shape",)),
         ({"llama.block_count": 3}, ("layers.2", "is missing")),

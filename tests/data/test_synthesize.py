@@ -301,6 +301,15 @@ def test_more_are_added_and_fewer_taken_from_what_a_killed_run_left(written, tmp
         write(output, 12)
 
 
+@pytest.mark.parametrize("killed_at", [38, 40, 42])
+def test_one_more_than_a_killed_run_left_comes_without_a_gap(written, tmp_path, killed_at):
+    output = tmp_path / "a.jsonl"
+    with pytest.raises(Kill):
+        write(output, on_progress=lambda tally: (_ for _ in ()).throw(Kill) if tally.records == killed_at else None)
+    write(output, killed_at + 1)
+    assert output.read_bytes() == b"".join(written[0].read_bytes().splitlines(keepends=True)[: killed_at + 1])
+
+
 @pytest.mark.parametrize(("limit", "answer", "goes_on"), [(30, 24, False), (30, 20, False), (180, 40, True)])
 def test_a_conversation_ends_at_its_limit(limit, answer, goes_on):
     settings = dataclasses.replace(SETTINGS, several_turns=1.0, answer_tokens=40, conversation_tokens=limit)

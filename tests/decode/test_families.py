@@ -166,7 +166,7 @@ def test_an_adapter_is_trained_and_decodes(model_type: str, initialization: str)
         dtype="float32",
     )
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "model": 1}, jax.devices()[:1])
-    parameters = training.initial_parameters(target.model, 2, initialization, 0)
+    parameters = training.initial_parameters(target.model, 2, initialization, 0, config.adapter)
     optimizer = training.make_optimizer(config)
     step, _ = training.compiled(optimizer, target.config, config, mesh)
     state = optimizer.init(parameters)

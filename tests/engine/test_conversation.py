@@ -151,6 +151,13 @@ def test_no_answer_takes_the_turn_back_and_reset_forgets():
     assert conversation.ask("hi") == first
 
 
+def test_messages_that_the_template_refuses_are_named_before_the_first_turn():
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
+    with pytest.raises(InputError, match="no system turn"):
+        Conversation(chat_target(refusing), [{"role": "system", "content": "Be brief."}])
+    assert Conversation(chat_target(refusing)).ask("hello")
+
+
 def test_bad_turns_leave_the_conversation_as_it_was():
     with pytest.raises(InputError, match="has no tokenizer"):
         Conversation(tiny_target())

@@ -114,6 +114,7 @@ def test_text_prompts_are_tokenised(lettered):
         ([[1] * 512], {}, "prompt 0 has 512 tokens, but the context is 512"),
         ([[1] * 500], {"max_new_tokens": 13}, "513 exceed the context of 512.*lower max_new_tokens to 12"),
         ([[1] * 20], {"max_length": 30, "max_new_tokens": 11}, "31 exceed the context of 30"),
+        ([[1] * 500], {"max_length": 1000, "max_new_tokens": 13}, "513 exceed the context of 512"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ([[1]], {"stop": ["x"]}, "no tokenizer"),
         ([1, 2], {}, "prompt 0 must be a string, a list of token ids or a list of messages, found 1"),

@@ -151,6 +151,12 @@ def test_a_stop_string_is_found_before_the_bytes_of_another_character(kind, chun
     assert streamer.num_tokens == len(smile)
 
 
+def test_any_number_of_tokens_without_text():
+    tokenizer = tokenizer_of("sentencepiece")
+    tokens = [tokenizer.eos_token_id] * 1200 + tokenizer.encode("x" + SMILE, add_special_tokens=False)
+    assert fed(TextStream(tokenizer), tokens, len(tokens)).strip() == "x" + SMILE
+
+
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_any_tokens_in_any_chunks_have_one_text(kind):
     """Also tokens that no text is made of."""

@@ -9,6 +9,7 @@ import pytest
 
 from kangaroo_jax import DraftConfig, generate, generate_plain, processor
 from kangaroo_jax.checkpoint.target import load_target, save_target
+from kangaroo_jax.config import AdapterConfig
 from kangaroo_jax.model import columns
 from kangaroo_jax.model.columns import ColumnArray, columns_where_faster
 from kangaroo_jax.model.ops import as_arrays, dot, rows
@@ -102,6 +103,8 @@ def test_a_loaded_target_is_saved_and_trained_from_as_arrays(folder, avx2, tmp_p
     model = load_target(folder, "float32").model
     save_target(model, tmp_path / "saved", np.float32)
     assert (tmp_path / "saved" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    found, expected = (initial_parameters(x, EXIT_LAYER, "layer", 0) for x in (model, as_arrays(model)))
+    found, expected = (
+        initial_parameters(x, EXIT_LAYER, "layer", 0, AdapterConfig("kangaroo")) for x in (model, as_arrays(model))
+    )
     assert found.keys() == expected.keys()
     assert all(np.array_equal(x, expected[path]) for path, x in found.items())

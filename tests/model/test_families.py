@@ -350,6 +350,13 @@ def test_biases_that_only_llama_reads() -> None:
             "quantized weights ('load_in_4bit')",
         ),
         (hf("qwen2", is_causal=False), "is_causal false is not supported: tokens see those before them alone"),
+        (hf(per_layer_config={"0": {"rms_norm_eps": 1e-2}}), "per_layer_config is not supported"),
+        (hf(sliding_window=16), "sliding_window 16 is not supported for llama, whose layers see all positions"),
+        (
+            hf("olmo2", layer_types=["sliding_attention"]),
+            "layer_types with 'sliding_attention' is not supported",
+        ),
+        (hf("granite", sliding_window=1), "sliding_window 1 is not supported for granite"),
         (hf(partial_rotary_factor=0.5), "partial_rotary_factor must be 1 for llama, found 0.5"),
         (hf(vocab_size=None), "vocab_size must be a positive integer, found None"),
         (hf(vocab_size=True), "vocab_size must be a positive integer, found True"),

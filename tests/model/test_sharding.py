@@ -51,7 +51,7 @@ def mesh_of(data: int, fsdp: int, model: int) -> types.SimpleNamespace:
 
 def test_every_parameter_and_its_optimizer_state_has_a_partition_and_every_matrix_is_split():
     target = named_leaves(nnx.eval_shape(lambda: TargetModel(CONFIG, rngs=nnx.Rngs(0))))
-    adapter = named_leaves(abstract_adapter(CONFIG, jnp.float32)) | named_leaves(
+    adapter = named_leaves(abstract_adapter(CONFIG, jnp.float32, AdapterConfig("kangaroo"))) | named_leaves(
         abstract_adapter(CONFIG, jnp.float32, AdapterConfig("memory", mlp_size=16))
     )
     state = named_leaves(jax.eval_shape(optax.adamw(1e-3).init, dict(adapter.items())))

@@ -22,6 +22,7 @@ def settings(tmp_path_factory, target_folder):
     return {
         "target": str(target_folder),
         "exit_layer": 3,
+        "adapter.kind": "kangaroo",  # test_memory.py trains the other kind
         "steps": 20,
         "batch_size": 4,
         "sequence_length": 64,

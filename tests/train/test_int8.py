@@ -9,6 +9,7 @@ import pytest
 
 from kangaroo_jax.checkpoint.adapter import adapter_from_parameters
 from kangaroo_jax.checkpoint.target import load_target
+from kangaroo_jax.config import AdapterConfig
 from kangaroo_jax.model.ops import as_arrays
 from kangaroo_jax.train.objective import adapter_loss
 from kangaroo_jax.train.step import initial_parameters
@@ -28,7 +29,7 @@ def test_loss_and_gradient_are_those_with_the_dequantized_weights():
             adapter = adapter_from_parameters(model.config, parameters)
             return adapter_loss(adapter, model, *batch, exit_layer=2, chunk=8)[0]
 
-        return jax.value_and_grad(loss)(initial_parameters(model, 2, "layer", 0))
+        return jax.value_and_grad(loss)(initial_parameters(model, 2, "layer", 0, AdapterConfig("kangaroo")))
 
     (loss, gradient), (expected, exact) = loss_and_gradient(in_int8), loss_and_gradient(as_arrays(in_int8))
     np.testing.assert_allclose(loss, expected, rtol=1e-5)

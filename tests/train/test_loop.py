@@ -53,7 +53,8 @@ def test_a_run_trains_for_the_weights_that_it_names(settings, target_folder, tmp
 
 def test_checkpoint_holds_the_adapter_and_its_optimizer_alone(run, target):
     output, _, _ = run
-    shapes = {path: x.shape for path, x in named_leaves(abstract_adapter(target.config, jnp.float32)).items()}
+    adapter = abstract_adapter(target.config, jnp.float32, AdapterConfig("kangaroo"))
+    shapes = {path: x.shape for path, x in named_leaves(adapter).items()}
     for step in ("10", "20"):
         assert {x.name for x in (output / step).iterdir() if x.is_dir()} == {
             "adapter",
@@ -168,8 +169,9 @@ def test_wrong_settings_are_named_and_leave_nothing_behind(settings, tmp_path, n
 
 
 def test_starting_parameters_are_copies_of_the_targets(target):
-    parameters = initial_parameters(target.model, 3, "layer", 0)
-    assert parameters.keys() == named_leaves(abstract_adapter(target.config, jnp.float32)).keys()
+    shape = AdapterConfig("kangaroo")
+    parameters = initial_parameters(target.model, 3, "layer", 0, shape)
+    assert parameters.keys() == named_leaves(abstract_adapter(target.config, jnp.float32, shape)).keys()
     layer = target.model.layers[3]
     assert np.array_equal(parameters["layers.0.self_attn.qkv_proj"], layer.self_attn.qkv_proj[...])
     assert np.array_equal(parameters["norm.weight"], target.model.norm.weight[...])
@@ -185,7 +187,7 @@ def test_a_zero_output_starts_as_the_exit_layer_itself_and_random_parameters_are
     # The target is an argument, not a constant that is compiled into the program.
     @functools.partial(jax.jit, static_argnums=0)
     def compiled(initialization, seed, model):
-        parameters = initial_parameters(model, 3, initialization, seed)
+        parameters = initial_parameters(model, 3, initialization, seed, AdapterConfig("kangaroo"))
         return parameters, adapter_apply(adapter_from_parameters(target.config, parameters), hidden, positions)[0]
 
     def adapted(initialization, seed=0):
@@ -202,7 +204,7 @@ def test_a_zero_output_starts_as_the_exit_layer_itself_and_random_parameters_are
 
 
 def test_each_layer_of_an_adapter_starts_from_a_layer_of_the_target(target):
-    shape = AdapterConfig(num_layers=2)
+    shape = AdapterConfig("kangaroo", num_layers=2)
     parameters = initial_parameters(target.model, 3, "layer", 0, shape)
     assert parameters.keys() == named_leaves(abstract_adapter(target.config, jnp.float32, shape)).keys()
     for i in range(2):
@@ -220,7 +222,7 @@ def test_an_mlp_adds_nothing_at_first(target):
         parameters = initial_parameters(target.model, 3, "layer", 0, shape)
         return adapter_apply(adapter_from_parameters(target.config, parameters), hidden, jnp.arange(5)[None])[0]
 
-    assert np.array_equal(adapted(AdapterConfig(mlp_size=24)), adapted(AdapterConfig()))
+    assert np.array_equal(adapted(AdapterConfig("kangaroo", mlp_size=24)), adapted(AdapterConfig("kangaroo")))
 
 
 @pytest.mark.long
@@ -230,7 +232,7 @@ def test_an_adapter_of_two_layers_and_an_mlp_is_trained_and_decoded_with(setting
     train(configured(settings, **short))
     shutil.rmtree(output / "4")
     train(configured(settings, **short))
-    start = initial_parameters(target.model, 3, "layer", 0, AdapterConfig(num_layers=2, mlp_size=24))
+    start = initial_parameters(target.model, 3, "layer", 0, AdapterConfig("kangaroo", num_layers=2, mlp_size=24))
     adapter = load_adapter(output / "4", target)
     for path, x in named_leaves(adapter.model).items():
         assert not np.array_equal(x, start[path]), path

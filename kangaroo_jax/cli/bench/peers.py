@@ -38,7 +38,7 @@ def main() -> None:
     compilation_cache.enable()
     target = load_target_of(_MODEL.value, "float32")
     adapter = load_adapter_of(target, _ADAPTER.value)
-    draft = _DRAFT.over(adapter.draft)
+    draft = _DRAFT.over(adapter.draft).at(1)
     named = {} if shared_flags.is_chat(target) else held_out_prompts(_PROMPTS.value)
     texts = list(named.values()) or CHAT_PROMPTS[: _PROMPTS.value]
     ids = shared_flags.encoded_prompts(target, texts, _MAX_NEW_TOKENS.value)

@@ -55,7 +55,7 @@ def main() -> None:
     lengths = ragged_lengths(_REQUESTS.value, _SHORTEST.value, _LONGEST.value)
     requests = requests_of(held_out_functions(_REQUESTS.value), lengths)
     print(machine.describe())
-    print(f"{target.name}, {'plain' if adapter is None else draft}, {target.model.dtype}, greedy")
+    print(f"{target.name}, {'plain' if adapter is None else draft.at(_MAX_BATCH.value)}, {target.model.dtype}, greedy")
     print(f"{len(requests)} requests, answers of {min(lengths)} to {max(lengths)} tokens ({sum(lengths)} together)\n")
     print(
         f"{'clients':>7}{'slots':>7}{'tokens/s':>10}{'many':>10}{'ratio':>8}{'overhead, ms':>14}"

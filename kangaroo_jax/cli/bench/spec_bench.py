@@ -68,7 +68,7 @@ def main() -> None:
     target = load_target_of(_MODEL.value, _DTYPE.value)
     dtype = str(target.model.dtype)
     adapter = load_adapter_of(target, _ADAPTER.value)
-    draft = given.over(adapter.draft)
+    draft = given.over(adapter.draft).at(1)
     draft = dataclasses.replace(draft, exit_layer=parts.exit_layer_of(target, adapter, draft))
     if target.tokenizer is None:
         raise InputError(f"{target.name}: has no tokenizer; put its tokenizer files beside the weights")

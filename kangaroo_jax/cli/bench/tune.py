@@ -19,8 +19,6 @@ With --machine, what the target accepts is recorded here, and what rounds cost i
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 from absl import flags
 
@@ -102,10 +100,7 @@ def main() -> None:
         _print(tuning)
         best[adapter.name] = tuning.fastest
         if _WRITE.value is not False:
-            draft = tuning.fastest.draft
-            if draft.tree is None:
-                draft = dataclasses.replace(draft, decide=tuning.decide(machine.name()))
-            print(f"wrote {write_draft_settings(adapter.name, draft)}")
+            print(f"wrote {write_draft_settings(adapter.name, tuning.draft(machine.name()))}")
     if len(best) > 1:
         path = max(best, key=lambda path: best[path].measured)
         print(f"fastest: {path}, {best[path].measured:.2f} times plain decoding")

@@ -177,8 +177,6 @@ class _Run:
         self.most = batch_size + max(1, batch_size // 8)
         self.jobs: dict[int, tuple[int, Job]] = {}  # by the id of its request
         self.next = 0  # the smallest index that was not begun
-        # A killed run can leave gaps before what it has: they are filled even if there are records enough.
-        self.gaps_to = file.last(tally.wanted)
         self.limit = source.count
         if self.limit is None:
             self.limit = _TRIED + _PER_RECORD * tally.wanted
@@ -201,7 +199,8 @@ class _Run:
         if not len(self.file) and self.source.count is None:
             limit = min(limit, _TRIED + self.batch_size)
         while len(self.jobs) < self.most and self.next < limit:
-            if len(self.file) + len(self.jobs) >= self.tally.wanted and self.next >= self.gaps_to:
+            # A killed run can leave gaps before what it has: they are filled even if there are records enough.
+            if len(self.file) + len(self.jobs) >= self.tally.wanted and self.next >= self.file.last(self.tally.wanted):
                 return
             index, self.next = self.next, self.next + 1
             if index not in self.file:

@@ -13,7 +13,7 @@ from kangaroo_jax.model.drafts.memory import MemoryAdapter
 KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (Adapter, MemoryAdapter)}
 
 
-def abstract_adapter(config: ModelConfig, dtype: jnp.dtype, shape: AdapterConfig = AdapterConfig()) -> Adapter:  # noqa: B008 - frozen
+def abstract_adapter(config: ModelConfig, dtype: jnp.dtype, shape: AdapterConfig) -> Adapter:
     """The draft model of that kind and shape for a target with `config`, with shapes in place of weights."""
     sizes = {"num_layers": shape.num_layers, "mlp_size": shape.mlp_size}
     return nnx.eval_shape(lambda: KINDS[shape.kind](config, rngs=nnx.Rngs(0), dtype=dtype, **sizes))

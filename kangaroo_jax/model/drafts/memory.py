@@ -49,8 +49,8 @@ class Memory(nnx.Module):
     def at(
         self, deep: Float[Array, "batch time hidden"], depths: Int[Array, "batch time"]
     ) -> Float[Array, "batch time hidden"]:
-        """At a depth for each state; 0 adds nothing."""
-        normed = self.norm(deep)
+        """At a depth for each state; 0 adds nothing, and deeper ones what the last depth does."""
+        normed, depths = self.norm(deep), jnp.minimum(depths, self.memory_proj.shape[1])
 
         def chosen(depth: int) -> Float[Array, "batch time hidden"]:
             of_depth = jnp.where((depths == depth)[:, :, None], normed, 0)

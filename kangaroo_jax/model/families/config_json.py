@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kangaroo_jax.checks import check_count, check_flag, check_positive
+from kangaroo_jax.checks import check_count, check_flag, check_positive, is_integer
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ROPE_KINDS, ModelConfig, RopeScaling
 
@@ -72,6 +72,8 @@ def shared_fields(
             f"quantized weights ({_quantization_method(quantization)!r}) are not supported; use the unquantized "
             "checkpoint"
         )
+    if contents.get("per_layer_config"):
+        raise InputError("per_layer_config is not supported: settings are the same for all layers")
     if contents.get("is_causal") is False:
         raise InputError("is_causal false is not supported: tokens see those before them alone")
     if contents.get("vision_config"):
@@ -256,10 +258,11 @@ def rotary_settings(contents: Mapping[str, Any], theta: float, max_positions: in
         raise InputError(f"rope type {kind!r} is not supported; supported: default, {', '.join(ROPE_KINDS)}")
     given = {name: value for name, value in parameters.items() if value is not None}
     # transformers: a key beside the parameters, which Phi has, comes first; the complete context is the default.
-    original = contents.get("original_max_position_embeddings")
-    if kind in ("yarn", "longrope"):
-        given["original_max_position_embeddings"] = original or given.get(_ORIGINAL, max_positions)
+    original = contents.get(_ORIGINAL)
+    if kind in ("llama3", "yarn", "longrope"):
+        given[_ORIGINAL] = original or given.get(_ORIGINAL, max_positions)
         check_count(_ORIGINAL, given[_ORIGINAL])
+    if kind in ("yarn", "longrope"):
         check_count("max_position_embeddings", max_positions)
         given.setdefault("factor", max_positions / given[_ORIGINAL])
     for field in ("factor", *_NEEDED[kind]):
@@ -291,6 +294,15 @@ def _attention_factor(kind: str, given: Mapping[str, Any]) -> float:
         check_positive("rope mscale", scale)
     above, below = (0.1 * scale * math.log(factor) + 1 for scale in scales)
     return above / below
+
+
+def refuse_window(contents: Mapping[str, Any], max_positions: int) -> None:
+    """Raises `InputError` for a window in a family without any: transformers would cut its cache, and not its mask."""
+    window = contents.get("sliding_window")
+    kinds = [kind for kind in contents.get("layer_types") or () if kind != "full_attention"]
+    if kinds or (window is not None and is_integer(window) and window < max_positions):
+        found = f"layer_types with {kinds[0]!r}" if kinds else f"sliding_window {window}"
+        raise InputError(f"{found} is not supported for {contents['model_type']}, whose layers see all positions")
 
 
 def _rope_key(contents: Mapping[str, Any]) -> str:
