@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
             },
         },
         exit_layer=3,
-        adapter={"kind": "memory", "mlp_size": 1024},
+        adapter={"mlp_size": 1024},
         teacher="cached",
         steps=6000,
         batch_size=16,

@@ -175,6 +175,11 @@ MISTAKES = [
     (["--tree", "--lookup_tokens=5"], "trees and look-ups exclude each other; leave one out"),
     (["--lookup_tokens=2000"], "lookup_tokens must be less than the target's context (1024), found 2000"),
     (["--plain", "--notree"], "--tree and --plain do not go together"),
+    (
+        ["--preflight=h100", "--adapter=x"],
+        "--adapter changes nothing with --preflight, which compiles for the model's shape",
+    ),
+    (["--preflight=h100", "--seed=0"], "--seed changes nothing with --preflight"),
     (["--chat", "--prompt=x"], "--prompt and --chat do not go together"),
     (["--chat", "--raw"], "--raw and --chat do not go together"),
     (["--chat", "--compare"], "--compare and --chat do not go together"),

@@ -36,7 +36,6 @@ def chat(
       request: a turn's request, from the prompt's token ids.
       printer: of an answer, from the prompt's token ids.
     """
-    engine.abort(engine.add(request([0])))  # settings that cannot be are named before anything is typed
     while True:
         try:
             text = _read_turn()

@@ -217,6 +217,15 @@ def _check_flags() -> None:
         for flag in (*drafting, _COMPARE, _SHOW_DRAFTS, _HTML, preflight_flag.PREFLIGHT):
             if flag.present:
                 raise InputError(f"--{flag.name} and --plain do not go together; give one")
+    if preflight is not None:
+        asked = (_PROMPT, _PROMPT_FILE, _MESSAGES, _INPUT, _CHAT, _RAW, _STOP, _TEMPERATURE, _TOP_P, _TOP_K, _SEED)
+        shown = (_COMPARE, _SHOW_DRAFTS, _HTML, _JSON, command_line.PROFILE)
+        for flag in (_ADAPTER, *asked, *shown):
+            if flag.present:
+                raise InputError(
+                    f"--{flag.name} changes nothing with --preflight, which compiles for the model's shape and the "
+                    "paper's adapter, and runs nothing; leave it out"
+                )
     if _CONTEXT.present and preflight is None:
         raise InputError("--context belongs to --preflight, which is missing; give a machine")
     if "" in _STOP.value:
@@ -452,6 +461,7 @@ def _chat(given: DraftOverrides, sampling: SamplingConfig) -> None:
     if _SHOW_DRAFTS.value:
         print(legend(looks_up=draft.lookup is not None))
     print()
+    engine.abort(engine.add(request([0])))  # settings that cannot be are named before anything is typed
     chat(engine, conversation, request, printer)
 
 

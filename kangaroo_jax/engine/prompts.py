@@ -42,11 +42,10 @@ def encode_prompt(target: Target, prompt: Prompt, max_new_tokens: int, max_lengt
     """Token ids of one prompt, checked to fit with its answer.
 
     Args:
-      target: whose tokenizer, and chat template, is used.
-      prompt: text as the model sees it, token ids, or messages, which the chat template makes text of, up to where the
-        answer begins. BOS is there once: text that begins with it gets no other, and messages only the template's.
+      target: as for `prompt_ids`.
+      prompt: as for `prompt_ids`.
       max_new_tokens: that must fit as well.
-      max_length: of prompt and answer together; None means the target's context.
+      max_length: of prompt and answer together; None, or more, means the target's context.
       name: of the prompt, in errors.
 
     Raises:
@@ -55,12 +54,7 @@ def encode_prompt(target: Target, prompt: Prompt, max_new_tokens: int, max_lengt
     check_new_tokens(max_new_tokens)
     if max_length is not None:
         check_count("max_length", max_length)
-    ids = _ids(target, prompt, name)
-    if not ids:
-        raise InputError(f"{name} is empty; give at least one token")
-    for token in ids:
-        if not 0 <= token < target.config.vocab_size:
-            raise InputError(f"{name}: {not_in_vocabulary(token, target.tokenizer, target.config.vocab_size)}")
+    ids = prompt_ids(target, prompt, name)
     room = answer_room(target, ids, max_length)
     context = len(ids) + room
     if room < 1:
@@ -72,6 +66,27 @@ def encode_prompt(target: Target, prompt: Prompt, max_new_tokens: int, max_lengt
             f"exceed the context of {context}{_why_context(target, context)}; shorten the prompt or lower "
             f"max_new_tokens to {room}"
         )
+    return ids
+
+
+def prompt_ids(target: Target, prompt: Prompt, name: str) -> list[int]:
+    """Token ids of one prompt, of any length.
+
+    Args:
+      target: whose tokenizer, and chat template, is used.
+      prompt: text as the model sees it, token ids, or messages, which the chat template makes text of, up to where the
+        answer begins. BOS is there once: text that begins with it gets no other, and messages only the template's.
+      name: of the prompt, in errors.
+
+    Raises:
+      InputError: naming the prompt by `name`.
+    """
+    ids = _ids(target, prompt, name)
+    if not ids:
+        raise InputError(f"{name} is empty; give at least one token")
+    for token in ids:
+        if not 0 <= token < target.config.vocab_size:
+            raise InputError(f"{name}: {not_in_vocabulary(token, target.tokenizer, target.config.vocab_size)}")
     return ids
 
 

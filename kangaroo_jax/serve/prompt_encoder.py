@@ -6,10 +6,9 @@ import asyncio
 import concurrent.futures
 import copy
 import dataclasses
-import sys
 
 from kangaroo_jax.checkpoint.target import Target
-from kangaroo_jax.engine.prompts import answer_room, encode_prompt
+from kangaroo_jax.engine.prompts import answer_room, prompt_ids
 from kangaroo_jax.engine.requests import Request
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.serve.api_error import ApiError
@@ -50,7 +49,7 @@ class PromptEncoder:
         chat = isinstance(prompt, list) and isinstance(prompt[0], dict)
         param = "messages" if chat else "prompt"
         try:
-            ids = encode_prompt(self._target, prompt, 1, sys.maxsize, "the prompt")
+            ids = prompt_ids(self._target, prompt, "the prompt")
         except InputError as error:
             raise ApiError(400, str(error), "invalid_value", param) from None
         room = answer_room(self._target, ids, self._max_length)

@@ -154,13 +154,16 @@ def test_every_config_file_is_right(path):
 
 
 def test_a_run_that_was_started_before_there_was_a_train_config_goes_on():
-    config = check_config(demo_config())
+    config = configured({"adapter.kind": "kangaroo"})  # the default then
     assert flat(config).keys() > EARLIER.keys()
     check_same_run(config, EARLIER, pathlib.Path("run"))
     with pytest.raises(InputError, match=r"expected optimizer\.clip_norm 0\.5, found 1\.0"):
         check_same_run(config, EARLIER | {"optimizer.clip_norm": 1.0}, pathlib.Path("run"))
+    with pytest.raises(InputError, match=r"expected adapter\.kind memory, found kangaroo"):
+        check_same_run(check_config(demo_config()), EARLIER, pathlib.Path("run"))
     with pytest.raises(InputError, match="expected cross_entropy_steps 5, found 0"):
-        check_same_run(configured({"cross_entropy_steps": 5}), EARLIER, pathlib.Path("run"))
+        later = {"adapter.kind": "kangaroo", "cross_entropy_steps": 5}
+        check_same_run(configured(later), EARLIER, pathlib.Path("run"))
 
 
 def test_a_draft_vocabulary_may_be_written_as_a_number():
