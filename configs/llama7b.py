@@ -8,10 +8,10 @@ Learning rate, warm-up, clipping, sequence length and exit layer are those of th
 epochs of ShareGPT, about 24 hours on 8 V100.
 
 Hardware: sized for a v5e slice of 4x4 (16 chips of 16 GiB), weights and batch split 16 ways. Expected memory, per
-device and as compiled by `--preflight=v5e:4x4`: 2.3 GiB at most, of which 0.8 GiB are weights and optimizer. One device
-of 24 GiB or more is enough with --config.batch_size=8: 15.7 GiB. Measured: these figures of the compiler
-(docs/preflight.md). Not measured: the time of a step or a run, and the acceptance to expect; it has not been run at
-this size.
+device and as compiled by `--preflight=v5e:4x4`: 2.4 GiB at most, of which 0.9 GiB are weights and optimizer. One device
+of 24 GiB or more is enough with --config.batch_size=8: 15.7 GiB with the paper's adapter. Measured: these figures of
+the compiler (docs/preflight.md). Not measured: the time of a step or a run, and the acceptance to expect; it has not
+been run at this size.
 
 TrainConfig in kangaroo_jax/config.py describes every setting; its defaults are this recipe.
 """
