@@ -517,7 +517,7 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run. The defaults are the paper's recipe for a 7B target (arXiv 2404.18911, section 4, and the
-    authors' code); configs/*.py say what differs from them.
+    authors' code), but for the adapter's kind; configs/*.py say what differs from them.
 
     Attributes:
       target: the frozen target: a folder in Hugging Face format, here or in a bucket, or a hub id.

@@ -6,15 +6,17 @@ import dataclasses
 import itertools
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from kangaroo_jax import InputError, generate_plain
-from kangaroo_jax.config import SynthesisConfig
+from kangaroo_jax.config import DecideConfig, DraftConfig, RoundCosts, SynthesisConfig
 from kangaroo_jax.data.encode import Encoder
 from kangaroo_jax.data.records import find_sources, read_records
+from kangaroo_jax.data.synthesize import run
 from kangaroo_jax.data.synthesize.conversation import normalised
 from kangaroo_jax.data.synthesize.mix import Kind
 from kangaroo_jax.data.synthesize.record_file import RecordFile, check_place
@@ -308,6 +310,22 @@ def test_one_more_than_a_killed_run_left_comes_without_a_gap(written, tmp_path, 
         write(output, on_progress=lambda tally: (_ for _ in ()).throw(Kill) if tally.records == killed_at else None)
     write(output, killed_at + 1)
     assert output.read_bytes() == b"".join(written[0].read_bytes().splitlines(keepends=True)[: killed_at + 1])
+
+
+def test_costs_that_sequences_decide_by_are_among_the_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "Engine", lambda *_: types.SimpleNamespace(compile_seconds=0.0))
+    source = types.SimpleNamespace(settings={}, key=str, count=9, every={})
+    source.job = lambda i: types.SimpleNamespace(key=None, start=lambda: {"text": f"record {i}"})  # nothing is decoded
+    adapter = types.SimpleNamespace(name="runs/adapter")
+
+    def begin(draft_step, count):
+        draft = DraftConfig(decide=DecideConfig((RoundCosts(2, draft_step, ((1, 1.0),), 0.1),)))
+        write_records(chat_target(), adapter, source, tmp_path / "a.jsonl", count, batch_size=2, draft=draft)
+
+    begin(0.1, 2)
+    begin(0.1, 3)
+    with pytest.raises(InputError, match="in 2 slots, costs"):
+        begin(0.2, 4)
 
 
 @pytest.mark.parametrize(("limit", "answer", "goes_on"), [(30, 24, False), (30, 20, False), (180, 40, True)])

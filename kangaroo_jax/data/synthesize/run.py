@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import pathlib
 import time
 from collections.abc import Callable, Hashable
@@ -132,9 +133,12 @@ def write_records(
       InputError: for records of other settings in `output`, or fewer usable ones than wanted. What was made stays for
         a run that wants fewer.
     """
-    drafts = f"{draft.at(batch_size)}"
-    if draft.at(batch_size).decide is not None:
+    draft = draft.at(batch_size)
+    drafts = f"{draft}"
+    if draft.decide is not None:
         drafts += f" in {batch_size} slots"
+        if draft.decide.costs:  # what is sampled depends on them
+            drafts += f", costs {hashlib.sha256(repr(draft.decide).encode()).hexdigest()[:8]}"
     settings = {
         "model": f"{pathlib.Path(target.name).name} ({target.fingerprint})",
         "dtype": str(target.model.dtype),
