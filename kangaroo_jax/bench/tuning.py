@@ -381,14 +381,14 @@ def tune(
     accepted = acceptance(recordings, batches[1][0])
     drafts = best_of(speeds, effort.confirm)
     best = max((draft for draft in drafts if draft.tree is None), key=speeds.get)
-    deciding = dataclasses.replace(best, decide=DecideConfig(in_plain_steps, accepted))
-    *measured, decided = _measure(target, adapter, prompts, [*drafts, deciding], effort, progress, "confirming")
+    decided = dataclasses.replace(best, decide=DecideConfig(in_plain_steps, accepted))
+    *measured, deciding = _measure(target, adapter, prompts, [*drafts, decided], effort, progress, "confirming")
     settings = []
     for draft, speedup in zip(drafts, measured, strict=True):
         steps, committed = mean_round(recordings, draft)
         settings.append(TunedSetting(draft, committed, steps, speeds[draft], speedup))
     beside = measured[drafts.index(best)]
-    return Tuning(_REFERENCE, correction, settings, batches, in_plain_steps, accepted, deciding, decided, beside)
+    return Tuning(_REFERENCE, correction, settings, batches, in_plain_steps, accepted, decided, deciding, beside)
 
 
 def _measure(

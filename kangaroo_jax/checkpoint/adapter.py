@@ -75,7 +75,7 @@ class TrainedAdapter:
         for.
       other_target: the name of the target it was trained for, where that has the same shapes and other weights (a
         fine-tune, or the same one in float weights, or in int8). Fewer of its drafts may be accepted.
-      draft: how to draft with it: what its decode.json says, else as `UNTUNED` says.
+      draft: how to draft with it: what its decode.json says, else `UNTUNED`.
     """
 
     model: Adapter
@@ -83,7 +83,7 @@ class TrainedAdapter:
     name: str
     target_fingerprint: str | None
     other_target: str | None = None
-    draft: DraftConfig = DraftConfig()  # noqa: RUF009 - frozen
+    draft: DraftConfig = UNTUNED
 
 
 def named_leaves(tree: PyTree) -> dict[str, Array]:

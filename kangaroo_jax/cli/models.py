@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 import jax
@@ -45,10 +46,13 @@ def load_adapter_of(target: Target, path: str | None) -> TrainedAdapter:
     """
     found = path or adapters.find(target)
     if found is None:
+        own = ""
+        if getattr(target.tokenizer, "chat_template", None):  # it can write its own data
+            own = " --config.data.template= --config.data.files=self"
         raise InputError(
             f"--adapter is missing, and none comes with the package for {target.name}; train one with `python train.py "
-            f"--config=configs/llama7b.py --config.target={target.name} --config.data.template= "
-            "--config.data.files=self`, then give its output folder; or decode without one: --plain"
+            f"--config=configs/llama7b.py --config.target={target.name}{own}`, then give its output folder; or decode "
+            "without one: --plain"
         )
     adapter = load_adapter(found, target)
     if path is None and found != demo.ADAPTER:
@@ -64,13 +68,17 @@ def load_adapter_of(target: Target, path: str | None) -> TrainedAdapter:
 def draft_of(draft: DraftConfig, slots: int, model: str | None, adapter: str | None) -> DraftConfig:
     """How an engine of so many slots drafts (`DraftConfig.at`). Says which costs of rounds its sequences decide by,
     where those are of another batch size or machine, and how to measure them for what --model and --adapter name."""
-    named = [f" --{name}={value}" for name, value in (("model", model), ("adapter", adapter)) if value is not None]
+    named = [
+        f" --{name}={shlex.quote(value)}"
+        for name, value in (("model", model), ("adapter", adapter))
+        if value is not None
+    ]
     tune = "python -m kangaroo_jax.bench tune" + "".join(named)
     draft = draft.at(slots)
     if draft.decide is None:
         return draft
     if not draft.decide.costs:
-        _note(f"costs of rounds are predicted; `{tune}` measures them")
+        _note(f"costs of rounds are predicted; `{tune} --batch_sizes={slots}` measures them")
         return draft
     costs, here = draft.decide.nearest(slots), machine.name()
     if costs.batch_size != slots or draft.decide.machine != here:

@@ -729,7 +729,7 @@ def round_shape(target: Target, adapter: TrainedAdapter | None, draft: DraftConf
     if draft.tree is not None:
         lengths["tree_budget"] = draft.tree.budget
     if lookup is not None:
-        lengths |= {"lookup_tokens": lookup.max_tokens, "lookup_max_ngram": lookup.max_ngram}
+        lengths["lookup_tokens"] = lookup.max_tokens
     for name, length in lengths.items():
         if length >= context:
             raise InputError(f"{name} must be less than the target's context ({context}), found {length}")

@@ -18,7 +18,7 @@ def rotary_angles(
     Of "dynamic" and "longrope", for texts within `ModelConfig.context`."""
     scaling = rotary.scaling
     factor = 1.0 if scaling is None else scaling.attention_factor
-    angles = positions[..., None].astype(jnp.float32) * _frequencies(rotary)
+    angles = positions[..., None].astype(jnp.float32) * frequencies(rotary)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if factor != 1.0:
         cos, sin = cos * factor, sin * factor
@@ -28,15 +28,14 @@ def rotary_angles(
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, sin], axis=-1)
 
 
-def _frequencies(rotary: Rotary) -> Float[np.ndarray, " turned/2"]:
-    """In float32, as transformers computes them, and on the host: a position multiplies their rounding, and a device's
-    powers may be rounded less well."""
-    frequencies = np.float32(1) / np.float32(rotary.theta) ** (
-        np.arange(0, rotary.dim, 2, dtype=np.float32) / np.float32(rotary.dim)
-    )
+def frequencies(rotary: Rotary) -> Float[np.ndarray, " turned/2"]:
+    """Radians per position, in float32 as transformers computes them, and on the host: a position multiplies their
+    rounding, and a device's powers may be rounded less well."""
+    places = np.arange(0, rotary.dim, 2, dtype=np.float32) / np.float32(rotary.dim)
+    found = np.float32(1) / np.float32(rotary.theta) ** places
     if rotary.scaling is not None:
-        frequencies = _SCALED[rotary.scaling.kind](frequencies, rotary, rotary.scaling)
-    return frequencies.astype(np.float32)
+        found = _SCALED[rotary.scaling.kind](found, rotary, rotary.scaling)
+    return found.astype(np.float32)
 
 
 def _linear(frequencies: np.ndarray, rotary: Rotary, scaling: RopeScaling) -> np.ndarray:

@@ -120,8 +120,8 @@ def _train(
 
     if config.data.template and getattr(target.tokenizer, "chat_template", None):
         report.say(
-            f"note: conversations are read by data.template={config.data.template}, and decoding takes the "
-            "tokenizer's own template; give --config.data.template= to train with that"
+            f"note: where the data are conversations, they are read by data.template={config.data.template}, and "
+            "decoding takes the tokenizer's own template; give --config.data.template= to train with that"
         )
     process = _process(config.batch_size, mesh)
     data = own_data.write(config, target, output.path, on_data) if config.data.is_self else config.data

@@ -188,7 +188,7 @@ def test_trees_and_look_ups_exclude_each_other():
         ((5, 1, 2.0), "lookup_max_ngram must be a positive integer, found 2.0"),
         ((5, 3, 2), r"lookup_max_ngram must be at least lookup_min_ngram \(3\), found 2"),
         ((512,), r"lookup_tokens must be less than the target's context \(512\), found 512"),
-        ((5, 1, 600), "lookup_max_ngram must be at most 32, found 600"),
+        ((5, 1, 33), "lookup_max_ngram must be at most 32, found 33"),
     ],
 )
 def test_look_ups_that_cannot_be_are_named(lengths, message):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kangaroo_jax import processor
 from kangaroo_jax.model.attention.cpu import CpuBackend
 from kangaroo_jax.model.attention.dense import DenseBackend
 from kangaroo_jax.model.attention.uncached import attend
@@ -124,3 +125,29 @@ def test_a_value_that_overflows_is_noticed_where_it_may_matter(backend, prompt_e
     harmless = x.copy()
     harmless[:, 3] = 0
     np.testing.assert_array_equal(output(x)[:3], output(harmless)[:3])
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize(("groups", "time"), [(1, 1), (4, 1), (2, 2), (1, 4), (5, 1), (2, 3)])
+def test_a_batchs_few_queries_attend_by_sums_as_by_products(monkeypatch, groups, time, soft_cap):
+    """Against products in float64; and up to four queries of a head are no products at all."""
+    batch, kv_heads, head_dim, capacity = 3, 2, 8, 24
+    rng = np.random.default_rng(0)
+    query = rng.standard_normal((batch, time, kv_heads, groups, head_dim))
+    keys, values = (rng.standard_normal((batch, kv_heads, capacity, head_dim)) for _ in range(2))
+    lengths = np.asarray([5, 24 - time, 11])[:, None] + np.arange(time)
+    mask = np.arange(capacity) <= lengths[:, :, None]
+    scores = np.einsum("btkgd,bksd->bkgts", query, keys) * 0.3
+    scores = scores if soft_cap is None else soft_cap * np.tanh(scores / soft_cap)
+    weights = np.exp(np.where(mask[:, None, None], scores, -np.inf))
+    expected = np.einsum("bkgts,bksd->btkgd", weights / weights.sum(-1, keepdims=True), values)
+
+    merged = (batch * kv_heads, capacity, head_dim)
+    arrays = [query, keys.reshape(merged).swapaxes(1, 2), values.reshape(merged)]
+    query, keys, values = (jnp.asarray(x, jnp.float32) for x in arrays)
+    for summed in (True, False):
+        monkeypatch.setattr(processor, "vectors_are_avx2", lambda summed=summed: summed)
+        attend = functools.partial(CpuBackend().attend, scale=0.3, soft_cap=soft_cap)
+        np.testing.assert_allclose(attend(query, keys, values, jnp.asarray(mask)), expected, atol=2e-6)
+        products = str(jax.make_jaxpr(attend)(query, keys, values, jnp.asarray(mask))).count("dot_general")
+        assert products == (0 if summed and groups * time <= 4 else 2)

@@ -138,7 +138,8 @@ def write_records(
     if draft.decide is not None:
         drafts += f" in {batch_size} slots"
         if draft.decide.costs:  # what is sampled depends on them
-            drafts += f", costs {hashlib.sha256(repr(draft.decide).encode()).hexdigest()[:8]}"
+            known = (draft.decide.nearest(batch_size), draft.decide.acceptance)
+            drafts += f", costs {hashlib.sha256(repr(known).encode()).hexdigest()[:8]}"
     settings = {
         "model": f"{pathlib.Path(target.name).name} ({target.fingerprint})",
         "dtype": str(target.model.dtype),

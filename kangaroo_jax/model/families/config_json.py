@@ -18,7 +18,7 @@ _UNUSED_WINDOW = 4096  # transformers wants one, even where no layer has it
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _ORIGINAL = "original_max_position_embeddings"
 
-# Fields of `RopeScaling` besides its factor, by kind: those that a config.json must give, and those it may.
+# Fields of `RopeScaling` besides its factor, by kind: those that it must have, and those it may.
 _NEEDED: dict[str, tuple[str, ...]] = {
     "linear": (),
     "dynamic": (),
@@ -48,6 +48,7 @@ def shared_fields(
     theta: float = 10000.0,
     rope: Mapping[str, Any] | None = None,
     turns_parts: bool = False,
+    has_windows: bool = True,
 ) -> dict[str, Any]:
     """The fields of `ModelConfig` but for biases and windows, of a config.json's contents.
 
@@ -62,6 +63,7 @@ def shared_fields(
       theta: rope_theta likewise.
       rope: the keys of `contents` that say how positions turn queries and keys; None means `contents`.
       turns_parts: whether the family's rotary takes partial_rotary_factor.
+      has_windows: whether the family's layers may have windows.
 
     Raises:
       InputError: for a key that is missing or has a wrong value, and for what no model here computes.
@@ -74,6 +76,8 @@ def shared_fields(
         )
     if contents.get("per_layer_config"):
         raise InputError("per_layer_config is not supported: settings are the same for all layers")
+    if not has_windows:
+        _refuse_window(contents, contents.get("max_position_embeddings", max_positions))
     if contents.get("is_causal") is False:
         raise InputError("is_causal false is not supported: tokens see those before them alone")
     if contents.get("vision_config"):
@@ -296,13 +300,18 @@ def _attention_factor(kind: str, given: Mapping[str, Any]) -> float:
     return above / below
 
 
-def refuse_window(contents: Mapping[str, Any], max_positions: int) -> None:
+def _refuse_window(contents: Mapping[str, Any], max_positions: int) -> None:
     """Raises `InputError` for a window in a family without any: transformers would cut its cache, and not its mask."""
-    window = contents.get("sliding_window")
-    kinds = [kind for kind in contents.get("layer_types") or () if kind != "full_attention"]
-    if kinds or (window is not None and is_integer(window) and window < max_positions):
-        found = f"layer_types with {kinds[0]!r}" if kinds else f"sliding_window {window}"
-        raise InputError(f"{found} is not supported for {contents['model_type']}, whose layers see all positions")
+    window, kinds = contents.get("sliding_window"), contents.get("layer_types")
+    check_count("max_position_embeddings", max_positions)
+    for name, value, kept in (
+        ("sliding_window", window, window is None or (is_integer(window) and window >= max_positions)),
+        ("layer_types", kinds, kinds is None or (isinstance(kinds, list) and set(map(str, kinds)) <= {_FULL})),
+    ):
+        if not kept:
+            raise InputError(
+                f"{name} {value!r:.60} is not supported for {contents['model_type']}, whose layers see all positions"
+            )
 
 
 def _rope_key(contents: Mapping[str, Any]) -> str:

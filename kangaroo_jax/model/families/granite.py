@@ -9,7 +9,7 @@ from typing import Any
 from kangaroo_jax.checks import check_positive
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.families import Family
-from kangaroo_jax.model.families.config_json import flag, refuse_window, require_silu, shared_fields, shared_keys
+from kangaroo_jax.model.families.config_json import flag, require_silu, shared_fields, shared_keys
 from kangaroo_jax.model.layers import DecoderLayer
 
 _MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
@@ -38,10 +38,9 @@ class GraniteConfig(ModelConfig):
 
 def _read_config(contents: Mapping[str, Any]) -> GraniteConfig:
     require_silu(contents)
-    refuse_window(contents, contents.get("max_position_embeddings", 2048))
     bias = flag(contents, "attention_bias")
     return GraniteConfig(
-        **shared_fields(contents, max_positions=2048, bos=1, eos=2),
+        **shared_fields(contents, max_positions=2048, bos=1, eos=2, has_windows=False),
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=flag(contents, "mlp_bias"),

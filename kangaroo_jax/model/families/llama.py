@@ -7,16 +7,15 @@ from typing import Any
 
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.families import Family
-from kangaroo_jax.model.families.config_json import flag, refuse_window, require_silu, shared_fields, shared_keys
+from kangaroo_jax.model.families.config_json import flag, require_silu, shared_fields, shared_keys
 from kangaroo_jax.model.layers import DecoderLayer
 
 
 def _read_config(contents: Mapping[str, Any]) -> ModelConfig:
     require_silu(contents)
-    refuse_window(contents, contents.get("max_position_embeddings", 2048))
     attention_bias = flag(contents, "attention_bias")
     return ModelConfig(
-        **shared_fields(contents, max_positions=2048, bos=1, eos=2),
+        **shared_fields(contents, max_positions=2048, bos=1, eos=2, has_windows=False),
         qkv_bias=attention_bias,
         o_bias=attention_bias,
         mlp_bias=flag(contents, "mlp_bias"),

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.families import Family
-from kangaroo_jax.model.families.config_json import flag, refuse_window, require_silu, shared_fields, shared_keys
+from kangaroo_jax.model.families.config_json import flag, require_silu, shared_fields, shared_keys
 from kangaroo_jax.model.layers import MLP, Attention, AttentionContext, RMSNorm
 
 
@@ -39,9 +39,12 @@ class Olmo2Layer(nnx.Module):
 
 def _read_config(contents: Mapping[str, Any]) -> Olmo2Config:
     require_silu(contents)
-    refuse_window(contents, contents.get("max_position_embeddings", 2048))
     bias = flag(contents, "attention_bias")
-    return Olmo2Config(**shared_fields(contents, max_positions=2048, eos=50279, eps=1e-5), qkv_bias=bias, o_bias=bias)
+    return Olmo2Config(
+        **shared_fields(contents, max_positions=2048, eos=50279, eps=1e-5, has_windows=False),
+        qkv_bias=bias,
+        o_bias=bias,
+    )
 
 
 def _write_config(config: Olmo2Config) -> dict[str, Any]:
