@@ -256,7 +256,7 @@ class EngineConfig:
 
     Attributes:
       max_batch: slots: sequences that are decoded together.
-      max_length: most tokens of a prompt and its answer together; None means the target's context.
+      max_length: most tokens of a prompt and its answer together; None, or more, means the target's context.
       online: whether requests come while others run: rounds then come back to the host as soon as a sequence ends,
         and more often while a slot is free, so that the next request does not wait for the others.
 

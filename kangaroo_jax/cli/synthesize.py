@@ -63,7 +63,11 @@ _CONVERSATION_TOKENS = flags.DEFINE_integer(
     _DEFAULT.conversation_tokens,
     "At most so many in a conversation that the target asks itself; with a large batch, they take much memory.",
 )
-_SEED = flags.DEFINE_integer("seed", _DEFAULT.seed, "A record depends on it and on its own number alone.")
+_SEED = flags.DEFINE_integer(
+    "seed",
+    _DEFAULT.seed,
+    "A record depends on it and on its own number; with --adapter, a sampled one on --batch_size too.",
+)
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", _DEFAULT.batch_size, "Sequences decoded together: 8 to 16 on a CPU, 64 to 512 on a GPU."
 )

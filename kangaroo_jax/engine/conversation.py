@@ -23,7 +23,7 @@ class Conversation:
     Args:
       target: with a chat template.
       messages: that the conversation begins with.
-      max_length: of prompt and answer together; None means the target's context.
+      max_length: of prompt and answer together; None, or more, means the target's context.
 
     Raises:
       InputError: for a target that cannot chat, messages of unknown roles, or a user's turn that nothing answers.

@@ -78,10 +78,10 @@ def generate(
       adapter: from `load_adapter`; None: nothing is drafted but what `draft.lookup` finds.
       prompts: each a string, a list of token ids, or a list of messages; decoded together.
       max_new_tokens: most tokens per answer.
-      draft: exit layer, gamma, eta, trees and look-ups; `adapter.draft` is what tuning found for the adapter.
+      draft: exit layer, gamma, eta, trees and look-ups; `adapter.draft` is what the adapter's decode.json says.
       sampling: temperature, top-p, top-k, and a seed for all or one per prompt; greedy by default.
       eos_token_ids: tokens that end a sequence, kept in its tokens; None means the target's own.
-      max_length: most tokens of prompt and answer together; None means the target's context.
+      max_length: most tokens of prompt and answer together; None, or more, means the target's context.
       stop: strings that end a sequence; the text ends before them.
       on_text: called with a prompt's index and the next piece of its text, once per chunk of tokens.
 
@@ -138,7 +138,7 @@ def generate_many(
       draft: exit layer, gamma, eta, trees and look-ups.
       sampling: where a request does not say; a seed for all, or one per request.
       eos_token_ids: where a request does not say; None means the target's own.
-      max_length: most tokens of prompt and answer together; None means the target's context.
+      max_length: most tokens of prompt and answer together; None, or more, means the target's context.
       stop: where a request does not say.
 
     Returns:

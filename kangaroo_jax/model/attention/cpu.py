@@ -80,7 +80,7 @@ class CpuBackend:
         merged = batch * kv_heads
         dtype = query.dtype
         query = query.transpose(0, 2, 3, 1, 4).reshape(merged, groups * time, head_dim)
-        # Two thirds of the time of a library's small products, on processors with AVX2. (docs/dev/performance.md)
+        # Half to nine tenths of the time of a library's small products. (docs/dev/performance.md)
         few = batch > 1 and groups * time <= _SUMMED
         summed = few and dtype == jnp.float32 and processor.vectors_are_avx2()
         if summed:
