@@ -57,11 +57,6 @@ class DamagedError(InputError):
     """What was written is not what is read."""
 
 
-# One sequence drafts with the paper's settings. In a batch, where all wait for the longest draft, each sequence decides
-# how far to draft, by predicted costs: drafting that does not pay ends there without tuning too.
-UNTUNED = DraftConfig(decide=DecideConfig(from_slots=2))
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainedAdapter:
     """A loaded adapter.
@@ -75,7 +70,7 @@ class TrainedAdapter:
         for.
       other_target: the name of the target it was trained for, where that has the same shapes and other weights (a
         fine-tune, or the same one in float weights, or in int8). Fewer of its drafts may be accepted.
-      draft: how to draft with it: what its decode.json says, else `UNTUNED`.
+      draft: how to draft with it: what its decode.json says, else the paper's settings.
     """
 
     model: Adapter
@@ -83,7 +78,7 @@ class TrainedAdapter:
     name: str
     target_fingerprint: str | None
     other_target: str | None = None
-    draft: DraftConfig = UNTUNED
+    draft: DraftConfig = DraftConfig()  # noqa: RUF009 - frozen
 
 
 def named_leaves(tree: PyTree) -> dict[str, Array]:
@@ -287,7 +282,7 @@ def _with_companions(adapter: TrainedAdapter, folder: pathlib.Path, target: Targ
 
 
 def read_draft_settings(folder: pathlib.Path) -> DraftConfig:
-    """What decode.json in an adapter's folder says; `UNTUNED` where there is none.
+    """What decode.json in an adapter's folder says; the paper's settings where there is none.
 
     Raises:
       InputError: for a file that is not an object of `max_draft_len` and `threshold` and, for a tree, `tree_topk` and
@@ -297,7 +292,7 @@ def read_draft_settings(folder: pathlib.Path) -> DraftConfig:
     """
     path = folder / DRAFT_SETTINGS
     if not path.exists():
-        return UNTUNED
+        return DraftConfig()
     try:
         settings = json_text.parse(path.read_text(encoding="utf-8"))
         tree = lookup = decide = None

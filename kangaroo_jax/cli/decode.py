@@ -122,7 +122,7 @@ _DECIDE = flags.DEFINE_bool(
     "decide",
     None,
     "Each sequence decides how far to draft, down to nothing where it does not pay; or (--nodecide) --max_draft_len "
-    "and --threshold say it for all. Default: as the adapter's decode.json says; without one, batches decide.",
+    "and --threshold say it for all. Default: as the adapter's decode.json says, else not.",
 )
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Sample at this temperature; 0 is greedy.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the most probable tokens that have this probability together.")
