@@ -94,11 +94,12 @@ def test_a_chat_of_three_turns(work):
 def test_a_conversation_begins_with_messages_and_goes_on_after_a_bad_turn(work):
     beginning = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     (work / "beginning.json").write_text(json.dumps(beginning))
-    done = chat(work, f"--messages={work}/beginning.json", "--max_new_tokens=8", said=f"{'x' * CONTEXT}\nthree\n")
+    long = "x" * CONTEXT
+    done = chat(work, f"--messages={work}/beginning.json", "--max_new_tokens=8", said=f"{long}\nthree\n{long}\n")
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(
-        rf"\(the conversation has \d+ tokens, but the context is {CONTEXT}; .*/reset.*\)\n\n", done.stderr
-    )
+    why = rf"\(the conversation has \d+ tokens, but the context is {CONTEXT}; shorten it"
+    # There is nothing to forget before the first turn.
+    assert re.fullmatch(rf"{why}\)\n\n{why}; /reset begins a new conversation\)\n\n", done.stderr)
     assert f"\n> three\n{expected(work, 'one', 'two', 'three', most=8).lstrip()}\n[8 tokens" in done.stdout
 
 
