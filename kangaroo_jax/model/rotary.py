@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kangaroo_jax.model.config import RopeScaling, Rotary
@@ -16,9 +15,11 @@ def rotary_angles(
 ) -> tuple[Float[Array, "... turned"], Float[Array, "... turned"]]:
     """Cosine and sine of the rotary angles, of the dimensions that are turned (transformers' modeling_rope_utils.py).
     Of "dynamic" and "longrope", for texts within `ModelConfig.context`."""
-    scaling = rotary.scaling
-    factor = 1.0 if scaling is None else scaling.attention_factor
-    angles = positions[..., None].astype(jnp.float32) * frequencies(rotary)
+    frequencies = 1.0 / rotary.theta ** (jnp.arange(0, rotary.dim, 2, dtype=jnp.float32) / rotary.dim)
+    scaling, factor = rotary.scaling, 1.0
+    if scaling is not None:
+        frequencies, factor = _SCALED[scaling.kind](frequencies, rotary, scaling), scaling.attention_factor
+    angles = positions[..., None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if factor != 1.0:
         cos, sin = cos * factor, sin * factor
@@ -28,33 +29,23 @@ def rotary_angles(
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, sin], axis=-1)
 
 
-def frequencies(rotary: Rotary) -> Float[np.ndarray, " turned/2"]:
-    """Radians per position, in float32 as transformers computes them, and on the host: a position multiplies their
-    rounding, and a device's powers may be rounded less well."""
-    places = np.arange(0, rotary.dim, 2, dtype=np.float32) / np.float32(rotary.dim)
-    found = np.float32(1) / np.float32(rotary.theta) ** places
-    if rotary.scaling is not None:
-        found = _SCALED[rotary.scaling.kind](found, rotary, rotary.scaling)
-    return found.astype(np.float32)
-
-
-def _linear(frequencies: np.ndarray, rotary: Rotary, scaling: RopeScaling) -> np.ndarray:
+def _linear(frequencies: Array, rotary: Rotary, scaling: RopeScaling) -> Array:
     return frequencies / scaling.factor
 
 
-def _dynamic(frequencies: np.ndarray, rotary: Rotary, scaling: RopeScaling) -> np.ndarray:
+def _dynamic(frequencies: Array, rotary: Rotary, scaling: RopeScaling) -> Array:
     return frequencies
 
 
-def _llama3(frequencies: np.ndarray, rotary: Rotary, scaling: RopeScaling) -> np.ndarray:
+def _llama3(frequencies: Array, rotary: Rotary, scaling: RopeScaling) -> Array:
     # Wavelengths short against the original context are kept, long ones divided, those between interpolated.
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = np.clip(kept, 0.0, 1.0)
+    kept = jnp.clip(kept, 0.0, 1.0)
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
-def _yarn(frequencies: np.ndarray, rotary: Rotary, scaling: RopeScaling) -> np.ndarray:
+def _yarn(frequencies: Array, rotary: Rotary, scaling: RopeScaling) -> Array:
     # The same over the index of a frequency, between those that turn beta_fast and beta_slow times (arXiv 2309.00071).
     def index(turns: float) -> float:
         length = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
@@ -64,13 +55,13 @@ def _yarn(frequencies: np.ndarray, rotary: Rotary, scaling: RopeScaling) -> np.n
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, rotary.dim - 1)
-    divided = (np.arange(rotary.dim // 2, dtype=np.float32) - first) / (last - first or 0.001)
-    divided = np.clip(divided, 0.0, 1.0)
+    divided = (jnp.arange(rotary.dim // 2, dtype=jnp.float32) - first) / (last - first or 0.001)
+    divided = jnp.clip(divided, 0.0, 1.0)
     return divided * frequencies / scaling.factor + (1 - divided) * frequencies
 
 
-def _longrope(frequencies: np.ndarray, rotary: Rotary, scaling: RopeScaling) -> np.ndarray:
-    return frequencies / np.asarray(scaling.long_factor if scaling.long else scaling.short_factor, np.float32)
+def _longrope(frequencies: Array, rotary: Rotary, scaling: RopeScaling) -> Array:
+    return frequencies / jnp.asarray(scaling.long_factor if scaling.long else scaling.short_factor, jnp.float32)
 
 
 _SCALED = {"linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}

@@ -19,8 +19,7 @@ import pytest
 from kangaroo_jax import generate_plain
 from kangaroo_jax.checkpoint.target import load_target, save_target
 from kangaroo_jax.model.config import ROPE_KINDS
-from kangaroo_jax.model.families import all_families, read_config
-from kangaroo_jax.model.rotary import frequencies
+from kangaroo_jax.model.families import all_families
 from tests.checkpoint.forward import assert_same_logits, forward
 
 pytestmark = pytest.mark.long
@@ -206,27 +205,6 @@ def test_logits_equal_those_of_transformers_both_ways(model_type: str, seed: int
     )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     np.testing.assert_allclose(logits_of(read.eval(), tokens), expected, rtol=1e-5, atol=1e-5)
-
-
-@needs_torch
-@pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
-@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
-def test_frequencies_are_those_of_transformers_to_their_rounding(kind: str, theta: float) -> None:
-    """A position of 100,000 multiplies what they differ by."""
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    factors = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
-    original = {"original_max_position_embeddings": 8192} if kind in ("llama3", "yarn") else {}
-    factor = {} if kind == "default" else {"factor": 8.0}
-    rope = {"rope_type": kind, "rope_theta": theta} | factor | factors | original
-    sizes = {"hidden_size": 1024, "num_attention_heads": 8, "max_position_embeddings": 65536}
-    theirs = LlamaConfig(**sizes, rope_parameters=dict(rope))
-    expected = LlamaRotaryEmbedding(theirs).inv_freq.numpy()
-    rotary = read_config(theirs.to_dict() | {"rope_parameters": rope}, "config.json").attention_kinds[0].rotary
-    found = frequencies(rotary)
-    assert isinstance(found, np.ndarray)  # made on the host
-    np.testing.assert_allclose(found, expected, rtol=1.3e-7)
 
 
 @needs_torch
