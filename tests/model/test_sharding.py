@@ -165,7 +165,7 @@ for count, sizes in [(1, (1, 1, 1)), (2, (1, 2, 1)), (4, (1, 1, 4)), (8, (2, 2, 
         run.draft_from(np.arange(5, 250, 4))
         drafted = run._drafted[TOKEN_IDS]
         metrics = run._evaluate_batch(run.parameters, target.model, arrays, drafted)
-        reduced.append([float(metrics["loss"]), float(metrics["expected_acceptance"])])
+        reduced.append([np.ravel(metrics[name]).tolist() for name in ("loss", "expected_acceptance")])  # by depth
     held = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(target.model)]
     rows.append({"losses": losses, "read": counted[0], "said": target.bytes_read, "held": sum(held)})
 

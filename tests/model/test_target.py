@@ -239,8 +239,12 @@ def test_windows_caps_scales_and_norms_are_those_of_complete_passes(
     model_type: str, tokens: np.ndarray, backend: AttentionBackend
 ) -> None:
     """gemma2: windows of 4, soft caps; granite: another scale of scores; olmo2: norms of all queries and keys."""
-    own = {"sliding_window": 4, "attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 20, "num_key_value_heads": 2}
-    target = make_target(read_config(SHAPE | {"model_type": model_type} | own))
+    own = {
+        "gemma2": {"sliding_window": 4, "attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 20},
+        "granite": {"attention_multiplier": 0.2},
+        "olmo2": {},
+    }
+    target = make_target(read_config(SHAPE | {"model_type": model_type, "num_key_value_heads": 2} | own[model_type]))
     assert (whole(target, (tokens + 1) % 61, 1) != whole(target, tokens, 1)).any()
     test_blocks_through_the_cache_equal_the_whole(target, tokens, backend, [5, 3, 1, 2, 3])
     test_rollback_forgets_what_came_after(target, tokens, backend)
