@@ -51,9 +51,10 @@ class CpuBackend:
         *,
         wraps: bool = False,
     ) -> tuple[Keys, Values]:
-        batch, time, kv_heads, head_dim = new_keys.shape
+        (batch, time, kv_heads, head_dim), dtype = new_keys.shape, keys.dtype
         new_keys = new_keys.transpose(0, 2, 3, 1).reshape(batch * kv_heads, head_dim, time)
         new_values = new_values.transpose(0, 2, 1, 3).reshape(batch * kv_heads, time, head_dim)
+        keys, values, new_keys, new_values = map(_bits, (keys, values, new_keys, new_values))
         for i in range(batch):
             rows = slice(i * kv_heads, (i + 1) * kv_heads)
             if wraps:
@@ -62,7 +63,7 @@ class CpuBackend:
             else:
                 keys = jax.lax.dynamic_update_slice(keys, new_keys[rows], (rows.start, 0, start[i]))
                 values = jax.lax.dynamic_update_slice(values, new_values[rows], (rows.start, start[i], 0))
-        return keys, values
+        return _floats(keys, dtype), _floats(values, dtype)
 
     def attend(
         self,
@@ -137,12 +138,24 @@ class CpuBackend:
         rows: Int[Array, " new"],
         batch: int,
     ) -> tuple[Keys, Values]:
-        heads = keys.shape[0] // batch
+        heads, dtype = keys.shape[0] // batch, keys.dtype
+        keys, values, new_keys, new_values = map(_bits, (keys, values, new_keys, new_values))
         for i in range(len(rows)):
             source = slice(i * heads, (i + 1) * heads)
             keys = jax.lax.dynamic_update_slice(keys, new_keys[source], (rows[i] * heads, 0, 0))
             values = jax.lax.dynamic_update_slice(values, new_values[source], (rows[i] * heads, 0, 0))
-        return keys, values
+        return _floats(keys, dtype), _floats(values, dtype)
+
+
+def _bits(x: Array) -> Array:
+    """Floats of two bytes as integers. XLA for CPU converts such floats to float32 also where they are only moved, and
+    makes one loop over the complete buffer of all sequences' updates, in place of one write for each."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def _floats(x: Array, dtype: jnp.dtype) -> Array:
+    """The inverse of `_bits`."""
+    return jax.lax.bitcast_convert_type(x, dtype) if dtype.itemsize == 2 else x
 
 
 def _attend_in_blocks(
