@@ -100,10 +100,12 @@ def test_a_long_prompt_s_prefill_reads_weights_and_its_own_caches_in_each_piece(
     attention, mlp, norms, head = 32 * 64 + 32 * 32, 3 * 32 * 48, 2 * 32, 100 * 32
     for batch in (1, 8):
         mesh = sharding.decoding_mesh(1, machine.devices[:1])
-        work = Work(config, None, "float32", draft, prompt, 32, machine, mesh, batch)
-        # In caches of its own, or in those of a batch that it is alone, which have room for the answer.
-        capacity = work._capacity if batch == 1 else work._plan.prompt_capacity
-        assert work._plan.prompt_capacity < work._capacity
+        work = Work(config, None, "float32", draft, prompt, 2000, machine, mesh, batch)
+        # In caches of its own, or in those of a batch that it is alone, which have room for twice as much as the prompt
+        # and the next chunk, and will have for all of the answer.
+        capacity = 3072 if batch == 1 else work._plan.prompt_capacity
+        assert work._plan.prompt_capacity < capacity or batch > 1
+        assert work._capacity == 4096
         read = 4 * 2 * (attention + mlp + norms + 2 * 2 * 8 * capacity)  # keys and values of 2 heads of 8
         found = work.predicted_prefill(Launched(5, 70))
         assert (found.num_bytes, found.kernels, found.cycles) == (3 * read + 4 * head, 15, 210)

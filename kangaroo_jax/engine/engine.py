@@ -38,7 +38,7 @@ from kangaroo_jax.engine.costs import costs_of_rounds
 from kangaroo_jax.engine.programs import SHARED, ProgramStore, compile_program, signature
 from kangaroo_jax.engine.prompts import answer_room, check_new_tokens, encode_prompt
 from kangaroo_jax.engine.requests import Answer, DraftedToken, Event, Finished, Request, Round, TextDelta
-from kangaroo_jax.engine.shapes import CHUNK, MAX_EOS, ONLINE_CHUNK, PIECE, Plan, Shapes, capacity_class
+from kangaroo_jax.engine.shapes import CHUNK, MAX_EOS, ONLINE_CHUNK, PIECE, Plan, Shapes
 from kangaroo_jax.engine.text import TextStream
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.attention.backend import choose_backend
@@ -503,12 +503,8 @@ class Engine:
         # A long prompt on its way goes into a row of these caches.
         needed = 0 if self._long_prompt is None else self._long_prompt.prompts.deep.capacity
         for run in [*(slot.run for slot in self._slots if slot.run is not None), *new]:
-            filled = len(run.ids) + len(run.tokens) + self.shapes.chunk_positions(run.chunks_ahead + 1)
-            filled += self.shapes.round.positions
-            capacity = self.shapes.capacity(filled, run.plan.positions)
-            if not run.tokens:
-                capacity = max(capacity, capacity_class(run.plan.prompt_capacity))
-            needed = max(needed, capacity)
+            filled, begins = len(run.ids) + len(run.tokens), not run.tokens
+            needed = max(needed, self.shapes.room(run.plan, filled, run.chunks_ahead + 1, begins=begins))
         if self._state is None:
             needed = max(needed, self._capacity)
         elif needed > self._capacity or (needed and 2 * needed <= self._capacity):

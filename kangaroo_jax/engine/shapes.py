@@ -60,6 +60,12 @@ class Shapes:
         capacity = min(positions, max(_AT_ONCE, 2 * filled))
         return capacity_class(max(capacity, _AT_ONCE) if self.accelerator else capacity)
 
+    def room(self, plan: Plan, filled: int, chunks: int, *, begins: bool) -> int:
+        """Positions of caches for a sequence of so many tokens that goes on for so many chunks; `begins`: and that has
+        no token of its answer yet."""
+        capacity = self.capacity(filled + self.chunk_positions(chunks) + self.round.positions, plan.positions)
+        return max(capacity, capacity_class(plan.prompt_capacity)) if begins else capacity
+
     def rings(self, kinds: Sequence[AttentionKind]) -> tuple[int | None, ...]:
         """The most positions that the cache of each layer holds; None: all (`KVCache.empty`). Where no layer has a
         window, empty."""

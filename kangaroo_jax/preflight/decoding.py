@@ -233,12 +233,15 @@ class Work:
 
     @property
     def _alone(self) -> bool:
-        """Whether the batch is one long prompt, which is prefilled in the only caches that there are."""
+        """Whether the batch is one long prompt, which is prefilled in the only caches that there are. They grow as its
+        answer does."""
         return self.batch_size == 1 and self.prompt_tokens > PIECE
 
     @property
     def _prompt_capacity(self) -> int:
-        return self._capacity if self._alone else self._plan.prompt_capacity
+        if self._alone:
+            return self._shapes.room(self._plan, self.prompt_tokens, 1, begins=True)
+        return self._plan.prompt_capacity
 
     @functools.cached_property
     def _prefill_inputs(self) -> tuple[Any, ...]:
