@@ -7,6 +7,7 @@ The hub's checkpoint has a vision tower, which is refused. Save its text alone, 
     both = t.Gemma3ForConditionalGeneration.from_pretrained("google/gemma-3-12b-it", dtype="bfloat16")
     text = t.Gemma3ForCausalLM(both.config.text_config)
     text.model, text.lm_head = both.model.language_model, both.lm_head
+    text.generation_config = both.generation_config  # which says what ends a turn
     text.save_pretrained("gemma-3-12b-it-text")
     t.AutoTokenizer.from_pretrained("google/gemma-3-12b-it").save_pretrained("gemma-3-12b-it-text")
 

@@ -21,6 +21,13 @@ def check_count(name: str, value: Any) -> None:
         raise InputError(f"{name} must be a positive integer, found {value!r}")
 
 
+def check_size(name: str, value: Any) -> None:
+    """A count of what arrays have: their indices are int32."""
+    check_count(name, value)
+    if value > np.iinfo(np.int32).max:
+        raise InputError(f"{name} must be below 2**31, found {value!r:.40}")
+
+
 def is_integer(value: Any) -> bool:
     """Whether it is an integer of Python's or numpy's, and no bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool | np.bool_)

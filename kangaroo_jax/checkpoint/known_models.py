@@ -111,7 +111,7 @@ SHAPES = {
 # The same with longer contexts.
 SHAPES |= {
     "llama7b_32k": dataclasses.replace(
-        SHAPES["llama7b"], max_position_embeddings=32768, rope_scaling=RopeScaling("linear", factor=8.0)
+        SHAPES["llama7b"], max_position_embeddings=4096, rope_scaling=RopeScaling("linear", factor=8.0)
     ),
     "llama31_8b": dataclasses.replace(
         SHAPES["llama3_8b"], max_position_embeddings=131072, rope_scaling=RopeScaling("llama3", factor=8.0)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from kangaroo_jax.checks import check_count, check_flag, check_positive
+from kangaroo_jax.checks import check_count, check_flag, check_positive, check_size
 from kangaroo_jax.errors import InputError
 
+_MOST = 1_000_000  # times that a context is stretched: beyond it a file is damaged
 ROPE_KINDS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 
 
@@ -54,7 +55,9 @@ class RopeScaling:
             raise InputError(f"rope type {self.kind!r} is not supported; supported: default, {', '.join(ROPE_KINDS)}")
         for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
             check_positive(f"rope {name}", getattr(self, name))
-        check_count("rope original_max_position_embeddings", self.original_max_position_embeddings)
+        if self.factor > _MOST:
+            raise InputError(f"rope factor must be at most {_MOST}, found {self.factor!r}")
+        check_size("rope original_max_position_embeddings", self.original_max_position_embeddings)
         check_flag("rope truncate", self.truncate)
         for name in ("short_factor", "long_factor"):
             for value in getattr(self, name):
@@ -79,6 +82,17 @@ class Rotary:
     theta: float
     dim: int
     scaling: RopeScaling | None = None
+
+    def check(self) -> None:
+        """Raises `InputError` for what has no angles."""
+        scaling = self.scaling
+        if scaling is None:
+            return
+        if scaling.kind == "yarn" and self.theta <= 1:
+            raise InputError(f"rope_theta must be above 1 for rope type 'yarn', found {self.theta!r}")
+        for name in ("short_factor", "long_factor") if scaling.kind == "longrope" else ():
+            if len(getattr(scaling, name)) != self.dim // 2:
+                raise InputError(f"rope {name} must have {self.dim // 2} values, found {len(getattr(scaling, name))}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +162,7 @@ class ModelConfig:
             "head_dim",
             "max_position_embeddings",
         ):
-            check_count(name, getattr(self, name))
+            check_size(name, getattr(self, name))
         for name in ("rms_norm_eps", "rope_theta"):
             check_positive(name, getattr(self, name))
         for name in ("tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias"):
@@ -160,6 +174,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even for rotary embeddings, found {self.head_dim}")
+        self.rotary.check()
         if self.windows and len(self.windows) != self.num_hidden_layers:
             raise InputError(
                 f"attention must be named for each of {self.num_hidden_layers} layers, found {len(self.windows)}"

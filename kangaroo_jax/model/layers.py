@@ -175,8 +175,8 @@ class MLP(nnx.Module):
 def added(
     multiplier: float, x: Float[Array, "batch time hidden"], more: Float[Array, "batch time hidden"]
 ) -> Float[Array, "batch time hidden"]:
-    """`more` added to the residual stream, multiplied first."""
-    return x + more if multiplier == 1 else x + more * multiplier
+    """`more` added to the residual stream, multiplied first, by a float32 whatever the dtype, as PyTorch does."""
+    return x + more if multiplier == 1 else x + (more.astype(jnp.float32) * multiplier).astype(more.dtype)
 
 
 class DecoderLayer(nnx.Module):

@@ -139,11 +139,13 @@ def random_settings(model_type: str, seed: int) -> dict[str, Any]:
             settings["rope_parameters"] = rope = {"rope_type": ("default", "longrope")[rng.integers(2)]} | {
                 name: rope[name] for name in ("rope_theta", "partial_rotary_factor")
             }
-    if rope["rope_type"] == "longrope":
-        rope |= {f"{name}_factor": rng.uniform(1, 4, turned // 2).tolist() for name in ("short", "long")}
+    local = _rope(rng) if flag() else {"rope_type": "default", "rope_theta": float(rng.uniform(100, 1e4))}
+    for each in (rope, local):
+        if each["rope_type"] == "longrope":
+            each |= {f"{name}_factor": rng.uniform(1, 4, turned // 2).tolist() for name in ("short", "long")}
     if model_type == "gemma3_text":
-        rope.pop("truncate", None)  # transformers reads it of all layers alone
-        local = {"rope_type": "default", "rope_theta": float(rng.uniform(100, 1e4))}
+        for each in (rope, local):
+            each.pop("truncate", None)  # transformers reads it of all layers alone
         settings["rope_parameters"] = {_FULL: rope, _SLIDING: local}
     windowed = {"sliding_window": window} if model_type in ("qwen2", "qwen3", "smollm3") else {}
     return settings | windowed | own[model_type]
@@ -160,6 +162,8 @@ def test_the_settings_switch_every_oddity_on_and_off() -> None:
         settings = random_settings(model_type, seed)
         rope = settings["rope_parameters"]
         ropes.add(rope.get(_FULL, rope)["rope_type"])
+        if _SLIDING in rope:
+            states[model_type, "scaled windowed layers"].add(rope[_SLIDING]["rope_type"] != "default")
         for key, value in settings.items():
             if isinstance(value, bool):
                 states[model_type, key].add(value)
@@ -174,7 +178,7 @@ def test_the_settings_switch_every_oddity_on_and_off() -> None:
             states[model_type, "no_rope_layers"].add("no_rope_layers" in settings)
     assert ropes == {"default", *ROPE_KINDS}
     assert [key for key, found in states.items() if len(found) < 2] == []
-    assert len(states) == 37
+    assert len(states) == 38
 
 
 @needs_torch
@@ -226,6 +230,28 @@ def test_an_original_context_beside_the_rotary_settings_goes_first(kind: str, tm
     config["rope_parameters"]["original_max_position_embeddings"] = 64  # transformers has written its own into both
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert_same_logits(forward(load_target(tmp_path, "float32").model, tokens), expected, 1e-4)
+
+
+@needs_torch
+def test_a_mistral_whose_layers_differ_is_a_ministral(tmp_path: pathlib.Path) -> None:
+    """As for transformers, by whichever of both names the file goes."""
+    import torch
+    import transformers
+
+    from tests.fixtures.make_hf_logits import logits_of, make_model
+
+    settings = random_settings("ministral", 0) | {"layer_types": [_SLIDING, _FULL], "num_hidden_layers": 2}
+    make_model("ministral", settings | {"sliding_window": 9}, 0).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float64, attn_implementation="eager"
+    ).eval()
+    assert type(theirs).__name__ == "MinistralForCausalLM"
+    tokens = np.random.default_rng(0).integers(0, theirs.config.vocab_size, (2, LENGTH))
+    target = load_target(tmp_path, "float32")
+    assert target.config.windows == (9, None)
+    assert_same_logits(forward(target.model, tokens), logits_of(theirs, tokens), 1e-4)
 
 
 @needs_torch

@@ -49,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 7},
     "ministral": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
-    "qwen3": {},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "granite": {"embedding_multiplier": 2.0, "residual_multiplier": 0.8, "attention_multiplier": 0.3},
     "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 9},
     "olmo2": {},
@@ -137,14 +137,21 @@ def test_trees_equal_the_definition(model_type: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("model_type", "kind"), [("gemma2", "memory"), ("qwen2", "kangaroo"), ("smollm3", "memory")])
-def test_batches_equal_plain_decoding(model_type: str, kind: str) -> None:
-    """Sequences of different lengths: each crosses the windows' edges at its own place."""
-    target = target_of(model_type)
-    rng = np.random.default_rng(2)
-    prompts = [rng.integers(0, VOCABULARY, length).tolist() for length in (2, 40)]
-    out = generate(target, adapter_of(model_type, kind), prompts, 60, DraftConfig(2, 6, 0.1))
-    assert out.tokens == generate_plain(target, prompts, 60).tokens
+@pytest.mark.parametrize("model_type", SETTINGS)
+def test_batches_equal_plain_decoding(model_type: str) -> None:
+    """Prompts and drafts as they are drawn, with a tree and without one, by both kinds of draft model. Sequences of
+    different lengths cross the windows' edges each at its own place."""
+    target, rng = target_of(model_type), np.random.default_rng([2, *model_type.encode()])
+    prompts = [rng.integers(0, VOCABULARY, length).tolist() for length in (*rng.integers(1, 45, 2), 40)]
+    plain = generate_plain(target, prompts, 60).tokens
+    gamma, tree = int(rng.integers(3, 8)), TreeConfig(int(rng.integers(2, 5)), int(rng.integers(8, 14)))
+    accepted = []
+    for kind, drawn in (("memory", None), ("kangaroo", tree)):
+        draft = DraftConfig(2, gamma, float(rng.uniform(0, 0.2)), drawn)
+        out = generate(target, adapter_of(model_type, kind), prompts, 60, draft)
+        assert out.tokens == plain, draft
+        accepted += [length for lengths in out.accept_lengths for length in lengths]
+    assert len(set(accepted)) > 1
 
 
 @pytest.mark.long

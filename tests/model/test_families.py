@@ -391,6 +391,28 @@ def test_biases_that_only_llama_reads() -> None:
         (hf(rope_scaling=YARN | {"factor": 0}), "rope factor must be a finite number above 0, found 0"),
         (hf(rope_scaling=YARN | {"beta_fast": -1}), "rope beta_fast must be a finite number above 0, found -1"),
         (hf(rope_scaling=YARN | {"truncate": 1}), "rope truncate must be true or false, found 1"),
+        (hf(rope_scaling=YARN | {"truncate": None}), "rope truncate must be true or false, found null"),
+        (hf(rope_scaling=YARN, rope_theta=1), "rope_theta must be above 1 for rope type 'yarn', found 1"),
+        (
+            hf("gemma3_text", rope_parameters={"sliding_attention": YARN | {"rope_theta": 1}}),
+            "rope_theta must be above 1 for rope type 'yarn', found 1",
+        ),
+        (hf(num_hidden_layers=2**31), "num_hidden_layers must be below 2**31, found 2147483648"),
+        (hf(num_hidden_layers=10**5), "num_hidden_layers must be at most 10000, found 100000"),
+        (hf("gemma2", num_hidden_layers=10**9), "num_hidden_layers must be at most 10000, found 1000000000"),
+        (hf(max_position_embeddings=10**400), "max_position_embeddings must be below 2**31, found 1000"),
+        (hf(rope_scaling=LINEAR | {"factor": 1e308}), "rope factor must be at most 1000000, found 1e+308"),
+        (hf(rope_scaling=YARN | {"factor": 1e308}), "rope factor must be at most 1000000, found 1e+308"),
+        (hf(rope_scaling=LONGROPE, head_dim=16), "rope short_factor must have 8 values, found 16"),
+        (
+            hf("gemma3_text", head_dim=16, rope_parameters={"sliding_attention": LONGROPE}),
+            "rope short_factor must have 8 values, found 16",
+        ),
+        (
+            hf(head_dim=32, rope_scaling=LONGROPE | {"factor": 2.0, "original_max_position_embeddings": 1}),
+            "original_max_position_embeddings must be above 1 for rope type 'longrope', found 1",
+        ),
+        (hf("phi3", partial_rotary_factor=1e308), "partial_rotary_factor must be at most 1"),
         (hf(rope_scaling=YARN | {"mscale": 1.0, "mscale_all_dim": "1"}), "rope mscale must be a finite number"),
         (hf(rope_scaling={"type": "mrope", "mrope_section": [1]}), "rope type 'mrope' is not supported; supported:"),
         (hf(rope_parameters={"rope_type": "longrope"}), "rope type 'longrope' needs 'short_factor'"),
@@ -413,6 +435,14 @@ def test_wrong_config_is_named_in_one_line(config: dict[str, object], words: str
     assert message.startswith("some/config.json: ")
     assert words in message
     assert "\n" not in message
+
+
+def test_a_pattern_of_windows_says_nothing_beside_kinds_of_layers() -> None:
+    """As for transformers, which writes null for it."""
+    layers = hf("gemma3_text")["num_hidden_layers"]
+    kinds = ["sliding_attention", "full_attention"] * (layers // 2)
+    config = read_config(hf("gemma3_text", layer_types=kinds, sliding_window=8, sliding_window_pattern=None))
+    assert list(config.windows) == [8, None] * (layers // 2)
 
 
 def test_configs_are_frozen_and_hashable() -> None:

@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kangaroo_jax.checks import check_count, check_flag, check_positive, is_integer
+from kangaroo_jax.checks import check_count, check_flag, check_positive, check_size, is_integer
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ROPE_KINDS, ModelConfig, RopeScaling
 
 # Fields of `ModelConfig` that are no keys of a config.json.
 _OWN_FIELDS = ("rope_scaling", "qkv_bias", "o_bias", "mlp_bias", "eos_token_ids", "windows")
 
+_MOST_LAYERS = 10_000  # a file that has more is damaged, and lists of them would take the memory
 _UNUSED_WINDOW = 4096  # transformers wants one, even where no layer has it
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _ORIGINAL = "original_max_position_embeddings"
@@ -83,7 +84,9 @@ def shared_fields(
     if contents.get("vision_config"):
         raise InputError("a model with a vision tower (vision_config) is not supported; give a model of text alone")
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        check_count(key, contents.get(key))
+        check_size(key, contents.get(key))
+    if contents["num_hidden_layers"] > _MOST_LAYERS:
+        raise InputError(f"num_hidden_layers must be at most {_MOST_LAYERS}, found {contents['num_hidden_layers']}")
     hidden, heads = contents["hidden_size"], contents["num_attention_heads"]
     head_dim = contents.get("head_dim")
     if head_dim is None:
@@ -260,14 +263,16 @@ def rotary_settings(contents: Mapping[str, Any], theta: float, max_positions: in
         return float(theta), None
     if not isinstance(kind, str) or kind not in ROPE_KINDS:
         raise InputError(f"rope type {kind!r} is not supported; supported: default, {', '.join(ROPE_KINDS)}")
+    if kind == "yarn" and parameters.get("truncate", True) is None:  # false for transformers, but not everywhere
+        raise InputError("rope truncate must be true or false, found null")
     given = {name: value for name, value in parameters.items() if value is not None}
     # transformers: a key beside the parameters, which Phi has, comes first; the complete context is the default.
     original = contents.get(_ORIGINAL)
     if kind in ("llama3", "yarn", "longrope"):
         given[_ORIGINAL] = original or given.get(_ORIGINAL, max_positions)
-        check_count(_ORIGINAL, given[_ORIGINAL])
+        check_size(_ORIGINAL, given[_ORIGINAL])
     if kind in ("yarn", "longrope"):
-        check_count("max_position_embeddings", max_positions)
+        check_size("max_position_embeddings", max_positions)
         given.setdefault("factor", max_positions / given[_ORIGINAL])
     for field in ("factor", *_NEEDED[kind]):
         if field not in given:
@@ -290,6 +295,8 @@ def _attention_factor(kind: str, given: Mapping[str, Any]) -> float:
     if factor <= 1:
         return 1.0
     if kind == "longrope":
+        if given[_ORIGINAL] == 1:
+            raise InputError(f"{_ORIGINAL} must be above 1 for rope type 'longrope', found 1")
         return math.sqrt(1 + math.log(factor) / math.log(given[_ORIGINAL]))
     scales = [given.get("mscale"), given.get("mscale_all_dim")]
     if not all(scales):

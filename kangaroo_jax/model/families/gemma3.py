@@ -28,6 +28,7 @@ class Gemma3Config(GemmaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("rope_local_base_freq", self.local_rope_theta)
+        self.local_rotary.check()
 
     @property
     def context(self) -> int:
@@ -40,8 +41,13 @@ class Gemma3Config(GemmaConfig):
         return min([self.max_position_embeddings, *ends])
 
     @property
+    def local_rotary(self) -> Rotary:
+        """Of layers with a window."""
+        return Rotary(self.local_rope_theta, self.head_dim, self.local_rope_scaling)
+
+    @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
-        local = Rotary(self.local_rope_theta, self.head_dim, self.local_rope_scaling)
+        local = self.local_rotary
         return tuple(
             kind if kind.window is None else AttentionKind(local, kind.window) for kind in super().attention_kinds
         )
@@ -56,7 +62,8 @@ def _read_config(contents: Mapping[str, Any]) -> Gemma3Config:
     everywhere, local = _rotary_of_kinds(contents)
     fields = gemma_fields(contents, 131072, theta=1_000_000.0, rope=everywhere)
     pattern = contents.get("sliding_window_pattern", 6)
-    check_count("sliding_window_pattern", pattern)
+    if contents.get("layer_types") is None:
+        check_count("sliding_window_pattern", pattern)
     if partial_rotary_factor(local) != 1:
         raise InputError(
             f"partial_rotary_factor must be 1 for {contents['model_type']}, found {partial_rotary_factor(local)!r} for "

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from kangaroo_jax.checks import check_positive
+from kangaroo_jax.checks import check_positive, check_size
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.config import ModelConfig, Rotary
 from kangaroo_jax.model.families import Family
@@ -25,19 +25,17 @@ class Phi3Config(ModelConfig):
     partial_rotary_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_positive("partial_rotary_factor", self.partial_rotary_factor)
-        dim, scaling = self.rotary.dim, self.rope_scaling
+        check_size("head_dim", self.head_dim)
+        dim, scaling = int(self.head_dim * min(1, self.partial_rotary_factor)), self.rope_scaling
         if self.partial_rotary_factor > 1 or dim == 0 or dim % 2:
             raise InputError(
                 f"partial_rotary_factor must be at most 1, and an even number of head_dim ({self.head_dim}), found "
                 f"{self.partial_rotary_factor!r}"
             )
+        super().__post_init__()
         if scaling is not None and scaling.kind not in ("longrope",):
             raise InputError(f"rope type {scaling.kind!r} is not supported for phi3; supported: default, longrope")
-        for name in ("short_factor", "long_factor"):
-            if scaling is not None and len(getattr(scaling, name)) != dim // 2:
-                raise InputError(f"rope {name} must have {dim // 2} values, found {len(getattr(scaling, name))}")
 
     @property
     def rotary(self) -> Rotary:
