@@ -425,19 +425,19 @@ def best_step(run: pathlib.Path) -> pathlib.Path | None:
     return max(_steps(run), key=rank, default=None)
 
 
-def training_of(path: str | pathlib.Path) -> dict[str, Any] | None:
-    """How the adapter that `load_adapter` finds in a folder of this format was trained: its settings and held-out
-    figures, JSON values; None where that is not recorded.
+def metadata_of(path: str | pathlib.Path) -> dict[str, Any]:
+    """`read_metadata` of the adapter that `load_adapter` finds in a folder of this format. Its "training" is how it was
+    trained: settings and held-out figures, JSON values; None where that is not recorded.
 
     Raises:
       InputError: as `read_metadata`.
     """
     if buckets.is_bucket(path):
         with _fetched(path, arrays=False) as folder:
-            return training_of(folder)
+            return metadata_of(folder)
     folder = paths.expanded(path).resolve()
     step = folder if (folder / "adapter").is_dir() else best_step(folder)
-    return read_metadata(folder if step is None else step)["training"]
+    return read_metadata(folder if step is None else step)
 
 
 def _steps(run: pathlib.Path) -> list[pathlib.Path]:
@@ -612,7 +612,7 @@ def _load(folder: pathlib.Path, target: Target, name: str) -> TrainedAdapter:
         token_ids = _checked_tokens(found[TOKEN_IDS], target.config, place, "copy or train it again")
         model.draft_vocabulary = DraftVocabulary(target.model, jnp.asarray(token_ids))
     other_target = None if exact else titled(metadata["target"]["name"], metadata["target"]["fingerprint"])
-    if same_checkpoint and not exact and target.model.weights == "int8":
+    if same_checkpoint and not exact and target.is_rounded:
         other_target += " (float weights)"
     return TrainedAdapter(model, metadata["exit_layer"], name, target.fingerprint, other_target)
 

@@ -98,6 +98,11 @@ def of_int8(fingerprint: str) -> str:
     return fingerprint + _INT8
 
 
+def is_int8(fingerprint: str) -> bool:
+    """Whether it is of a target whose weights were rounded to int8."""
+    return fingerprint.endswith(_INT8)
+
+
 def of_checkpoint(fingerprint: str) -> str:
     """The inverse of `of_int8`; a fingerprint of float weights is its checkpoint's own."""
     return fingerprint.removesuffix(_INT8)

@@ -53,7 +53,7 @@ def split_fused(weights: Weights, fused: Mapping[str, tuple[str, ...]], expected
         return weights.read(stored, tuple(moved))
 
     files = {name: weights.files[places[name][0] if name in places else name] for name in found}
-    return Weights(found, files, read)
+    return Weights(found, files, read, weights.int8)  # by the names of the file, so that no part of a tensor is in it
 
 
 def join_fused(tensors: dict[str, np.ndarray], fused: Mapping[str, tuple[str, ...]]) -> dict[str, np.ndarray]:

@@ -45,6 +45,7 @@ _PLAIN = {
     gguf.GGMLQuantizationType.F16: ("F16", np.dtype(np.float16)),
     gguf.GGMLQuantizationType.BF16: ("BF16", np.dtype(ml_dtypes.bfloat16)),
 }
+_Q8_0 = np.dtype([("scale", "<f2"), ("values", "i1", 32)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,12 @@ class GGUFFile:
             last = min(first + band, stop)
             values[first - start : last - start] = gguf.dequantize(self._bytes(tensor, first, last), tensor.kind)
         return values
+
+    def read_q8_0(self, name: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of a matrix of Q8_0 as they are stored: int8 values, and the float16 scale of each 32 of a row's."""
+        blocks = self._bytes(self.tensors[name], start, stop).reshape(stop - start, -1, _Q8_0.itemsize).view(_Q8_0)
+        values = blocks["values"].reshape(stop - start, -1)
+        return np.ascontiguousarray(values), blocks["scale"].reshape(stop - start, -1)
 
     def _bytes(self, tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
         size = tensor.row_bytes

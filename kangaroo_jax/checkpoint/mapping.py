@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
-from kangaroo_jax.checkpoint.weights import DTYPES, Index, Pieces, join_pieces
+from kangaroo_jax.checkpoint.weights import DTYPES, Index, Int8Blocks, Pieces, join_pieces
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.columns import columns_where_faster
@@ -114,6 +114,7 @@ def fill_module(
     files: Mapping[str, str] | None = None,
     mesh: Mesh | None = None,
     weights: str = "float",
+    int8: Int8Blocks | None = None,
 ) -> PyTree:
     """Builds a module from tensors read one parameter at a time, each put on the device in `dtype` before the next
     is read.
@@ -127,6 +128,7 @@ def fill_module(
       mesh: to split the weights over; only the parts of this process's devices are then read.
       weights: one of `quantized.WEIGHTS`. In int8, matrices are `QuantizedArray`s of the values that were read, in
         whichever dtype; of those whose inputs are split, all are read, as the scales depend on them.
+      int8: tensors that the file holds in int8, for one device. A matrix of such alone is taken as it is.
 
     Raises:
       InputError: if a value is beyond the range of `dtype`.
@@ -154,26 +156,32 @@ def fill_module(
         of_part = parameter_rule(path, tuple(x.stop - x.start for x in index))
         return of_part.join(*(cast(tensor_name(name), where) for name, where in pieces))
 
-    def int8_rows(name: str, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
-        """Values and scales of rows of a tensor, of which a band at a time is read."""
+    def int8_rows(name: str, pieces: Pieces, stored: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Values and scales of rows of a tensor, of which a band at a time is read; those that are `stored`, or
+        rounded."""
         done = []
         for rows, *columns in pieces:
             step = max(1, _BAND // math.prod(x.stop - x.start for x in columns))
             for start in range(rows.start, rows.stop, step):
-                band = (slice(start, min(start + step, rows.stop)), *columns)
-                done.append(quantize_rows(read(name, (band,))))
+                band = slice(start, min(start + step, rows.stop))
+                done.append(int8.read(name, band) if stored else quantize_rows(read(name, ((band, *columns),))))
         return join_pieces([values for values, _ in done]), join_pieces([scales for _, scales in done])
 
     def int8_part(path: str, shape: tuple[int, ...], index: Index, axis: int) -> tuple[np.ndarray, np.ndarray]:
         """Values and scales of the output channels that `index` names."""
         index = tuple(slice(*x.indices(size)[:2]) for x, size in zip(index, shape, strict=True))
-        rule = parameter_rule(path, shape)
-        pieces = zip(rule.names, rule.locate(index), strict=True)
+        rule, num_scales = parameter_rule(path, shape), scales_per_output(path, shape, axis)
+        pieces = zip(map(tensor_name, rule.names), rule.locate(index), strict=True)
         # Hugging Face's matrices have a row for each output.
-        values, scales = zip(*(int8_rows(tensor_name(name), where) for name, where in pieces), strict=True)
+        values, scales = zip(*(int8_rows(name, where, num_scales is not None) for name, where in pieces), strict=True)
         of_values = tuple(x.stop - x.start for x in index)
-        of_scales = _replaced(of_values, axis, 1)
+        of_scales = _replaced(of_values, axis, num_scales or 1)
         return parameter_rule(path, of_values).join(*values), parameter_rule(path, of_scales).join(*scales)
+
+    def scales_per_output(path: str, shape: tuple[int, ...], axis: int) -> int | None:
+        """Of a matrix whose values are stored in int8; None for one that has to be rounded."""
+        block = _block_of(path, shape, tensor_name, int8)
+        return None if block is None else shape[axis] // block
 
     def quantized(path: str, shape: tuple[int, ...], axis: int) -> QuantizedArray:
         if mesh is None:
@@ -190,7 +198,8 @@ def fill_module(
 
         everything = (slice(None),) * len(shape)
         values = placed(shape, lambda index: part_of(index)[0][_replaced(everything, axis, index[axis])])
-        scales = placed(_replaced(shape, axis, 1), lambda index: part_of(index)[1])
+        scales_shape = _replaced(shape, axis, scales_per_output(path, shape, axis) or 1)
+        scales = placed(scales_shape, lambda index: part_of(index)[1])
         return QuantizedArray(values, scales, product_on(mesh.devices.ravel()))
 
     leaves, structure = jax.tree.flatten(abstract)
@@ -211,6 +220,21 @@ def fill_module(
             )
         leaves[i] = jax.block_until_ready(jax.tree.map(functools.partial(sharding.arranged, path), array))
     return jax.tree.unflatten(structure, leaves)
+
+
+def is_stored_in_int8(abstract: PyTree, tensor_name: Callable[[str], str], int8: Int8Blocks | None) -> bool:
+    """Whether a module in int8 has the checkpoint's own values: the file has all of its matrices so."""
+    leaves = zip(parameter_paths(abstract), jax.tree.leaves(abstract), strict=True)
+    matrices = [(path, x.shape) for path, x in leaves if input_axis(path, len(x.shape)) is not None]
+    return all(_block_of(path, shape, tensor_name, int8) is not None for path, shape in matrices)
+
+
+def _block_of(
+    path: str, shape: tuple[int, ...], tensor_name: Callable[[str], str], int8: Int8Blocks | None
+) -> int | None:
+    """How many inputs share a scale in the tensors of which our parameter is made, where all of them are in int8."""
+    sizes = {int8 and int8.sizes.get(tensor_name(name)) for name in parameter_rule(path, shape).names}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _replaced(x: tuple[Any, ...], place: int, value: Any) -> tuple[Any, ...]:

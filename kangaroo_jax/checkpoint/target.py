@@ -24,7 +24,7 @@ from kangaroo_jax.checkpoint.folder_source import folder_source
 from kangaroo_jax.checkpoint.fused import join_fused, split_fused
 from kangaroo_jax.checkpoint.gguf_source import gguf_source
 from kangaroo_jax.checkpoint.hub import find_checkpoint
-from kangaroo_jax.checkpoint.mapping import check_tensors, fill_module, parameter_rule
+from kangaroo_jax.checkpoint.mapping import check_tensors, fill_module, is_stored_in_int8, parameter_rule
 from kangaroo_jax.checkpoint.source import Source
 from kangaroo_jax.checkpoint.tokenizer import end_tokens
 from kangaroo_jax.checkpoint.weights import DTYPES, Pieces
@@ -33,7 +33,7 @@ from kangaroo_jax.model.config import ModelConfig
 from kangaroo_jax.model.families import family_of
 from kangaroo_jax.model.naming import parameter_paths
 from kangaroo_jax.model.ops import as_arrays
-from kangaroo_jax.model.quantized import WEIGHTS
+from kangaroo_jax.model.quantized import WEIGHTS, keeps_blocks
 from kangaroo_jax.model.target import TargetModel
 
 
@@ -77,6 +77,11 @@ class Target:
         return fingerprint.of_checkpoint(recorded) in mine
 
     @property
+    def is_rounded(self) -> bool:
+        """Whether its weights are not the checkpoint's, but those rounded to int8."""
+        return fingerprint.is_int8(self.fingerprint)
+
+    @property
     def title(self) -> str:
         """Its name, and what its weights are where they are not the checkpoint's: "NAME (int8 weights)"."""
         return titled(self.name, self.fingerprint)
@@ -84,7 +89,7 @@ class Target:
 
 def titled(name: str, recorded: str) -> str:
     """`Target.title` of the target with that name and fingerprint."""
-    return f"{name} (int8 weights)" if recorded != fingerprint.of_checkpoint(recorded) else name
+    return f"{name} (int8 weights)" if fingerprint.is_int8(recorded) else name
 
 
 def default_dtype(mesh: Mesh | None = None) -> str:
@@ -118,7 +123,8 @@ def load_target(
         its own devices, from safetensors; None keeps all on the default device.
       compute_dtype: of activations and caches, as `dtype`; None means that of the weights.
       weights: "float", or "int8": matrices are rounded to int8 as they are read, with a scale for each output channel,
-        whatever they are in the file (a GGUF file's blocks are dequantized first). `dtype` is then that of the rest.
+        whatever they are in the file (a GGUF file's blocks are dequantized first); but on one CPU device a GGUF file's
+        of Q8_0, which are int8, are taken as they are. `dtype` is then that of the rest.
       long_context: for texts beyond the context that a model with longrope was first trained on (Phi): its long
         factors turn all texts, `ModelConfig.for_long_texts`.
 
@@ -181,6 +187,12 @@ def _load(
         bytes_read += tensor.nbytes
         return tensor
 
+    def read_int8(full: str, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal bytes_read
+        values, scales = stored.int8.read(full, rows)
+        bytes_read += values.nbytes + scales.nbytes
+        return values, scales
+
     samples = {}
     for rule in rules:
         for name_here in rule.names:
@@ -189,9 +201,11 @@ def _load(
             samples[name_here] = fingerprint.sample(rows)
     tokenizer = source.read_tokenizer()  # before the weights, which take long: what is wrong is said at once
     current, *others = fingerprint.fingerprints(config, samples)
-    if weights == "int8":
+    devices = jax.devices()[:1] if mesh is None else mesh.devices.ravel()
+    int8 = dataclasses.replace(stored.int8, read=read_int8) if stored.int8 and keeps_blocks(devices) else None
+    if weights == "int8" and not is_stored_in_int8(abstract, tensor_name, int8):
         current, *others = map(fingerprint.of_int8, (current, *others))
-    model = fill_module(abstract, read, dtype, tensor_name, stored.files, mesh=mesh, weights=weights)
+    model = fill_module(abstract, read, dtype, tensor_name, stored.files, mesh=mesh, weights=weights, int8=int8)
     return Target(
         model=model,
         tokenizer=tokenizer,

@@ -9,7 +9,7 @@ import os
 import pathlib
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -29,6 +29,19 @@ Pieces = tuple[Index, ...]  # parts to be joined along their first axis
 
 
 @dataclasses.dataclass(frozen=True)
+class Int8Blocks:
+    """Matrices that a file holds in int8, with a scale for each few inputs of an output (a row).
+
+    Attributes:
+      sizes: tensor name -> inputs that share a scale.
+      read: tensor name and complete rows of it -> values [rows, inputs] and scales [rows, inputs / size].
+    """
+
+    sizes: Mapping[str, int]
+    read: Callable[[str, slice], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Weights:
     """A checkpoint's tensors.
 
@@ -36,11 +49,13 @@ class Weights:
       found: tensor name -> shape, and dtype as safetensors spells it.
       files: tensor name -> file.
       read: tensor name and pieces of it -> those, joined.
+      int8: those that can be read in int8 as well; None: none.
     """
 
     found: dict[str, tuple[tuple[int, ...], str]]
     files: dict[str, str]
     read: Callable[[str, Pieces], np.ndarray]
+    int8: Int8Blocks | None = None
 
 
 def open_weights(folder: pathlib.Path) -> Weights:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int8, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from kangaroo_jax import processor
 from kangaroo_jax.model.columns import ColumnArray
@@ -30,7 +30,8 @@ def dot(
 ) -> Float[Array, ...]:
     """`jnp.einsum(spec, x, weight)` in the dtype of `x`, whatever the weight is stored as.
 
-    int8 values are exact in every float dtype; their products are accumulated, and scaled, in float32.
+    int8 values are exact in every float dtype; their products are accumulated, and scaled, in float32. Where an output
+    has more than one scale, the weight is scaled before it is multiplied, and rounded to the dtype of `x`.
 
     Args:
       spec: of the product, for example "...k,kn->...n". The last axis of `x` is multiplied with one of the weight's,
@@ -46,17 +47,18 @@ def dot(
         return _product(spec, x, weight, accumulate)
     num_rows = x.size // x.shape[-1]
     if weight.product == "blocks" and num_rows <= _FEW_ROWS:
-        outputs = _product_in_blocks(spec, x, weight.values, jnp.float32)
+        outputs = _product_in_blocks(spec, x, weight)
     elif weight.product == "pairs" and num_rows == 1:
-        outputs = _product(spec, jnp.concatenate([x, x]), weight.values, jnp.float32)[:1]
+        outputs = _product(spec, jnp.concatenate([x, x]), _multiplied(weight), jnp.float32)[:1]
     else:
-        outputs = _product(spec, x, weight.values, jnp.float32)
-    # The axis of the inputs, of size 1, is not among the result's.
-    weight_axes, result = spec.split(",")[1].split("->")
-    scales = weight.scales.reshape(
-        [size for axis, size in zip(weight_axes, weight.shape, strict=True) if axis in result]
-    )
-    return (outputs * scales).astype(x.dtype if accumulate is None else accumulate)
+        outputs = _product(spec, x, _multiplied(weight), jnp.float32)
+    if not weight.in_blocks:
+        # The axis of the inputs, of size 1, is not among the result's.
+        weight_axes, result = spec.split(",")[1].split("->")
+        outputs *= weight.scales.reshape(
+            [size for axis, size in zip(weight_axes, weight.shape, strict=True) if axis in result]
+        )
+    return outputs.astype(x.dtype if accumulate is None else accumulate)
 
 
 def rows(
@@ -109,33 +111,40 @@ def _product_from_left(
     return outputs.T.reshape(*x.shape[:-1], len(weight))
 
 
-def _product_in_blocks(spec: str, x: Array, values: Int8[Array, ...], accumulate: jnp.dtype) -> Array:
-    """`_product`, a block along the first axis of `values` at a time.
+def _multiplied(weight: QuantizedArray) -> Array:
+    """What activations are multiplied by: the values, where their products can be scaled after."""
+    return weight.as_array() if weight.in_blocks else weight.values
+
+
+def _product_in_blocks(spec: str, x: Array, weight: QuantizedArray) -> Float[Array, ...]:
+    """`_product` in float32, a block along the first axis of the weight at a time.
 
     XLA for CPU calls a library for a product, and converts all of the weight in memory before it: more bytes than
     weights in float32 have. Of a block, the conversion stays in the cache. (docs/dev/int8.md)
     """
-    size = values.shape[0]
-    block = max(1, _BLOCK * size // values.size)
+    size, scaled = weight.shape[0], weight.first_block
+    block = max(1, _BLOCK * size // weight.values.size // scaled) * scaled
     count, rest = divmod(size, block)
     if count < 2:
-        return _product(spec, x, values, accumulate)
+        return _product(spec, x, _multiplied(weight), jnp.float32)
     weight_axes, result = spec.split(",")[1].split("->")
 
     def of(start: int | Array, length: int, inputs: Array) -> Array:
-        return _product(spec, inputs, jax.lax.dynamic_slice_in_dim(values, start, length), accumulate)
+        part = weight.sliced(start, length)
+        # One scale may be left in a part of a weight in blocks: not one that its products can be scaled by.
+        return _product(spec, inputs, part.as_array() if weight.in_blocks else part.values, jnp.float32)
 
     if weight_axes[0] in result:  # each block gives outputs of its own
 
         def put(outputs: Array, start: int | Array, length: int) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(outputs, of(start, length, x), start, axis=-1)
 
-        outputs = jnp.zeros((*x.shape[:-1], size), accumulate)
+        outputs = jnp.zeros((*x.shape[:-1], size), jnp.float32)
     else:  # each block takes inputs of its own
 
         def put(outputs: Array, start: int | Array, length: int) -> Array:
             return outputs + of(start, length, jax.lax.dynamic_slice_in_dim(x, start, length, axis=-1))
 
-        outputs = jnp.zeros((*x.shape[:-1], *values.shape[1:]), accumulate)
+        outputs = jnp.zeros((*x.shape[:-1], *weight.shape[1:]), jnp.float32)
     outputs = jax.lax.fori_loop(0, count, lambda i, outputs: put(outputs, i * block, block), outputs)
     return put(outputs, count * block, rest) if rest else outputs

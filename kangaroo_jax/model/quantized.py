@@ -1,4 +1,5 @@
-"""Weights in int8: symmetric, one scale for each output channel. Activations stay floats."""
+"""Weights in int8: symmetric, one scale for each output channel, or on a CPU for each block of its inputs where a file
+has them so. Activations stay floats."""
 
 from __future__ import annotations
 
@@ -27,18 +28,35 @@ class QuantizedArray:
     """`values * scales`. A pytree of both, that `ops.dot` and `ops.rows` take in place of an array.
 
     Attributes:
-      values: -127 to 127.
-      scales: of each output channel; the axis of the inputs has size 1.
+      values: -127 to 127; a file's own may be -128.
+      scales: of each output channel, float32: the axis of the inputs has size 1. Or of each block of an output
+        channel's inputs: that axis has a multiple of so many of the values.
       product: how it is multiplied, as `product_on` says.
     """
 
     values: Int8[Array, ...]
-    scales: Float[Array, ...]  # float32
+    scales: Float[Array, ...]
     product: str = flax.struct.field(pytree_node=False, default="direct")
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether an output channel has more than one scale."""
+        return self.block_axis is not None
+
+    @property
+    def block_axis(self) -> int | None:
+        """The axis of the inputs, where an output channel has more than one scale."""
+        sizes = zip(self.values.shape, self.scales.shape, strict=True)
+        return next((axis for axis, (values, scales) in enumerate(sizes) if 1 < scales < values), None)
+
+    @property
+    def first_block(self) -> int:
+        """How many places of the first axis share their scales, where all do not: 1, or the inputs of a block."""
+        return self.shape[0] // self.scales.shape[0] if self.block_axis == 0 else 1
 
     def devices(self) -> set[jax.Device]:
         return self.values.devices()
@@ -51,11 +69,22 @@ class QuantizedArray:
 
     def reshape(self, inputs: int, outputs: int) -> QuantizedArray:
         """As a matrix, of an array whose inputs come first."""
-        return self.replace(values=self.values.reshape(inputs, outputs), scales=self.scales.reshape(1, outputs))
+        scales = self.scales.reshape(self.scales.shape[0], outputs)
+        return self.replace(values=self.values.reshape(inputs, outputs), scales=scales)
+
+    def sliced(self, start: int | Array, length: int) -> QuantizedArray:
+        """Part of the first axis. Both are multiples of `first_block`."""
+        values, scales = jax.lax.dynamic_slice_in_dim(self.values, start, length), self.scales
+        if scales.shape[0] > 1:
+            scales = jax.lax.dynamic_slice_in_dim(scales, start // self.first_block, length // self.first_block)
+        return self.replace(values=values, scales=scales)
 
     def as_array(self) -> Float[Array, ...]:
         """In float32."""
-        return self.values.astype(jnp.float32) * self.scales
+        values, scales, axis = self.values.astype(jnp.float32), self.scales.astype(jnp.float32), self.block_axis
+        if axis is None:
+            return values * scales
+        return values * jnp.repeat(scales, self.shape[axis] // scales.shape[axis], axis)
 
 
 def input_axis(path: str, ndim: int) -> int | None:
@@ -85,6 +114,12 @@ def product_on(devices: Collection[Any]) -> str:
 def parameter_of(path: str) -> str:
     """The path of the parameter that a leaf is of: a quantized one has two."""
     return re.sub(r"\.(values|scales)$", "", path)
+
+
+def keeps_blocks(devices: Collection[Any]) -> bool:
+    """Whether int8 values that a file has with several scales for an output stay so on these devices. Compilers for
+    accelerators would write a scaled copy of such a weight to memory for each product (docs/dev/int8.md)."""
+    return product_on(devices) == "blocks"
 
 
 def abstract_quantized(path: str, x: Any, devices: Collection[Any]) -> Any:

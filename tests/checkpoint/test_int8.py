@@ -15,9 +15,13 @@ import safetensors.numpy
 
 from kangaroo_jax import adapters
 from kangaroo_jax.checkpoint.adapter import load_adapter, read_metadata, save_adapter
-from kangaroo_jax.checkpoint.target import load_target
+from kangaroo_jax.checkpoint.target import Target, load_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import DraftVocabulary
+from kangaroo_jax.model.naming import parameter_paths
+from kangaroo_jax.model.ops import as_arrays
+from kangaroo_jax.model.quantized import QuantizedArray
+from kangaroo_jax.model.sharding import make_mesh
 from kangaroo_jax.model.target import logits
 from kangaroo_jax.preflight.compiling import abstract_target
 from tests.checkpoint.forward import assert_same_logits, forward
@@ -78,19 +82,62 @@ def test_a_draft_vocabulary_takes_rows_of_the_int8_head():
 
 
 def test_blocks_of_a_gguf_file_are_rounded_again_per_channel(tmp_path):
-    stored = tensors(np.random.default_rng(0), TYPE.Q8_0)
+    stored = tensors(np.random.default_rng(0), TYPE.Q5_0)
     target = load_target(write(tmp_path / "model.gguf", metadata(), stored), "float32", weights="int8")
     matrix = gguf.dequantize(*stored["token_embd.weight"])
     found = target.model.embed_tokens[...].as_array()
     np.testing.assert_allclose(found, rounded(matrix), rtol=1e-6, atol=1e-9)
     # Rounding a second time moves most values: a block's step is finer than its row's.
     assert 0 < np.abs(found - matrix).max() <= 0.5001 * np.abs(matrix).max() / 127
+    assert target.is_rounded
+
+
+def as_float32(path: pathlib.Path, weights: str) -> tuple[Target, dict[str, np.ndarray]]:
+    """A target, and the weights that it multiplies."""
+    target = load_target(path, "float32", weights=weights)
+    arrays = as_arrays(target.model)
+    return target, dict(zip(parameter_paths(arrays), map(np.asarray, jax.tree.leaves(arrays)), strict=True))
+
+
+def test_a_gguf_file_of_q8_0_keeps_its_own_values(tmp_path):
+    """With one float16 scale for 32 of them: all weights are those of the float target, bit for bit."""
+    path = write(tmp_path / "model.gguf", metadata(), tensors(np.random.default_rng(0), TYPE.Q8_0))
+    (target, found), (exact, expected) = as_float32(path, "int8"), as_float32(path, "float")
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(found[name], weight, err_msg=name)
+    assert_same_logits(forward(target.model, TOKENS), np.asarray(forward(exact.model, TOKENS)), 1e-5)
+    stored = jax.tree.leaves(target.model, is_leaf=lambda x: isinstance(x, QuantizedArray))
+    matrices = [x for x in stored if isinstance(x, QuantizedArray)]
+    assert len(matrices) == 2 + 4 * 2
+    assert all(sum(x.nbytes for x in jax.tree.leaves(matrix)) == matrix.values.size * 34 / 32 for matrix in matrices)
+    # They are the checkpoint's weights, so its name and fingerprint are too.
+    assert (target.fingerprint, target.title, target.is_rounded) == (exact.fingerprint, exact.title, False)
+    assert target.bytes_read < 0.3 * exact.bytes_read
+
+
+def test_blocks_are_rounded_per_channel_where_a_compiler_would_copy_them(tmp_path, monkeypatch):
+    path = write(tmp_path / "model.gguf", metadata(), tensors(np.random.default_rng(0), TYPE.Q8_0))
+    monkeypatch.setattr("kangaroo_jax.model.quantized.product_on", lambda devices: "direct")  # as on accelerators
+    target = load_target(path, "float32", weights="int8")
+    assert target.is_rounded
+    assert target.model.embed_tokens[...].scales.shape == (260, 1)
+
+
+def test_what_else_a_gguf_file_has_is_rounded(tmp_path):
+    """Keys alone are not Q8_0: they, and the queries and values that are one matrix with them."""
+    stored, others = (tensors(np.random.default_rng(0), kind) for kind in (TYPE.Q8_0, TYPE.Q5_0))
+    stored |= {name: x for name, x in others.items() if "attn_k." in name}
+    path = write(tmp_path / "model.gguf", metadata(), stored)
+    (target, found), (_, expected) = as_float32(path, "int8"), as_float32(path, "float")
+    changed = {name for name, weight in expected.items() if not np.array_equal(found[name], weight)}
+    assert changed == {f"layers.{i}.self_attn.qkv_proj" for i in range(2)}
+    assert target.is_rounded
+    assert target.title == f"{target.name} (int8 weights)"
 
 
 def test_shapes_of_preflight_are_those_of_loading_and_take_little_more_than_a_byte_per_weight():
     target = load_target(GOLDEN / "tiny-gqa", "bfloat16", weights="int8")
-    from kangaroo_jax.model.sharding import make_mesh
-
     abstract = abstract_target(target.config, "bfloat16", make_mesh({"data": 1, "fsdp": 1, "model": 1}), "int8")
     assert jax.tree.structure(abstract) == jax.tree.structure(target.model)
     found, expected = ([(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (target.model, abstract))

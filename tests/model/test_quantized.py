@@ -11,22 +11,32 @@ from kangaroo_jax.model.quantized import QuantizedArray, input_axis, quantize_ro
 PRODUCTS = ("direct", "blocks", "pairs")
 
 
-def random_weight(shape, axis, product):
+def random_weight(shape, axis, product, num_scales=1):
     rng = np.random.default_rng(0)
     values = rng.integers(-127, 128, shape).astype(np.int8)
-    scales = rng.uniform(0.5, 2, [1 if i == axis else size for i, size in enumerate(shape)]).astype(np.float32)
-    return QuantizedArray(jnp.asarray(values), jnp.asarray(scales), product), values.astype(np.float64) * scales
+    dtype = np.float32 if num_scales == 1 else np.float16
+    scales = rng.uniform(0.5, 2, [num_scales if i == axis else size for i, size in enumerate(shape)]).astype(dtype)
+    exact = values * np.repeat(scales.astype(np.float64), shape[axis] // num_scales, axis)
+    return QuantizedArray(jnp.asarray(values), jnp.asarray(scales), product), exact
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize(
-    ("spec", "shape", "axis"),
-    [("...k,kn->...n", (23, 10), 0), ("...h,hgi->...gi", (23, 2, 5), 0), ("...d,vd->...v", (23, 10), 1)],
+    ("spec", "shape", "axis", "num_scales"),
+    [
+        ("...k,kn->...n", (23, 10), 0, 1),
+        ("...h,hgi->...gi", (23, 2, 5), 0, 1),
+        ("...d,vd->...v", (23, 10), 1, 1),
+        ("...k,kn->...n", (42, 10), 0, 14),  # of 3 inputs each: 6 of 7 rows at a time
+        ("...h,hgi->...gi", (40, 2, 5), 0, 5),  # of 8, more than 7 rows
+        ("...d,vd->...v", (23, 10), 1, 2),
+    ],
 )
-def test_a_product_is_that_of_numpy_with_the_dequantized_weight(spec, shape, axis, product, monkeypatch):
+def test_a_product_is_that_of_numpy_with_the_dequantized_weight(spec, shape, axis, num_scales, product, monkeypatch):
     monkeypatch.setattr(ops, "_BLOCK", 70)  # 7 rows of 23: three blocks and a rest
     monkeypatch.setattr(ops, "_FEW_ROWS", 6)
-    weight, exact = random_weight(shape, axis, product)
+    weight, exact = random_weight(shape, axis, product, num_scales)
+    assert weight.in_blocks == (num_scales > 1)
     for num_rows in (1, 6, 7) if product == "blocks" else (1,):
         x = np.random.default_rng(1).normal(size=(1, num_rows, shape[axis])).astype(np.float32)
         expected = np.einsum(spec, x.astype(np.float64), exact)
@@ -46,9 +56,10 @@ def test_a_bfloat16_product_is_rounded_once():
     np.testing.assert_allclose(kept, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("num_scales", [1, 5])
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_rows_of_a_table_are_the_dequantized_ones(product):
-    table, exact = random_weight((23, 10), 1, product)
+def test_rows_of_a_table_are_the_dequantized_ones(product, num_scales):
+    table, exact = random_weight((23, 10), 1, product, num_scales)
     for index in (np.array([[22]]), np.array([[0, 5, 5], [22, 1, 7]])):
         found = rows(table, jnp.asarray(index), jnp.float32)
         np.testing.assert_allclose(found, exact[index], rtol=1e-6)
