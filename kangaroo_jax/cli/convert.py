@@ -32,14 +32,17 @@ def _convert() -> None:
 
     from kangaroo_jax import InputError, load_target, paths
     from kangaroo_jax.buckets import is_bucket
-    from kangaroo_jax.checkpoint.adapter import check_exit_layer, load_adapter, save_adapter, training_of
+    from kangaroo_jax.checkpoint.adapter import check_exit_layer, load_adapter, metadata_of, save_adapter
+    from kangaroo_jax.checkpoint.fingerprint import is_int8
     from kangaroo_jax.checkpoint.upstream import is_upstream, load_upstream
 
     folder = _ADAPTER.value if is_bucket(_ADAPTER.value) else paths.expanded(_ADAPTER.value)
     theirs = not is_bucket(_ADAPTER.value) and is_upstream(folder)
     if theirs:
         command_line.require(_EXIT_LAYER)
-    target = load_target(_TARGET.value, "bfloat16")
+    recorded = None if theirs else metadata_of(folder)
+    weights = "float" if theirs or not is_int8(recorded["target"]["fingerprint"]) else "int8"
+    target = load_target(_TARGET.value, "bfloat16", weights=weights)
     if theirs:
         exit_layer, training = _EXIT_LAYER.value, {"converted_from": _ADAPTER.value}
         check_exit_layer(exit_layer, target.config)
@@ -51,7 +54,7 @@ def _convert() -> None:
             raise InputError(f"--target: the adapter was trained for {adapter.other_target}; give that")
         if _EXIT_LAYER.value not in (None, adapter.exit_layer):
             raise InputError(f"--exit_layer: the adapter was trained for {adapter.exit_layer}; leave the flag out")
-        model, exit_layer, training = adapter.model, adapter.exit_layer, training_of(folder)
+        model, exit_layer, training = adapter.model, adapter.exit_layer, recorded["training"]
     save_adapter(_OUTPUT.value, model, exit_layer=exit_layer, target=target, training=training)
 
 

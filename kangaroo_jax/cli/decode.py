@@ -299,7 +299,7 @@ def _load(given: DraftOverrides) -> tuple[Target, TrainedAdapter | None, DraftCo
         return target, None, DraftConfig()
     adapter = load_adapter_of(target, _ADAPTER.value)
     slots = 1 if _INPUT.value is None else _BATCH_SIZE.value
-    draft = draft_of(given.over(adapter.draft), slots, _MODEL.value, _ADAPTER.value)
+    draft = draft_of(given.over(adapter.draft), slots, _WEIGHTS.value, _MODEL.value, _ADAPTER.value)
     return target, adapter, draft
 
 

@@ -29,8 +29,10 @@ def load_target_of(
     if dtype is None and paths.expanded(name).resolve() == demo.MODEL.resolve():
         dtype = "float32"
     target = load_target(name, dtype, mesh, weights=weights, long_context=long_context)
-    if weights == "int8":
+    if target.is_rounded:
         _note(f"{target.title}: the output is that of plain decoding with these, not with the checkpoint's own")
+    elif weights == "int8":
+        _note(f"{target.name}: its own int8 weights, as they are")
     if long_context:
         original = target.config.rope_scaling.original_max_position_embeddings
         _note(f"{target.name}: longrope's long factors turn all texts, also those of up to {original} tokens")
@@ -65,14 +67,16 @@ def load_adapter_of(target: Target, path: str | None) -> TrainedAdapter:
     return adapter
 
 
-def draft_of(draft: DraftConfig, slots: int, model: str | None, adapter: str | None) -> DraftConfig:
+def draft_of(draft: DraftConfig, slots: int, weights: str, model: str | None, adapter: str | None) -> DraftConfig:
     """How an engine of so many slots drafts (`DraftConfig.at`). Says which costs of rounds its sequences decide by,
-    where those are of another batch size or machine, and how to measure them for what --model and --adapter name."""
+    where those are of another batch size or machine, and how to measure them for what --model, --adapter and --weights
+    name."""
     named = [
         f" --{name}={shlex.quote(value)}"
         for name, value in (("model", model), ("adapter", adapter))
         if value is not None
     ]
+    named += [f" --weights={weights}"] if weights != "float" else []
     tune = "python -m kangaroo_jax.bench tune" + "".join(named)
     draft = draft.at(slots)
     if draft.decide is None:

@@ -152,7 +152,7 @@ def _load() -> tuple[Target, TrainedAdapter | None, DraftConfig]:
     adapter = None if _PLAIN.value else load_adapter_of(target, _ADAPTER.value)
     draft = DraftConfig()
     if adapter is not None:
-        draft = draft_of(adapter.draft, _MAX_BATCH.value, _MODEL.value, _ADAPTER.value)
+        draft = draft_of(adapter.draft, _MAX_BATCH.value, _WEIGHTS.value, _MODEL.value, _ADAPTER.value)
     name = _DEMO_NAME
     if _MODEL.value is not None:
         folder = paths.expanded(_MODEL.value)

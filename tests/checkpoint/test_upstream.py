@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from kangaroo_jax.checkpoint import upstream
-from kangaroo_jax.checkpoint.adapter import load_adapter, named_leaves, save_adapter, training_of
+from kangaroo_jax.checkpoint.adapter import load_adapter, metadata_of, named_leaves, save_adapter
 from kangaroo_jax.checkpoint.target import load_target
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model.drafts.kangaroo import adapter_apply
@@ -146,11 +146,16 @@ def test_command_writes_an_adapter_of_our_own_in_bfloat16(gqa, tmp_path):
     save_adapter(tmp_path / "run" / "3", adapter, exit_layer=3, target=gqa, training=training)
     done = convert(adapter=tmp_path / "run", target=gqa.name, output=tmp_path / "written")
     assert done.returncode == 0, done.stderr
-    assert training_of(tmp_path / "written") == training
+    assert metadata_of(tmp_path / "written")["training"] == training
     written = load_adapter(tmp_path / "written", gqa)
     assert written.exit_layer == 3
     for path, x in named_leaves(adapter).items():
         assert np.array_equal(named_leaves(written.model)[path], x.astype(jnp.bfloat16).astype(jnp.float32)), path
+    in_int8 = load_target(gqa.name, "float32", weights="int8")
+    save_adapter(tmp_path / "int8" / "3", adapter, exit_layer=3, target=in_int8, training=training)
+    done = convert(adapter=tmp_path / "int8", target=gqa.name, output=tmp_path / "written_int8")
+    assert done.returncode == 0, done.stderr
+    assert load_adapter(tmp_path / "written_int8", in_int8).other_target is None  # for the target that it was made for
     done = convert(adapter=tmp_path / "run", target=gqa.name, exit_layer=2, output=tmp_path / "other")
     assert done.stderr == "convert: error: --exit_layer: the adapter was trained for 3; leave the flag out\n"
     assert not (tmp_path / "other").exists()

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kangaroo_jax.checkpoint.adapter import COMMITTED, adapter_metadata, load_adapter, named_leaves, training_of
+from kangaroo_jax.checkpoint.adapter import COMMITTED, adapter_metadata, load_adapter, metadata_of, named_leaves
 from kangaroo_jax.errors import InputError, MachineError
 from kangaroo_jax.train import checkpoints, run_folder
 from kangaroo_jax.train.loop import train
@@ -67,7 +67,7 @@ def test_killed_in_the_middle_of_a_save_and_continued_equals_uninterrupted(servi
     assert tops(service, name) == {"10", "20", "run.lock"}
     assert f"{name}/10/{COMMITTED}" in before
     assert f"{name}/20/{COMMITTED}" not in before
-    assert training_of(output)["step"] == 10  # what decoding takes
+    assert metadata_of(output)["training"]["step"] == 10  # what decoding takes
     killed_arrays = checkpoint(fetched(service, name, 10, tmp_path / "first"))["adapter"]
     loaded = named_leaves(load_adapter(output, target).model)
     assert all(np.array_equal(loaded[path], x) for path, x in killed_arrays.items())

@@ -48,6 +48,7 @@ _ADAPTER = flags.DEFINE_multi_string(
 )
 _PROMPTS = shared_flags.define_prompt_file("questions for a chat model, else held-out library modules")
 _DTYPE = shared_flags.define_dtype()
+_WEIGHTS = shared_flags.define_weights()
 _MAX_NEW_TOKENS = shared_flags.define_max_new_tokens()
 _CONFIRM = flags.DEFINE_integer(
     "confirm",
@@ -76,18 +77,17 @@ def main() -> None:
     # The first ten held-out modules are for the other benchmarks.
     texts = prompts_of_file(_PROMPTS.value) if _PROMPTS.value else None
     compilation_cache.enable()
-    target = load_target_of(_MODEL.value, _DTYPE.value)
+    target = load_target_of(_MODEL.value, _DTYPE.value, weights=_WEIGHTS.value)
     texts = texts or shared_flags.texts_for(target, lambda: list(held_out_prompts(100).values())[10:])
-    dtype = str(target.model.dtype)
     adapters = [load_adapter_of(target, path) for path in _ADAPTER.value or [None]]
     prompts = shared_flags.encoded_prompts(target, texts, _MAX_NEW_TOKENS.value)
     trees = settings_of_trees(topks, budgets)
     print(machine.describe())
-    print(f"{len(prompts)} calibration prompts, {_MAX_NEW_TOKENS.value} new tokens, {dtype}, greedy")
+    print(f"{len(prompts)} calibration prompts, {_MAX_NEW_TOKENS.value} new tokens, {target.model.arithmetic}, greedy")
     if there is not None:
         # As decode.py loads it there.
         dtype_there = _DTYPE.value or ("float32" if _MODEL.value is None else "bfloat16")
-        place = There(there, dtype_there, max(map(len, prompts)), _MAX_NEW_TOKENS.value)
+        place = There(there, dtype_there, max(map(len, prompts)), _MAX_NEW_TOKENS.value, _WEIGHTS.value)
         for adapter in adapters:
             print_tuning(place, target, adapter, prompts, trees, _CONFIRM.value, sizes, write=bool(_WRITE.value))
         return
