@@ -249,7 +249,12 @@ def test_serve_measures_another_server_beside_it(commands, flags):
 
 
 @pytest.mark.parametrize(
-    "fakes", [["fake:times", "fake:decoding"], pytest.param(["fake:times"], marks=pytest.mark.long)]
+    "fakes",
+    [
+        ["fake:times", "fake:decoding"],
+        pytest.param(["fake:times"], marks=pytest.mark.long),
+        pytest.param(["fake:times", "fake:decoding", "--weights=int8"], marks=pytest.mark.long),
+    ],
 )
 def test_tune_writes_the_fastest_setting(commands, flags, saved, prompts, fakes):
     shapes = ["--tree_topk=2", "--tree_budget=8", "--confirm=1"]
@@ -269,6 +274,7 @@ def test_tune_writes_the_fastest_setting(commands, flags, saved, prompts, fakes)
     assert written["max_draft_len"] == int(gamma)
     assert written["threshold"] == pytest.approx(float(eta))
     assert ("costs" in written) == ("tree_topk" not in written)
+    assert ("float32, int8 weights, greedy" in out) == ("--weights=int8" in fakes)
 
 
 @pytest.mark.parametrize("found", [True, pytest.param(False, marks=pytest.mark.long)])
