@@ -4,10 +4,9 @@
     python train.py --config=configs/mistral_7b.py --config.data.files='data/*.jsonl'
 
 Hardware: sized for a v5e slice of 4x4 (16 chips of 16 GiB), weights and batch split 16 ways. Expected memory, per
-device and as compiled by `--preflight=v5e:4x4 --config.adapter.kind=kangaroo`: 2.3 GiB at most, of which 0.9 GiB are
-weights and optimizer, with the paper's adapter; `memory` adds four matrices of hidden size squared and their optimizer.
-Measured: these figures of the compiler (docs/preflight.md). Not measured: time, and the acceptance to expect; it has
-not been run at this size.
+device and as compiled by `--preflight=v5e:4x4`: 2.4 GiB at most, of which 0.9 GiB are weights and optimizer. Measured:
+these figures of the compiler (docs/preflight.md). Not measured: time, and the acceptance to expect; it has not been run
+at this size.
 """
 
 import ml_collections
