@@ -20,7 +20,7 @@ _MODULES = {"v5e": "libtpu", "h100": "jax_cuda13_plugin"}
 # A TPU's lanes divide a head and the MLP's width, as in large models: else what goes into a program has another order
 # of axes. Two devices share the vocabulary and the heads.
 CONFIG = dataclasses.replace(model_config(str(TARGET)), head_dim=128, intermediate_size=384, vocab_size=512)
-CACHE, MLP = "1,2,256,128", "128,2,384"
+CACHE, MLP = "1,2,512,128", "128,2,384"
 
 
 @functools.cache

@@ -158,7 +158,7 @@ def test_no_product_is_left_to_the_vector_unit_of_a_tpu_and_caches_keep_their_or
     assert asked["plain rounds"] == 8 * 6 + 1
     (loop,) = re.findall(r"\n.* while\(", made["plain rounds"])
     # From the fastest axis of a cache to the slowest, as between programs: else it would be copied at both ends.
-    assert set(re.findall(r"bf16\[1,2,256,32\]\{([\d,]+)", loop)) == {"3,2,1,0"}
+    assert set(re.findall(r"bf16\[1,2,512,32\]\{([\d,]+)", loop)) == {"3,2,1,0"}
     assert report.prediction.cycles.plain_step > 0
     assert show(report) is True
     assert "\nby the compiler's cycles, a round of 2 costs " in capsys.readouterr().out

@@ -49,20 +49,18 @@ class There:
       dtype: of weights and caches there.
       prompt_tokens: of each prompt.
       max_new_tokens: of each answer.
-      weights: as `load_target`.
     """
 
     machine: Machine
     dtype: str
     prompt_tokens: int
     max_new_tokens: int
-    weights: str = "float"
 
     def work(self, target: Target, adapter: TrainedAdapter, draft: DraftConfig, batch_size: int) -> Work:
         """Decoding there, as shapes."""
         mesh = sharding.decoding_mesh(1, self.machine.devices)
         shape = target.config, adapter.model, self.dtype, draft, self.prompt_tokens, self.max_new_tokens
-        return Work(*shape, self.machine, mesh, batch_size, self.weights)
+        return Work(*shape, self.machine, mesh, batch_size)
 
 
 @dataclasses.dataclass(frozen=True)

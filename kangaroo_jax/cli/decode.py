@@ -264,6 +264,8 @@ def _fits(given: DraftOverrides) -> bool:
     """--preflight: whether what the other flags ask for fits the machine it names."""
     from kangaroo_jax.preflight.decoding import decoding
 
+    machine = preflight_flag.find_machine()
+    batch = _BATCH_SIZE.value if _BATCH_SIZE.present else 1
     report = decoding(
         _MODEL.value or str(demo.MODEL),
         _DTYPE.value or ("float32" if _MODEL.value is None else "bfloat16"),
@@ -271,11 +273,11 @@ def _fits(given: DraftOverrides) -> bool:
         _CONTEXT.value,
         _MAX_NEW_TOKENS.value,
         _MODEL_PARALLEL.value,
-        preflight_flag.find_machine(),
+        machine,
         weights=_WEIGHTS.value,
         long_context=_LONG_CONTEXT.value,
-        batch_size=_BATCH_SIZE.value if _BATCH_SIZE.present else 1,
-        data_parallel=_DATA_PARALLEL.value or 1,
+        batch_size=batch,
+        data_parallel=_DATA_PARALLEL.value or _groups(len(machine.devices), batch),
     )
     return preflight_flag.show(report)
 
@@ -307,11 +309,16 @@ def _data_parallel(devices: int) -> int:
     """How many groups of devices the prompts are spread over where the command line does not say."""
     if _INPUT.value is None:
         return 1
-    most, batch = max(1, devices // max(1, _MODEL_PARALLEL.value)), _BATCH_SIZE.value
-    groups = max(count for count in range(1, most + 1) if batch % count == 0)
+    groups = _groups(devices, _BATCH_SIZE.value)
     if groups > 1:
         print(f"note: the prompts are spread over {groups} of {devices} devices (--data_parallel)", file=sys.stderr)
     return groups
+
+
+def _groups(devices: int, batch_size: int) -> int:
+    """As many groups of --model_parallel devices as there are, and as divide a batch."""
+    most = max(1, devices // max(1, _MODEL_PARALLEL.value))
+    return max(count for count in range(1, most + 1) if batch_size % count == 0)
 
 
 def _answer_file(command: str, given: DraftOverrides, sampling: SamplingConfig) -> None:

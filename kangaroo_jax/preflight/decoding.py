@@ -19,9 +19,10 @@ from kangaroo_jax.config import AdapterConfig, DraftConfig
 from kangaroo_jax.decode.prefill import Admission, empty_prompts, empty_slots, prefill_and_admit
 from kangaroo_jax.decode.rounds import RoundShape, run_rounds
 from kangaroo_jax.decode.sampling import Sampling
+from kangaroo_jax.decode.state import DecodeState
 from kangaroo_jax.engine.part_costs import PartCounts, size_on_device
 from kangaroo_jax.engine.programs import compiler_options
-from kangaroo_jax.engine.shapes import CHUNK, MAX_EOS, PIECE, Shapes, capacity_class
+from kangaroo_jax.engine.shapes import CHUNK, MAX_EOS, PIECE, Shapes
 from kangaroo_jax.errors import InputError
 from kangaroo_jax.model import sharding
 from kangaroo_jax.model.attention.backend import choose_backend
@@ -101,7 +102,7 @@ def decoding(
             rows=1 if draft.tree is None else draft.tree.topk,
             max_draft_len=draft.max_draft_len,
             batch=batch_size,
-            cached=sum(work.cached) * jnp.dtype(dtype).itemsize,
+            cached=sum(work.plain_cached) * jnp.dtype(dtype).itemsize,
         )
     return Report(
         machine,
@@ -179,7 +180,18 @@ class Work:
     @property
     def _capacity(self) -> int:
         # As large as the answer's end needs. In a batch of several, prompts are prefilled in caches of their own.
-        return capacity_class(max(self._plan.positions, self._plan.prompt_capacity))
+        return self._shapes.room(self._plan, self._plan.positions, 0, begins=True)
+
+    @functools.cached_property
+    def _plain_shape(self) -> RoundShape:
+        return RoundShape.plain(platform=self.machine.platform)
+
+    @property
+    def _plain_capacity(self) -> int:
+        """Of plain decoding, whose rounds fill one position."""
+        shapes = dataclasses.replace(self._shapes, round=self._plain_shape)
+        plan = shapes.plan(self.prompt_tokens, self.max_new_tokens)
+        return shapes.room(plan, plan.positions, 0, begins=True)
 
     @functools.cached_property
     def _rings(self) -> tuple[int | None, ...]:
@@ -212,10 +224,8 @@ class Work:
 
     def _empty(self, models: PyTree, **static: Any) -> PyTree:
         """Slots as the engine has them."""
-        static = self._static | {"looks_up": self._looks_up} | static
-        empty = functools.partial(
-            empty_slots, batch=self.batch_size, max_eos=MAX_EOS, capacity=self._capacity, **static
-        )
+        static = self._static | {"looks_up": self._looks_up, "capacity": self._capacity} | static
+        empty = functools.partial(empty_slots, batch=self.batch_size, max_eos=MAX_EOS, **static)
         return self._rows_of(jax.eval_shape(empty, *models))
 
     @property
@@ -253,19 +263,21 @@ class Work:
         each = array((rows,))
         admission = Admission(each, array((rows, MAX_EOS)), jax.eval_shape(lambda: Sampling.greedy(rows)))
         admission = jax.tree.map(lambda x: array(x.shape, x.dtype), admission)
-        return *self.models, state, prompts, array((rows, self._plan.width)), each, each, each, admission
+        width = PIECE if self.prompt_tokens > PIECE else self._plan.width
+        return *self.models, state, prompts, array((rows, width)), each, each, each, admission
 
     def no_room(self) -> Program | None:
         """Prefill, where weights and caches alone are more than a device holds, which needs no compiler to tell."""
         memory = self.machine.memory
-        least = sum(size_on_device(x) * x.dtype.itemsize for x in jax.tree.leaves(self._prefill_inputs))
+        needed = self._prefill_inputs, (*self.models, self._state)
+        least = max(sum(size_on_device(x) * x.dtype.itemsize for x in jax.tree.leaves(x)) for x in needed)
         if memory is None or least <= memory:
             return None
         why = f"weights and caches alone take {least / 2**30:.2f} GiB of a device's {memory / 2**30:.2f}"
         return Program("prefill", least, 0, float("inf"), 0, 0.0, None, why, None, None)
 
     def prefill(self) -> Program:
-        """Prompts prefilled and admitted to their slots; of a long one, its last piece."""
+        """Prompts prefilled and admitted to their slots; of a long one, its last piece, as wide as the others are."""
         function = functools.partial(prefill_and_admit, sampled=False, **self._static)
         state = self._state
         if self._alone:
@@ -285,9 +297,7 @@ class Work:
 
     def plain_rounds(self) -> Program:
         """Rounds of plain decoding."""
-        plain, alone = RoundShape.plain(platform=self.machine.platform), (self.models[0], None)
-        state = self._empty(alone, exit_layer=plain.exit_layer, looks_up=False)
-        return self._rounds("plain rounds", alone, state, plain)
+        return self._rounds("plain rounds", (self.models[0], None), self._plain_state, self._plain_shape)
 
     def _rounds(self, name: str, models: PyTree, state: PyTree, shape: RoundShape) -> Program:
         run = jax.jit(
@@ -300,10 +310,19 @@ class Work:
         return compiled(name, run, inputs, self.machine, compiler_options(self.machine.platform))
 
     @functools.cached_property
+    def _plain_state(self) -> PyTree:
+        static = {"exit_layer": self._plain_shape.exit_layer, "capacity": self._plain_capacity, "looks_up": False}
+        return self._empty((self.models[0], None), **static)
+
+    @functools.cached_property
     def cached(self) -> list[int]:
         """Of each layer of the target: numbers in its buffers on one device, keys and values together."""
-        keys = self._state.shallow.keys + self._state.deep.keys
-        return [2 * math.prod(layer.sharding.shard_shape(layer.shape)) for layer in keys]
+        return _numbers_cached(self._state)
+
+    @functools.cached_property
+    def plain_cached(self) -> list[int]:
+        """The same in plain decoding."""
+        return _numbers_cached(self._plain_state)
 
     @property
     def _batch(self) -> int:
@@ -314,14 +333,19 @@ class Work:
     @functools.cached_property
     def num_bytes(self) -> PartCounts:
         """That each part reads on one device."""
-        return PartCounts.of_bytes(*self.models, self.draft.exit_layer, self.cached)
+        plain, others = (
+            PartCounts.of_bytes(*self.models, self.draft.exit_layer, cached)
+            for cached in (self.plain_cached, self.cached)
+        )
+        return dataclasses.replace(others, plain_step=plain.plain_step)
 
     def _operations(self, batch: int, cached: list[int]) -> PartCounts:
         return PartCounts.of_operations(*self.models, self.draft.exit_layer, batch, cached)
 
     def predictor(self, launched: RoundWork | None) -> PartPredictor:
         """Of the parts of a round. `launched`: by the compiled ones; the machine's limits must be known."""
-        operations = self._operations(self._batch, self.cached)
+        plain, others = (self._operations(self._batch, cached) for cached in (self.plain_cached, self.cached))
+        operations = dataclasses.replace(others, plain_step=plain.plain_step)
         return PartPredictor(self.machine.limits, self.dtype, self.num_bytes, operations, launched)
 
     def predicted_prefill(self, launched: Launched | None = None) -> Part:
@@ -355,8 +379,13 @@ class Work:
         return part(
             f"prefill of {self._prompt_rows} x {self.prompt_tokens}",
             pieces * (read.plain_step - read.head) + read.head,
-            self.prompt_tokens * (multiplied.plain_step - multiplied.head) + multiplied.head,
+            ((pieces - 1) * PIECE + self._plan.width) * (multiplied.plain_step - multiplied.head) + multiplied.head,
             self.machine.limits,
             self.dtype,
             None if launched is None else launched * pieces,
         )
+
+
+def _numbers_cached(state: DecodeState) -> list[int]:
+    keys = state.shallow.keys + state.deep.keys
+    return [2 * math.prod(layer.sharding.shard_shape(layer.shape)) for layer in keys]

@@ -30,6 +30,7 @@ MISTAKES = [
     (["tune", "--prompts=/no/such/file"], "/no/such/file: cannot be read"),
     (["tune", "--prompts={bad}"], "bad.jsonl:2: expected an object with a text"),
     (["tune", "--adapter=/no/such/folder"], "/no/such/folder: no such adapter checkpoint"),
+    (["tune", "--machine=h100", "--weights=int8"], "--machine predicts costs of float weights alone; leave --weights"),
     (["tune", "--machine=v9"], "preflight v9: expected local, GPUs (h100, h200, a100-80, b200;"),
     (["tune", "--machine=local"], "--machine=local: what rounds cost on this machine is measured; leave the flag out"),
     (["fit", "--machines=v5e:1x1"], "expected --model and --machines, such as"),

@@ -39,6 +39,7 @@ from kangaroo_jax.cli.bench.printing import (
     tree_columns,
 )
 from kangaroo_jax.cli.models import load_adapter_of, load_target_of
+from kangaroo_jax.errors import InputError
 
 _MODEL = shared_flags.define_model()
 _ADAPTER = flags.DEFINE_multi_string(
@@ -71,6 +72,8 @@ _MACHINE = flags.DEFINE_string(
 def main() -> None:
     shared_flags.check_positive(_MAX_NEW_TOKENS, _CONFIRM, _RUNS)
     sizes = tuple(shared_flags.counts(_BATCH_SIZES))
+    if _MACHINE.value is not None and _WEIGHTS.value != "float":
+        raise InputError("--machine predicts costs of float weights alone; leave --weights out")
     there = None if _MACHINE.value is None else find_machine(_MACHINE.value)
     on_cpu = there is None and jax.default_backend() == "cpu"
     topks, budgets = _TREES.shapes(*(((2, 3, 4), (8, 12, 16)) if on_cpu else ((4, 10), (16, 32, 64))))
@@ -87,7 +90,7 @@ def main() -> None:
     if there is not None:
         # As decode.py loads it there.
         dtype_there = _DTYPE.value or ("float32" if _MODEL.value is None else "bfloat16")
-        place = There(there, dtype_there, max(map(len, prompts)), _MAX_NEW_TOKENS.value, _WEIGHTS.value)
+        place = There(there, dtype_there, max(map(len, prompts)), _MAX_NEW_TOKENS.value)
         for adapter in adapters:
             print_tuning(place, target, adapter, prompts, trees, _CONFIRM.value, sizes, write=bool(_WRITE.value))
         return
