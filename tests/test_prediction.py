@@ -93,6 +93,24 @@ def test_the_cost_of_a_round_follows_from_its_parts():
     assert (without.cycles, without.times.plain_step) == (None, 20)
 
 
+def test_what_remembers_is_read_once_a_round():
+    model = nnx.eval_shape(lambda: TargetModel(CONFIG, rngs=nnx.Rngs(0)))
+    counts = {}
+    for kind in ("kangaroo", "memory"):
+        adapter = abstract_adapter(CONFIG, jax.numpy.float32, AdapterConfig(kind))
+        counts[kind] = PartCounts.of_bytes(model, adapter, 1)
+    memory = 4 * (32 + 4 * 32 * 32)  # a norm, and a matrix for each of 4 depths
+    assert (counts["kangaroo"].once, counts["memory"].once) == (0, memory)
+    assert dataclasses.replace(counts["memory"], once=0) == counts["kangaroo"]
+    predictor = PartPredictor(Limits(1e3, {"float32": 1e30}), "float32", counts["memory"], PartCounts(*[0] * 6), None)
+    parts = (
+        predictor.draft_step().seconds,
+        predictor.shallow().seconds,
+        predictor.verification(4, compiled=True).seconds,
+    )
+    assert predictor.round_seconds(3) == pytest.approx(3 * parts[0] + sum(parts[1:]) + memory / 1e3)
+
+
 def test_a_long_prompt_s_prefill_reads_weights_and_its_own_caches_in_each_piece():
     config = dataclasses.replace(CONFIG, max_position_embeddings=4096)
     machine = Machine("here", jax.devices(), None, LIMITS)
@@ -109,9 +127,10 @@ def test_a_long_prompt_s_prefill_reads_weights_and_its_own_caches_in_each_piece(
         read = 4 * 2 * (attention + mlp + norms + 2 * 2 * 8 * capacity)  # keys and values of 2 heads of 8
         found = work.predicted_prefill(Launched(5, 70))
         assert (found.num_bytes, found.kernels, found.cycles) == (3 * read + 4 * head, 15, 210)
-        # Of each of its tokens: the products of both layers, and 2 of attention for 4 heads; of the last, the head.
+        # Of each of its tokens, padded to 128 in the last piece: the products of both layers, and 2 of attention for 4
+        # heads; of the last, the head.
         operations = 2 * 2 * (attention + mlp) + 2 * 2 * 2 * 4 * 8 * capacity
-        assert found.operations == prompt * operations + 2 * head
+        assert found.operations == (2 * PIECE + 128) * operations + 2 * head
 
 
 def test_what_a_round_launches_is_told_apart_by_loops_and_scopes():

@@ -132,12 +132,13 @@ def predicted_costs(
 
     def of_tree(predictor: PartPredictor, width: int) -> float:
         # Before it, all of the tree's tokens go through the shallow layers together.
-        return predictor.shallow(width - 1).seconds + verification(predictor, width)
+        return beginning + predictor.shallow(width - 1).seconds + verification(predictor, width)
 
-    step = singles.draft_step().seconds
+    beginning, step = singles.beginning().seconds, singles.draft_step().seconds
     costs = Costs(singles.plain_step().seconds, step, {}, platform=platform)
     for count in DRAFT_LENGTHS:
-        costs.rounds[count] = count * step + singles.shallow().seconds + verification(singles, count + 1)
+        ending = singles.shallow().seconds + verification(singles, count + 1)
+        costs.rounds[count] = beginning + count * step + ending
     for count in LOOKUP_LENGTHS:
         costs.lookup_rounds[count] = singles.looking_up(count).seconds + verification(singles, count + 1)
     for shape in shapes:

@@ -37,7 +37,9 @@ def predicted(
     read = PartCounts.of_bytes(target.model, None if adapter is None else adapter.model, shape.exit_layer)
     base = _pass(slots, platform)
     verification = tuple((width, _pass(slots * width, platform) / base) for width in range(1, shape.max_commit + 1))
-    return RoundCosts(slots, read.draft_step / read.plain_step, verification, read.shallow / read.plain_step)
+    # What a round reads once for its drafts, as a part of each of the most that it may draft.
+    draft_step = read.draft_step + read.once / max(1, shape.max_draft_len)
+    return RoundCosts(slots, draft_step / read.plain_step, verification, read.shallow / read.plain_step)
 
 
 def _pass(rows: int, platform: str) -> float:

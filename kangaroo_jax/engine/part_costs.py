@@ -25,6 +25,7 @@ class PartCounts:
       verification: of a pass of the deep layers, with its LM head.
       head: of the LM head alone.
       adapter: of a pass of the draft model's own layers; 0 without one.
+      once: of what the draft model computes once a round, beside its steps.
     """
 
     plain_step: int
@@ -33,6 +34,7 @@ class PartCounts:
     verification: int
     head: int
     adapter: int
+    once: int = 0
 
     @classmethod
     def of_bytes(
@@ -85,13 +87,14 @@ class PartCounts:
         layers = [total(layer) + more for layer, more in zip(model.layers, attention, strict=True)]
         head = total(model.embed_tokens if model.lm_head is None else model.lm_head)
         shallow, deep = sum(layers[:exit_layer]), sum(layers[exit_layer:])
-        own, drafted = 0, 0
+        own, drafted, once = 0, 0, 0
         if adapter is not None:
+            once = total(adapter.once_a_round)
             # An adapter with a draft vocabulary has its own rows of the head, and reads those instead.
             rows = 0 if adapter.draft_vocabulary is None else total(adapter.draft_vocabulary)
-            own = total(adapter) - rows + len(adapter.layers) * attention[0]
+            own = total(adapter) - once - rows + len(adapter.layers) * attention[0]
             drafted = rows or head
-        return cls(shallow + deep + head, shallow, shallow + own + drafted, deep + head, head, own)
+        return cls(shallow + deep + head, shallow, shallow + own + drafted, deep + head, head, own, once)
 
 
 def size_on_device(x: Any) -> int:

@@ -156,6 +156,10 @@ class PartPredictor:
         counts = self.num_bytes.draft_step, rows * self.operations.draft_step
         return self._part(name, *counts, self._work.draft_step, 1)
 
+    def beginning(self) -> Part:
+        """What the draft model computes once in a round that drafts with it. Rounds were compiled without it."""
+        return self._part("beginning to draft", self.num_bytes.once, self.operations.once, Launched())
+
     def looking_up(self, count: int) -> Part:
         """A draft of `count` tokens that were looked up: one pass of the shallow layers and of the draft model's own
         over them and the last committed one, in a loop of one turn. The search, which reads a number of each position,
@@ -177,6 +181,7 @@ class PartPredictor:
         rows = 1 if tree is None else tree.drafted(drafts)
         width = 1 + (drafts if tree is None else rows)
         steps = self.draft_step().seconds + (drafts - 1) * self.draft_step(1 if tree is None else tree.topk).seconds
+        steps += self.beginning().seconds
         return steps + self.shallow(rows).seconds + self.verification(width, compiled=True).seconds
 
 

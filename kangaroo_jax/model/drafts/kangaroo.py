@@ -4,7 +4,7 @@ may also have several such layers of norm and attention before its last norm, an
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -104,6 +104,11 @@ class Adapter(nnx.Module):
         self.norm = RMSNorm(config, dtype)
         # Not trained: set where an adapter is loaded with one.
         self.draft_vocabulary: DraftVocabulary | None = nnx.data(None)
+
+    @property
+    def once_a_round(self) -> Any:
+        """Parameters that are read once a round, as it begins to draft, and not in each draft step."""
+        return ()
 
     def token_ids(self, index: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
         return index if self.draft_vocabulary is None else self.draft_vocabulary.token_ids[...][index]

@@ -88,6 +88,10 @@ class MemoryAdapter(Adapter):
         super().__init__(config, rngs=rngs, dtype=dtype, num_layers=num_layers, mlp_size=mlp_size)
         self.memory = Memory(config, self.depths, rngs=rngs, dtype=dtype)
 
+    @property
+    def once_a_round(self) -> Memory:
+        return self.memory
+
     def init(
         self,
         batch: int,
