@@ -80,13 +80,22 @@ def test_rounds_that_look_up_do_not_copy_the_cache(batch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("lookup", [None, LookupConfig(8)])
-def test_rounds_that_are_decided_do_not_copy_the_cache(batch, lookup):
+@pytest.mark.parametrize(
+    ("batch", "lookup", "kind"),
+    [
+        (1, None, "kangaroo"),
+        (2, None, "memory"),
+        (1, LookupConfig(8), "memory"),
+        (2, LookupConfig(8), "kangaroo"),
+        (16, None, "kangaroo"),
+    ],
+)
+def test_rounds_that_are_decided_do_not_copy_the_cache(batch, lookup, kind):
     shape = RoundShape(2, 6, None, (1, 4, 7 if lookup is None else 9), lookup, kept=25)
     costs = Costs.of(RoundCosts(1, 0.1, ((1, 1.0),), 0.1), 0.7, batch, 6, lookup)
-    text = compiled_text(shape, tiny_adapter(2).model, donate=True, batch=batch, costs=costs)
-    assert cache_copies(text, batch) == []
+    text = compiled_text(shape, tiny_adapter(2, kind=kind).model, donate=True, batch=batch, costs=costs)
+    # The draft model's own caches have room for more positions, so that it can catch up.
+    assert cache_copies(text, batch) == cache_copies(text, batch, CAPACITY + 32) == []
 
 
 @pytest.mark.long
@@ -123,3 +132,14 @@ def test_a_prompt_is_put_into_its_slot_without_copying_the_cache(donate):
     program = insert.lower(model, adapter, state, None, np.zeros((1, 64), np.int32), one - 1, one, one, admission)
     copies = cache_copies(program.compile().as_text(), batch=4)
     assert bool(copies) is not donate  # without donation there must be copies, and the search finds them
+
+
+@pytest.mark.long
+def test_half_precision_is_written_as_it_is():
+    """XLA for CPU computes with bfloat16 in float32, also where it only moves it: a loop over the complete cache for
+    each sequence's position."""
+    model = jax.tree.map(lambda x: x.astype("bfloat16"), tiny_target().model)
+    text = compiled_text(RoundShape.plain(), None, donate=True, batch=3, model=model)
+    rows, width = 3 * CONFIG.num_key_value_heads, CONFIG.head_dim
+    found = re.findall(rf"= (\w+)\[{rows},(?:{width},{CAPACITY}|{CAPACITY},{width})\]\S* dynamic-update-slice\(", text)
+    assert set(found) == {"u16"}
