@@ -6,10 +6,9 @@ Its checkpoint is in PyTorch's format: pip install torch, or convert it to safet
 parts.
 
 Hardware: sized for a v5e slice of 4x4 (16 chips of 16 GiB), weights and batch split 16 ways. Expected memory, per
-device and as compiled by `--preflight=v5e:4x4 --config.adapter.kind=kangaroo`: 4.1 GiB at most, of which 1.6 GiB are
-weights and optimizer, with the paper's adapter; `memory` adds four matrices of hidden size squared and their optimizer.
-Measured: these figures of the compiler (docs/preflight.md). Not measured: time, and the acceptance to expect; it has
-not been run at this size.
+device and as compiled by `--preflight=v5e:4x4`: 4.2 GiB at most, of which 1.7 GiB are weights and optimizer. Measured:
+these figures of the compiler (docs/preflight.md). Not measured: time, and the acceptance to expect; it has not been run
+at this size.
 """
 
 import ml_collections
