@@ -14,10 +14,9 @@ The hub's checkpoint has a vision tower, which is refused. Save its text alone, 
     python train.py --config=configs/gemma3_12b.py --config.data.files='data/*.jsonl'
 
 Hardware: sized for a v5e slice of 4x4 (16 chips of 16 GiB), weights and batch split 16 ways. Expected memory, per
-device and as compiled by `--config.target=gemma3_12b --preflight=v5e:4x4 --config.adapter.kind=kangaroo`, which needs
-no weights: 6.9 GiB at most, of which 1.4 GiB are weights and optimizer, with the paper's adapter; `memory` adds four
-matrices of hidden size squared and their optimizer. Measured: these figures of the compiler (docs/preflight.md). Not
-measured: time, and the acceptance to expect; it has not been run at this size.
+device and as compiled by `--config.target=gemma3_12b --preflight=v5e:4x4`, which needs no weights: 6.9 GiB at most, of
+which 1.5 GiB are weights and optimizer. Measured: these figures of the compiler (docs/preflight.md). Not measured:
+time, and the acceptance to expect; it has not been run at this size.
 """
 
 import ml_collections
