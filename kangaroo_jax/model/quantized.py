@@ -29,8 +29,8 @@ class QuantizedArray:
 
     Attributes:
       values: -127 to 127; a file's own may be -128.
-      scales: of each output channel, float32: the axis of the inputs has size 1. Or of each block of an output
-        channel's inputs: that axis has a multiple of so many of the values.
+      scales: float32, one for each output channel: the axis of the inputs has size 1. Or one for each block of an
+        output channel's inputs: that axis has as many entries as there are blocks.
       product: how it is multiplied, as `product_on` says.
     """
 
